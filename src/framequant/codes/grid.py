@@ -85,17 +85,20 @@ class GridSpec:
             raise ConfigError(
                 f"num_levels={self.num_levels!r} is not possible; use 2 to 16, or 32, 64, 128 or 256."
             )
-        if not (math.isfinite(self.clip_sigmas) and self.clip_sigmas > 0):
+        is_number = _is_int(self.clip_sigmas) or isinstance(self.clip_sigmas, float)
+        if not (is_number and math.isfinite(self.clip_sigmas) and self.clip_sigmas > 0):
             raise ConfigError(
-                f"clip_sigmas={self.clip_sigmas} must be positive and finite; the paper uses 2."
+                f"clip_sigmas={self.clip_sigmas!r} must be a positive number; the paper uses 2."
             )
         if self.group_size is not None and (not _is_int(self.group_size) or self.group_size < 1):
             raise ConfigError(
                 f"group_size={self.group_size!r} must be a positive integer, or None for whole rows."
             )
+        if not isinstance(self.per_tensor, bool):
+            raise ConfigError(f"per_tensor={self.per_tensor!r} must be true or false.")
         if self.per_tensor and self.group_size is not None:
             raise ConfigError("per_tensor and group_size contradict each other; set one of them.")
-        if self.scale_dtype not in _SCALE_DTYPES:
+        if str(self.scale_dtype) not in _SCALE_DTYPES:
             hint = nearest(str(self.scale_dtype), _SCALE_DTYPES)
             raise ConfigError(f"scale_dtype={self.scale_dtype!r} is not possible.{hint}")
         if self.kind is GridKind.LLOYD_MAX and self.zero_point is ZeroPoint.INTEGER:
@@ -178,17 +181,17 @@ class Grid:
         """Rebuild a grid from its stored tensors; the inverse of the two methods above.
 
         Raises:
-            CheckpointError: A zero point is missing or superfluous, shapes differ, or a scale is not positive
-                and finite.
+            CheckpointError: A zero point is missing or superfluous, shapes differ, or a value is impossible.
         """
         if (zero_points is None) != (spec.zero_point is ZeroPoint.SYMMETRIC):
-            raise CheckpointError(
-                f"Zero points do not go with a {spec.zero_point.value} grid, or are missing."
-            )
+            verb = "lacks its" if zero_points is None else "takes no"
+            raise CheckpointError(f"A {spec.zero_point.value} grid {verb} zero points; the file is damaged.")
         if scales.ndim != 2 or (zero_points is not None and zero_points.shape != scales.shape):
             raise CheckpointError("Scales and zero points of a grid must both have the shape (rows, groups).")
         if not bool((torch.isfinite(scales) & (scales > 0)).all()):
             raise CheckpointError("Scales of a grid must be positive and finite; the file is damaged.")
+        if zero_points is not None and not bool(torch.isfinite(zero_points).all()):
+            raise CheckpointError("Zero points of a grid must be finite; the file is damaged.")
         levels_ = levels(spec).to(scales.device, torch.float32)
         return cls(spec, levels_, scales.float(), None if zero_points is None else zero_points.float())
 
