@@ -1,0 +1,346 @@
+"""The settings of a quantization run, as one frozen dataclass, and the presets.
+
+Every choice that changes the result is a field here, is written into the checkpoint, and can be overridden for
+single linears. Presets differ only in these fields, so a comparison of two of them changes exactly what the
+fields say. Unknown keys are refused with the nearest known one.
+
+Must not import quantizers, layers or models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import Enum
+from typing import Any
+
+from framequant.codes.grid import GridKind, GridSpec, ZeroPoint
+from framequant.codes.trellis import TrellisSpec, rate_pattern
+from framequant.errors import ConfigError, nearest
+from framequant.frames import FrameKind
+
+CONFIG_VERSION = 1
+
+
+class CodeKind(str, Enum):
+    """Which family of codes the integers belong to."""
+
+    SCALAR = "scalar"
+    TRELLIS = "trellis"
+
+
+class Rounding(str, Enum):
+    """How codes are chosen: each by itself, or with errors fed forward through the Hessian."""
+
+    NEAREST = "nearest"
+    LDLQ = "ldlq"
+
+
+class ColumnOrder(str, Enum):
+    """Order in which LDLQ visits columns: as they lie, or by falling diagonal of the Hessian."""
+
+    NATURAL = "natural"
+    DESCENDING = "descending"
+
+
+@dataclass(frozen=True)
+class FrameQuantConfig:
+    """Settings of one quantization run.
+
+    Attributes:
+        bits: width of a code. Scalar codes: an integer 1…8. Trellis: any multiple of 1/8 from 1 to 8.
+        redundancy: r ≥ 1 of the fusion frame on the input side; the code costs ``bits · r`` per weight. The
+            nearest constructible redundancy is used and reported.
+        two_sided: the same redundancy on the output side too, as the paper has it; costs ``bits · r²``.
+        frame: transform before the code: "fusion" (tight fusion frame after a randomized Hadamard transform),
+            "hadamard" (that transform alone, r = 1), "identity" (none).
+        code: "scalar" or "trellis".
+        grid: scalar codebook: "min_max", "sigma_clip", "uniform", "lloyd_max", "search".
+        levels: number of scalar levels, 2…16, instead of 2**bits; 5 levels take 7/3 bits.
+        clip_sigmas: half range of the "sigma_clip" grid in standard deviations of a row.
+        zero_point: "symmetric", "float" (row mean) or "integer".
+        group_size: columns that share a scale; None for whole rows.
+        per_tensor_scale: one scale for the whole matrix instead of one per row.
+        clip_coefficients: clamp coefficients to the grid's range before rounding (the paper's clip).
+        state_bits: log2 of the number of trellis states, 8…16.
+        tile_rows: rows of a trellis tile.
+        tile_cols: columns of a trellis tile, the panel of block LDLQ.
+        rounding: "ldlq" or "nearest".
+        column_order: "natural" or "descending".
+        damping: fraction of the Hessian's mean diagonal added before it is factored; raised if that fails.
+        recapture: capture each group of linears after the group before it was quantized, not once per block.
+        float_targets: α in [0, 1]: how far weights are corrected towards the float model's inputs.
+        residual_targets: β in [0, 1]: the same for the residual stream's accumulated deviation.
+        include: regular expressions of module names to quantize; empty for every linear inside the blocks.
+            Linears outside the blocks (heads) are quantized only if named here.
+        ignore: regular expressions of module names to leave in float.
+        overrides: settings for single linears: a regular expression of module names and the fields to change.
+        seed: of the random signs.
+    """
+
+    bits: float = 2
+    redundancy: float = 1.125
+    two_sided: bool = False
+    frame: FrameKind = FrameKind.FUSION
+    code: CodeKind = CodeKind.SCALAR
+    grid: GridKind = GridKind.SIGMA_CLIP
+    levels: int | None = None
+    clip_sigmas: float = 2.0
+    zero_point: ZeroPoint = ZeroPoint.SYMMETRIC
+    group_size: int | None = None
+    per_tensor_scale: bool = False
+    clip_coefficients: bool = True
+    state_bits: int = 12
+    tile_rows: int = 16
+    tile_cols: int = 16
+    rounding: Rounding = Rounding.LDLQ
+    column_order: ColumnOrder = ColumnOrder.NATURAL
+    damping: float = 0.01
+    recapture: bool = True
+    float_targets: float = 0.75
+    residual_targets: float = 0.75
+    include: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Coerce strings to enums and check every field.
+
+        Raises:
+            ConfigError: a value is of the wrong type, out of range, or contradicts another.
+        """
+        for name, enum in _ENUMS.items():
+            object.__setattr__(self, name, _coerce(name, enum, getattr(self, name)))
+        for name in ("include", "ignore"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        self._check_types()
+        self._check_ranges()
+        self._check_contradictions()
+        for pattern in (*self.include, *self.ignore, *self.overrides):
+            _check_pattern(pattern)
+        for pattern, changes in self.overrides.items():
+            _check_override(pattern, changes)
+        self.code_spec()
+
+    def _check_types(self) -> None:
+        for name in ("two_sided", "per_tensor_scale", "clip_coefficients", "recapture"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: expected true or false.")
+        for name in ("state_bits", "tile_rows", "tile_cols", "seed"):
+            if not _is_int(getattr(self, name)):
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: expected an integer.")
+        for name in ("levels", "group_size"):
+            if getattr(self, name) is not None and not _is_int(getattr(self, name)):
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: expected an integer or nothing.")
+        for name in _RANGES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{name} = {value!r}: expected a number.")
+
+    def _check_ranges(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name} = {value}: expected a value from {low:g} to {high:g}.")
+        if self.group_size is not None and self.group_size < 1:
+            raise ConfigError(f"group_size = {self.group_size}: expected a positive integer.")
+        if self.seed < 0:
+            raise ConfigError(f"seed = {self.seed}: expected a non-negative integer.")
+
+    def _check_contradictions(self) -> None:
+        if self.redundancy > 1 and self.frame is not FrameKind.FUSION:
+            raise ConfigError(
+                f"redundancy = {self.redundancy} needs frame = 'fusion'; frame = {self.frame.value!r} has redundancy 1."
+            )
+        if self.code is CodeKind.SCALAR and self.levels is None and self.bits != int(self.bits):
+            raise ConfigError(
+                f"bits = {self.bits}: a scalar code has a whole number of bits. "
+                f"Use bits = {int(self.bits)} with redundancy = {self.bits / int(self.bits):.4g}, or code = 'trellis'."
+            )
+        if self.code is CodeKind.TRELLIS and self.column_order is not ColumnOrder.NATURAL:
+            raise ConfigError("column_order = 'descending' needs code = 'scalar': trellis tiles are adjacent columns.")
+
+    def code_spec(self) -> GridSpec | TrellisSpec:
+        """The code that these settings describe.
+
+        Raises:
+            ConfigError: the code does not exist.
+        """
+        if self.code is CodeKind.TRELLIS:
+            return TrellisSpec(self.state_bits, rate_pattern(self.bits), self.tile_rows, self.tile_cols)
+        return GridSpec(
+            kind=self.grid,
+            num_levels=self.levels if self.levels is not None else 2 ** int(self.bits),
+            zero_point=self.zero_point,
+            clip_sigmas=self.clip_sigmas,
+            group_size=self.group_size,
+            per_tensor=self.per_tensor_scale,
+        )
+
+    def for_linear(self, name: str) -> FrameQuantConfig | None:
+        """Settings for one linear: every override whose pattern is found in ``name``, in order.
+
+        Returns:
+            The settings, or None if an override says ``skip: true``.
+        """
+        config = self
+        for pattern, changes in self.overrides.items():
+            if re.search(pattern, name):
+                if changes.get("skip"):
+                    return None
+                config = replace(config, **{key: value for key, value in changes.items() if key != "skip"})
+        return config
+
+    @property
+    def carries_float_stream(self) -> bool:
+        """Whether the walk must carry the float model's activations beside the quantized ones."""
+        return self.float_targets > 0 or self.residual_targets > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form with a version; ``from_dict`` inverts it."""
+        data = {key: value.value if isinstance(value, Enum) else value for key, value in asdict(self).items()}
+        data["include"], data["ignore"] = list(self.include), list(self.ignore)
+        data["overrides"] = {pattern: dict(changes) for pattern, changes in self.overrides.items()}
+        return {"version": CONFIG_VERSION, **data}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> FrameQuantConfig:
+        """Rebuild a config from ``to_dict``'s form or from YAML; a ``preset`` key names the defaults.
+
+        Raises:
+            ConfigError: unknown key or version, or a bad value.
+        """
+        values = dict(data)
+        version = values.pop("version", CONFIG_VERSION)
+        if version != CONFIG_VERSION:
+            raise ConfigError(f"config version {version!r}: this framequant reads version {CONFIG_VERSION}.")
+        name = values.pop("preset", None)
+        check_keys(values)
+        return preset(name, **values) if name is not None else cls(**values)
+
+
+_ENUMS: dict[str, type[Enum]] = {
+    "frame": FrameKind,
+    "code": CodeKind,
+    "grid": GridKind,
+    "zero_point": ZeroPoint,
+    "rounding": Rounding,
+    "column_order": ColumnOrder,
+}
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "bits": (1, 8),
+    "redundancy": (1, 8),
+    "clip_sigmas": (0.1, 16),
+    "damping": (0, 10),
+    "float_targets": (0, 1),
+    "residual_targets": (0, 1),
+}
+
+#: Every preset as the fields in which it differs from the defaults of ``FrameQuantConfig``.
+PRESETS: dict[str, dict[str, Any]] = {
+    "framequant": {},
+    "framequant-scalar": {},
+    "framequant-paper": {
+        "two_sided": True,
+        "zero_point": "float",
+        "clip_sigmas": 2.0,
+        "recapture": False,
+        "float_targets": 0.0,
+        "residual_targets": 0.0,
+    },
+    "quip": {
+        "redundancy": 1.0,
+        "frame": "hadamard",
+        "per_tensor_scale": True,
+        "clip_sigmas": 2.4,
+        "clip_coefficients": False,
+        "recapture": False,
+        "float_targets": 0.0,
+        "residual_targets": 0.0,
+    },
+    "gptq": {
+        "redundancy": 1.0,
+        "frame": "identity",
+        "grid": "min_max",
+        "zero_point": "integer",
+        "clip_coefficients": False,
+        "recapture": False,
+        "float_targets": 0.0,
+        "residual_targets": 0.0,
+    },
+    "rtn": {
+        "redundancy": 1.0,
+        "frame": "identity",
+        "grid": "min_max",
+        "zero_point": "integer",
+        "clip_coefficients": False,
+        "rounding": "nearest",
+        "recapture": False,
+        "float_targets": 0.0,
+        "residual_targets": 0.0,
+    },
+}
+
+
+def preset(name: str, **changes: Any) -> FrameQuantConfig:
+    """The config of a preset, with changes on top.
+
+    Args:
+        name: one of ``PRESETS``.
+        changes: fields of ``FrameQuantConfig``.
+
+    Raises:
+        ConfigError: unknown preset or field, or a bad value.
+
+    Examples:
+        >>> preset("gptq", bits=3).frame.value
+        'identity'
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}.{nearest(name, PRESETS)}")
+    check_keys(changes)
+    return FrameQuantConfig(**{**PRESETS[name], **changes})
+
+
+def check_keys(values: Mapping[str, Any]) -> None:
+    """Refuse keys that are no fields of ``FrameQuantConfig``, naming the nearest one.
+
+    Raises:
+        ConfigError: an unknown key.
+    """
+    known = [entry.name for entry in fields(FrameQuantConfig)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown setting {key!r}.{nearest(str(key), known)}")
+
+
+def _coerce(name: str, enum: type[Enum], value: Any) -> Enum:
+    try:
+        return enum(value)
+    except ValueError:
+        choices = [member.value for member in enum]
+        raise ConfigError(f"{name} = {value!r}.{nearest(str(value), choices)}") from None
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_pattern(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ConfigError(f"{pattern!r} is not a regular expression: {error}.") from error
+
+
+def _check_override(pattern: str, changes: Mapping[str, Any]) -> None:
+    forbidden = {"include", "ignore", "overrides", "seed", "recapture", "skip"}
+    if not isinstance(changes, Mapping):
+        raise ConfigError(f"override {pattern!r}: expected a mapping of settings, found {changes!r}.")
+    check_keys({key: value for key, value in changes.items() if key != "skip"})
+    for key in sorted((set(changes) & forbidden) - {"skip"}):
+        raise ConfigError(f"override {pattern!r}: {key!r} holds for a whole run and cannot be overridden.")

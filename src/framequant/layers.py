@@ -1,0 +1,128 @@
+"""``FrameLinear``: the layer ``y = T_outᵀ D̃ T_in x + b`` with its codes packed in memory.
+
+It holds exactly the tensors that the checkpoint holds, so a saved layer and a loaded one compute the same bits.
+Frames are rebuilt from the spec; their constants are not part of the module's state.
+
+Must not import models, checkpoints or integrations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from framequant import storage
+from framequant.frames import FrameOperator, build_frame
+from framequant.kernels import reference
+from framequant.spec import LinearSpec
+
+
+class FrameLinear(nn.Module):
+    """A linear whose weight is stored as codes of its fusion-frame coefficients.
+
+    Takes the place of ``torch.nn.Linear`` (and of GPT-2's ``Conv1D``): inputs (..., in_features) of any float
+    dtype give outputs (..., out_features) of the same dtype. No dense weight is kept.
+
+    Args:
+        spec: shape, frames and code.
+        bias: whether the layer adds a bias.
+        dtype: of the bias; the stored tensors have the dtypes that the format gives them, always.
+        device: where the empty tensors are made; ``meta`` for a skeleton to load into.
+    """
+
+    def __init__(
+        self,
+        spec: LinearSpec,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features = spec.in_features
+        self.out_features = spec.out_features
+        for name, (shape, stored) in storage.layout(spec).items():
+            self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
+        if bias:
+            empty = torch.empty(spec.out_features, dtype=dtype, device=device)
+            self.bias = nn.Parameter(empty, requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        self._frames: tuple[FrameOperator, FrameOperator] | None = None
+
+    @classmethod
+    def from_tensors(
+        cls, spec: LinearSpec, tensors: Mapping[str, Tensor], bias: Tensor | None = None
+    ) -> FrameLinear:
+        """Build a layer around stored tensors (taken as they are, not copied) and an optional bias."""
+        storage.check(spec, tensors, "FrameLinear")
+        layer = cls(spec, bias=False, device="meta")
+        for name, tensor in tensors.items():
+            layer.register_buffer(name, tensor)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return layer
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name, without the bias."""
+        return {name: getattr(self, name) for name in storage.layout(self.spec)}
+
+    @property
+    def frames(self) -> tuple[FrameOperator, FrameOperator]:
+        """Input and output frame, built on first use."""
+        if self._frames is None:
+            self._frames = build_frame(self.spec.frame_in), build_frame(self.spec.frame_out)
+        return self._frames
+
+    def forward(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
+        """Apply the layer."""
+        frame_in, frame_out = self.frames
+        coefficients = reference.analysis(frame_in, inputs)
+        outputs = reference.synthesis(frame_out, reference.product(coefficients, self.spec, self.tensors))
+        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o n"]:
+        """The dense weight that the layer is equal to, up to rounding of ``dtype``; a new tensor."""
+        return reference.dense_weight(self.spec, self.tensors, *self.frames, dtype=dtype)
+
+    @property
+    def weight(self) -> Float[Tensor, "o n"]:
+        """Dense weight, computed at every access: for code that only asks for its dtype or device."""
+        dtype = self.bias.dtype if self.bias is not None else torch.get_default_dtype()
+        return self.dequantize(dtype)
+
+    def num_bytes(self) -> int:
+        """Bytes of the stored tensors, without the bias."""
+        return sum(storage.num_bytes(self.tensors).values())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrameLinear:
+        """Move with the model, but keep the stored dtypes: ``model.half()`` must not alter the scales."""
+        dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
+        before = self.tensors
+        super()._apply(fn, recurse)
+        for name, dtype in dtypes.items():
+            moved = getattr(self, name)
+            if moved.dtype != dtype:
+                setattr(self, name, before[name].to(device=moved.device))
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrameLinear:
+        """Copy tensors; the frames are rebuilt from the spec."""
+        bias = None if self.bias is None else self.bias.detach()
+        tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        copy = FrameLinear.from_tensors(self.spec, tensors, bias)
+        copy.training = self.training
+        memo[id(self)] = copy
+        return copy
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"redundancy={self.spec.redundancy:.4g}, code={type(self.spec.code).__name__}"
+        )

@@ -1,0 +1,92 @@
+"""Calibration batches: what the walk runs the model on.
+
+A batch is what the model is called with: a tensor (token ids or images), a tuple of arguments, or a mapping of
+keyword arguments. ``as_batches`` takes what users have at hand and makes a list of these. Texts and image
+folders are read by ``evaluation.text`` and ``evaluation.images``; this module knows tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from framequant.errors import CalibrationError
+
+#: Tokens of one batch; large enough to keep the machine busy, small enough for attention on the CPU.
+TOKENS_PER_BATCH = 8192
+IMAGES_PER_BATCH = 32
+
+
+def as_batches(calibration: Any) -> list[Any]:
+    """Make a list of batches.
+
+    Args:
+        calibration: a tensor of token ids (samples, length) or images (samples, channels, height, width); a
+            mapping of such tensors; or an iterable of batches (a list, a DataLoader), taken as they come. A
+            batch that is a pair whose second element is one integer per sample (labels) loses it.
+
+    Raises:
+        CalibrationError: nothing in it, or something that is no batch.
+    """
+    if isinstance(calibration, Tensor):
+        batches: list[Any] = list(_split(calibration))
+    elif isinstance(calibration, Mapping):
+        batches = _split_mapping(calibration)
+    elif isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes):
+        batches = [_as_batch(item) for item in calibration]
+    else:
+        raise CalibrationError(
+            f"calibration is {type(calibration).__name__}; expected a tensor, a mapping or a list of batches. "
+            "For a text file or an image folder use framequant.evaluation.text or .images, or the command line."
+        )
+    if not batches:
+        raise CalibrationError("the calibration set is empty; give at least one batch.")
+    return batches
+
+
+def _split(tensor: Tensor) -> tuple[Tensor, ...]:
+    if tensor.ndim < 2 or tensor.shape[0] == 0:
+        raise CalibrationError(
+            f"calibration has shape {tuple(tensor.shape)}; expected (samples, length) token ids or "
+            "(samples, channels, height, width) images."
+        )
+    return tensor.split(_batch_size(tensor))
+
+
+def _split_mapping(mapping: Mapping[str, Any]) -> list[dict[str, Any]]:
+    tensors = {key: value for key, value in mapping.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise CalibrationError("the calibration mapping holds no tensor.")
+    size = min(_batch_size(value) for value in tensors.values())
+    count = len(next(iter(tensors.values())))
+    return [
+        {key: value[start : start + size] if key in tensors else value for key, value in mapping.items()}
+        for start in range(0, count, size)
+    ]
+
+
+def _batch_size(tensor: Tensor) -> int:
+    return IMAGES_PER_BATCH if tensor.ndim >= 4 else max(TOKENS_PER_BATCH // max(tensor.shape[1], 1), 1)
+
+
+def _as_batch(item: Any) -> Any:
+    if isinstance(item, Tensor | Mapping):
+        return dict(item) if isinstance(item, Mapping) else item
+    if isinstance(item, tuple | list) and item and isinstance(item[0], Tensor):
+        labels = len(item) == 2 and isinstance(item[1], Tensor) and item[1].ndim == 1
+        return item[0] if labels else tuple(item)
+    raise CalibrationError(f"a calibration batch is {type(item).__name__}; expected a tensor, a tuple or a mapping.")
+
+
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
+    """Move a batch's tensors to a device; floating ones (images) also to the model's dtype."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, dtype if batch.is_floating_point() else None)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device, dtype) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return tuple(to_device(value, device, dtype) for value in batch)
+    return batch

@@ -1,0 +1,158 @@
+"""Run blocks on calibration activations and sum the second moments that rounding needs.
+
+The quantized chain's block and the float model's copy of it run on the same batch, each with its own
+activations; hooks pick up what the linears of interest read and what their residual stream holds. Hooks are
+always removed, and a run ends as soon as it has been where it was sent.
+
+Must not import layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from framequant.model.replay import Call, EndOfRunError
+from framequant.model.trace import Group, StreamTerm
+from framequant.quantizers.hessian import Moments
+
+
+@dataclass
+class Seen:
+    """What one run of a block showed.
+
+    Attributes:
+        inputs: for each group, by its name, the tensor it read, once per call, as (tokens, features).
+        terms: the residual terms asked for, as (tokens, features).
+    """
+
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    terms: dict[StreamTerm, Tensor] = field(default_factory=dict)
+
+
+def token_mask(batch: Any) -> Tensor | None:
+    """The batch's real tokens as a flat boolean mask, or None when every token is real."""
+    mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+    if mask is None or mask.ndim != 2 or bool(mask.all()):
+        return None
+    return mask.reshape(-1).bool()
+
+
+def observe(block: nn.Module, call: Call, groups: Sequence[Group]) -> Seen:
+    """Run a block until every group has read its input; return what was seen.
+
+    Args:
+        block: in evaluation mode.
+        call: its arguments.
+        groups: whose inputs and residual terms to pick up.
+    """
+    seen = Seen()
+    with _observers(block, call, groups, seen), torch.no_grad():
+        try:
+            call.run(block)
+        except EndOfRunError:
+            pass
+    return seen
+
+
+@contextmanager
+def _observers(block: nn.Module, call: Call, groups: Sequence[Group], seen: Seen) -> Iterator[None]:
+    remaining = {group.name: group.calls for group in groups}
+    handles = []
+
+    def read(_: nn.Module, args: Any, kwargs: Any, name: str) -> None:
+        inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        seen.inputs.setdefault(name, []).append(_flat(inputs))
+        remaining[name] -= 1
+        if all(count <= 0 for count in remaining.values()):
+            raise EndOfRunError
+
+    for term in {term for group in groups for terms in group.streams.values() for term in terms}:
+        if term.kind == "argument":
+            seen.terms[term] = _flat(call.hidden)
+        else:
+            handles.append(_watch(block.get_submodule(term.module), term, seen))
+    for group in groups:
+        module = block.get_submodule(group.name)
+        handles.append(
+            module.register_forward_pre_hook(
+                lambda m, args, kwargs, name=group.name: read(m, args, kwargs, name), with_kwargs=True
+            )
+        )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(module: nn.Module, term: StreamTerm, seen: Seen) -> Any:
+    if term.kind == "output":
+        return module.register_forward_hook(lambda _m, _a, out: seen.terms.__setitem__(term, _flat(out)))
+    return module.register_forward_pre_hook(lambda _m, args: seen.terms.__setitem__(term, _flat(args[0])))
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1, tensor.shape[-1])
+
+
+def add_moments(
+    totals: dict[str, Moments],
+    groups: Sequence[Group],
+    quantized: Seen,
+    floating: Seen | None,
+    mask: Tensor | None,
+    use_drift: bool,
+    use_residual: bool,
+) -> None:
+    """Add one batch's moments for each group.
+
+    Args:
+        totals: moments by group name, updated.
+        groups: the groups that were observed.
+        quantized: what the quantized chain showed.
+        floating: what the float model showed on the same batch, or None.
+        mask: real tokens; padding takes no part.
+        use_drift: whether to sum the drift between both inputs.
+        use_residual: whether to sum the deviation of the residual streams.
+    """
+    for group in groups:
+        reads = quantized.inputs.get(group.name, [])
+        float_reads = floating.inputs.get(group.name, []) if floating else []
+        paired = len(reads) == len(float_reads) and all(
+            a.shape == b.shape for a, b in zip(reads, float_reads, strict=True)
+        )
+        moments = totals[group.name]
+        for index, inputs in enumerate(reads):
+            keep = _applicable(mask, inputs)
+            other = float_reads[index] if paired and use_drift else None
+            moments.add(_kept(inputs, keep), None if other is None else _kept(other, keep))
+        if floating is not None and use_residual and len(reads) == 1:
+            _add_residuals(moments, group, quantized, floating, _applicable(mask, reads[0]), reads[0])
+
+
+def _add_residuals(
+    moments: Moments, group: Group, quantized: Seen, floating: Seen, keep: Tensor | None, inputs: Tensor
+) -> None:
+    for name, terms in group.streams.items():
+        deviation: Tensor | None = None
+        for term in terms:
+            if term not in quantized.terms or term not in floating.terms:
+                return
+            difference = floating.terms[term] - quantized.terms[term]
+            deviation = difference if deviation is None else deviation + difference
+        if deviation is not None and deviation.shape[0] == inputs.shape[0]:
+            moments.add_residual(name, _kept(deviation, keep), _kept(inputs, keep))
+
+
+def _applicable(mask: Tensor | None, inputs: Tensor) -> Tensor | None:
+    return mask if mask is not None and mask.numel() == inputs.shape[0] else None
+
+
+def _kept(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    return tensor if keep is None else tensor[keep.to(tensor.device)]

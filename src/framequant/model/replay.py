@@ -1,0 +1,175 @@
+"""Run a model up to one of its blocks without running the blocks before it.
+
+Blocks receive more than their predecessor's output: rotary embeddings, masks that differ from layer to layer,
+a downsampled copy between two stages. Instead of guessing these, the model itself is run, with every earlier
+block replaced by a stub: the block just before returns its stored output, those before that pass their input
+through, and the block of interest records what it is called with and ends the run. So each block sees exactly
+what the model would give it, for the price of the embeddings.
+
+Must not import layers or quantizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from framequant.errors import DiscoveryError
+
+
+class EndOfRunError(Exception):
+    """Raised inside a forward pass to end it early; never leaves this package."""
+
+
+@dataclass
+class Call:
+    """The arguments of one call of a block."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states: the first floating tensor among the arguments."""
+        return first_tensor([*self.args, *self.kwargs.values()])
+
+    def run(self, block: nn.Module) -> Any:
+        """Call a block with these arguments."""
+        return block(*self.args, **self.kwargs)
+
+
+def first_tensor(values: Sequence[Any]) -> Tensor:
+    """The first floating-point tensor of a sequence.
+
+    Raises:
+        DiscoveryError: there is none.
+    """
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    raise DiscoveryError("a block was called without hidden states; this model's blocks cannot be walked.")
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A block's output with its hidden states replaced; outputs are a tensor or a tuple that starts with it."""
+    if isinstance(output, Tensor):
+        return hidden
+    return type(output)((hidden, *output[1:]))
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch: a mapping of keyword arguments, a tuple of arguments, or one tensor."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+@contextmanager
+def forwards_replaced(replacements: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the ``forward`` of modules for a while; hooks and ``__call__`` stay as they are."""
+    saved = {module: module.__dict__.get("forward") for module in replacements}
+    try:
+        for module, forward in replacements.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, forward in saved.items():
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
+
+
+@contextmanager
+def inference_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, no key-value cache; everything as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if hasattr(c, "use_cache")}
+    caching = [config for config in configs.values() if config.use_cache]
+    model.eval()
+    for config in caching:
+        config.use_cache = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+        for config in caching:
+            config.use_cache = True
+
+
+class Replay:
+    """The blocks of a model in the order in which they run, and what each is called with.
+
+    Args:
+        model: in evaluation mode.
+        chains: block names by chain, from ``find_blocks``.
+        batch: an example batch, run once to learn the order.
+
+    Raises:
+        DiscoveryError: a block is never called or called more than once.
+    """
+
+    def __init__(self, model: nn.Module, chains: Mapping[str, Sequence[str]], batch: Any) -> None:
+        self.model = model
+        self.names = self._execution_order(chains, batch)
+        self.blocks = [model.get_submodule(name) for name in self.names]
+        ends = {names[-1] for names in chains.values()}
+        self._chain_ends = [index for index, name in enumerate(self.names) if name in ends]
+        self._anchors: dict[int, list[Any]] = {}
+
+    def _execution_order(self, chains: Mapping[str, Sequence[str]], batch: Any) -> list[str]:
+        calls: list[str] = []
+        names = [name for chain in chains.values() for name in chain]
+        hooks = [
+            self.model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+            for name in names
+        ]
+        try:
+            call_model(self.model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        repeated = sorted({name for name in calls if calls.count(name) > 1})
+        if repeated:
+            raise DiscoveryError(f"block {repeated[0]} runs more than once per forward pass; shared blocks are not walked.")
+        if not calls:
+            raise DiscoveryError("no block of the model was called on the calibration data.")
+        return calls
+
+    def call(self, index: int, batch: Any, previous: Any) -> Call:
+        """What block ``index`` is called with.
+
+        Args:
+            index: position in ``names``.
+            batch: the model's input.
+            previous: the stored output of block ``index - 1`` on this batch; ignored for the first block.
+        """
+        caught: list[Call] = []
+
+        def catch(*args: Any, **kwargs: Any) -> None:
+            caught.append(Call(args, kwargs))
+            raise EndOfRunError
+
+        def pass_through(*args: Any, **kwargs: Any) -> Any:
+            return with_hidden(previous, Call(args, kwargs).hidden)
+
+        replacements: dict[nn.Module, Callable[..., Any]] = {self.blocks[index]: catch}
+        for earlier in range(index - 1):
+            replacements[self.blocks[earlier]] = pass_through
+        if index:
+            replacements[self.blocks[index - 1]] = lambda *_, **__: previous
+        with forwards_replaced(replacements):
+            try:
+                call_model(self.model, batch)
+            except EndOfRunError:
+                pass
+        return caught[0]

@@ -1,0 +1,197 @@
+"""What a run did: its settings, every linear's figures, and how much of the model is quantized.
+
+Plain data that goes to ``framequant_report.json`` and back; pages and tables are made from it alone.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any
+
+from framequant.frames import FrameKind, FrameSpec
+from framequant.quantizers.weight import QuantizedWeight
+from framequant.spec import LinearSpec
+from framequant.storage import num_bytes
+
+REPORT_VERSION = 1
+
+
+@dataclass
+class LinearReport:
+    """Figures of one linear.
+
+    Attributes:
+        name: qualified module name.
+        in_features, out_features: shape of the original weight.
+        frame_in, frame_out: what the frames are, in words.
+        code: what the code is, in words.
+        redundancy: true r_in · r_out.
+        bytes: bytes of each stored part, "frame" being its entry in ``config.json``.
+        bits_per_weight: 8 × all these bytes over the number of original weights.
+        proxy_loss: tr(E H Eᵀ) against the target on the calibration data.
+        relative_loss: that over tr(W H Wᵀ).
+        target_change: squared relative distance of the target from the weight.
+        damping: fraction of the mean diagonal used, after escalation.
+        escalations: how often the damping had to be raised.
+        tokens: calibration tokens seen; 0 means that an identity Hessian was used.
+        residual_correction: whether the residual stream's deviation was corrected.
+        seconds: time spent on this linear's group, divided by the number of its members.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    frame_in: str
+    frame_out: str
+    code: str
+    redundancy: float
+    bytes: dict[str, int]
+    bits_per_weight: float
+    proxy_loss: float
+    relative_loss: float
+    target_change: float
+    damping: float
+    escalations: int
+    tokens: int
+    residual_correction: bool
+    seconds: float
+
+    @property
+    def num_weights(self) -> int:
+        """Number of original weights."""
+        return self.in_features * self.out_features
+
+
+@dataclass
+class QuantizationReport:
+    """A whole run.
+
+    Attributes:
+        config: settings, as ``FrameQuantConfig.to_dict`` gives them.
+        linears: one entry per quantized linear, in order of the walk.
+        skipped: linears inside the blocks that stayed float, with the reason.
+        model: class name and parameter counts.
+        environment: versions, device, dtype, threads.
+        warnings: what a reader should know.
+        seconds: wall-clock time of the walk.
+    """
+
+    config: dict[str, Any]
+    linears: list[LinearReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Measured bits per original weight over all quantized linears."""
+        weights = sum(entry.num_weights for entry in self.linears)
+        return 8 * sum(sum(entry.bytes.values()) for entry in self.linears) / max(weights, 1)
+
+    @property
+    def redundancy(self) -> float:
+        """True redundancy, averaged over weights."""
+        weights = sum(entry.num_weights for entry in self.linears)
+        return sum(entry.redundancy * entry.num_weights for entry in self.linears) / max(weights, 1)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the weights of the model's linears, outside embeddings and heads, that is quantized."""
+        weights = sum(entry.num_weights for entry in self.linears)
+        return weights / max(self.model.get("block_linear_weights", weights), weights, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; ``from_dict`` inverts it."""
+        return {
+            "version": REPORT_VERSION,
+            "summary": {
+                "bits_per_weight": self.bits_per_weight,
+                "redundancy": self.redundancy,
+                "coverage": self.coverage,
+                "quantized_linears": len(self.linears),
+                "quantized_weights": sum(entry.num_weights for entry in self.linears),
+            },
+            **asdict(self),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantizationReport:
+        """Rebuild a report from ``to_dict``'s form."""
+        values = {key: value for key, value in data.items() if key not in ("version", "summary")}
+        values["linears"] = [LinearReport(**entry) for entry in values["linears"]]
+        return cls(**values)
+
+
+def linear_report(
+    name: str, result: QuantizedWeight, tokens: int, residual_correction: bool, seconds: float
+) -> LinearReport:
+    """Make the entry of one linear."""
+    spec = result.spec
+    parts = {**num_bytes(result.tensors), "frame": len(json.dumps(config_entry(name, spec))) - 1}
+    return LinearReport(
+        name=name,
+        in_features=spec.in_features,
+        out_features=spec.out_features,
+        frame_in=describe_frame(spec.frame_in),
+        frame_out=describe_frame(spec.frame_out),
+        code=describe_code(spec),
+        redundancy=spec.redundancy,
+        bytes=parts,
+        bits_per_weight=8 * sum(parts.values()) / spec.num_weights,
+        proxy_loss=result.loss.proxy,
+        relative_loss=result.loss.relative,
+        target_change=result.loss.target_change,
+        damping=result.loss.damping,
+        escalations=result.loss.escalations,
+        tokens=tokens,
+        residual_correction=residual_correction,
+        seconds=seconds,
+    )
+
+
+def config_entry(name: str, spec: LinearSpec, scheme: int = 0) -> dict[str, list[int]]:
+    """A linear's entry in ``config.json``: the number of its scheme and its two sign seeds."""
+    return {name: [scheme, spec.frame_in.seed, spec.frame_out.seed]}
+
+
+def describe_frame(frame: FrameSpec) -> str:
+    """A frame in words."""
+    if frame.kind is FrameKind.FUSION:
+        return f"fusion k={frame.num_subspaces} l={frame.subspace_dim} r={frame.redundancy:.4f}"
+    return frame.kind.value
+
+
+def describe_code(spec: LinearSpec) -> str:
+    """A code in words."""
+    code = spec.code
+    if hasattr(code, "num_levels"):
+        scope = "tensor" if code.per_tensor else f"{code.group_size} columns" if code.group_size else "row"
+        return f"{code.num_levels} levels, {code.kind.value}, scale per {scope}"
+    return f"trellis 2^{code.state_bits}, rates {code.rates}, tiles {code.tile_rows}x{code.tile_cols}"
+
+
+def environment(device: str, dtype: str) -> dict[str, Any]:
+    """Versions and machine, for the report."""
+    import torch
+
+    versions = {}
+    for package in ("framequant", "torch", "transformers", "timm", "numpy", "triton"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.machine()
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "device": device,
+        "device_name": name,
+        "dtype": dtype,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,216 @@
+"""The algorithm of the paper, over a whole model: block by block on the activations of quantized predecessors.
+
+For each block: trace it, capture what its linears read, quantize them group by group, replace them, and pass on
+the outputs of the *quantized* block. Where targets from the float model are wanted, a float copy of the block
+runs beside it on the float model's own activations, so two streams are carried from block to block.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from framequant.config import FrameQuantConfig
+from framequant.errors import DiscoveryError
+from framequant.layers import FrameLinear
+from framequant.model import discovery
+from framequant.model.calibration import as_batches, to_device
+from framequant.model.capture import add_moments, observe, token_mask
+from framequant.model.replay import Call, Replay, inference_mode
+from framequant.model.report import QuantizationReport, environment, linear_report
+from framequant.model.trace import Group, trace_block
+from framequant.quantizers.hessian import Moments
+from framequant.quantizers.weight import quantize_group
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a walk stands.
+
+    Attributes:
+        done: weights quantized so far.
+        total: weights to quantize.
+        message: what is being done.
+    """
+
+    done: int
+    total: int
+    message: str
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+def quantize_(
+    model: nn.Module,
+    calibration: Any,
+    config: FrameQuantConfig | None = None,
+    progress: ProgressCallback | None = None,
+) -> QuantizationReport:
+    """Quantize a model in place.
+
+    Every selected linear is replaced by a ``FrameLinear``. The model keeps its device, dtype and mode.
+
+    Args:
+        model: any module with repeated blocks (transformers, timm, your own), with its weights loaded.
+        calibration: batches to run it on, see ``framequant.model.calibration.as_batches``.
+        config: settings; the preset ``framequant`` by default.
+        progress: called after every group of linears.
+
+    Returns:
+        The report; it is also kept on the model for ``save_pretrained``.
+
+    Raises:
+        CalibrationError: no calibration data, or of the wrong kind.
+        ConfigError: a pattern matches nothing.
+        DiscoveryError: the model has no repeated blocks, or they cannot be walked.
+        NumericalError: NaN or infinity in weights or activations; the linear is named.
+    """
+    config = config or FrameQuantConfig()
+    walk = _Walk(model, as_batches(calibration), config, progress)
+    with inference_mode(model):
+        return walk.run()
+
+
+class _Walk:
+    """State of one walk: the two streams of activations and the report in the making."""
+
+    def __init__(
+        self, model: nn.Module, batches: list[Any], config: FrameQuantConfig, progress: ProgressCallback | None
+    ) -> None:
+        reference = next(model.parameters())
+        self.model, self.config, self.progress = model, config, progress
+        self.device, self.dtype = reference.device, reference.dtype
+        self.batches = [to_device(batch, self.device, self.dtype) for batch in batches]
+        self.masks = [token_mask(batch) for batch in self.batches]
+        self.report = QuantizationReport(
+            config.to_dict(), environment=environment(str(self.device), str(self.dtype).removeprefix("torch."))
+        )
+        self.done = 0
+
+    def run(self) -> QuantizationReport:
+        start = time.perf_counter()
+        chains = discovery.find_blocks(self.model)
+        self.selected = discovery.select_linears(self.model, [b for names in chains.values() for b in names], self.config)
+        modules = dict(self.model.named_modules())
+        self.total = sum(modules[name].weight.numel() for name in self.selected)
+        self._describe_model(chains)
+        replay = Replay(self.model, chains, self.batches[0])
+        quantized: list[Any] = [None] * len(self.batches)
+        floating: list[Any] = [None] * len(self.batches)
+        carry = self.config.carries_float_stream
+        for index, name in enumerate(replay.names):
+            block = replay.blocks[index]
+            calls = [replay.call(index, batch, out) for batch, out in zip(self.batches, quantized, strict=True)]
+            float_calls = None
+            if carry and index:
+                float_calls = [replay.call(index, b, out) for b, out in zip(self.batches, floating, strict=True)]
+            original = copy.deepcopy(block) if carry else None
+            self._quantize_block(name, block, original, calls, float_calls or calls)
+            last = index + 1 == len(replay.names)
+            if not last:
+                quantized = [call.run(block) for call in calls]
+                if original is not None:
+                    floating = [call.run(original) for call in float_calls or calls]
+        self._finish(time.perf_counter() - start)
+        return self.report
+
+    def _describe_model(self, chains: dict[str, list[str]]) -> None:
+        prefixes = tuple(f"{block}." for names in chains.values() for block in names)
+        inside = {n: m for n, m in discovery.linears(self.model).items() if n.startswith(prefixes)}
+        self.block_linears = set(inside)
+        self.report.model = {
+            "class": type(self.model).__name__,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "blocks": sum(len(names) for names in chains.values()),
+            "chains": list(chains),
+            "block_linear_weights": sum(module.weight.numel() for module in inside.values()),
+        }
+
+    def _quantize_block(
+        self, name: str, block: nn.Module, original: nn.Module | None, calls: list[Call], float_calls: list[Call]
+    ) -> None:
+        prefix = f"{name}."
+        inner = [full.removeprefix(prefix) for full in self.selected if full.startswith(prefix)]
+        groups = trace_block(block, calls[0], inner)
+        called = {linear for group in groups for linear in group.linears}
+        for linear in inner:
+            if linear not in called:
+                self.report.skipped[prefix + linear] = "its forward was not called on the calibration data"
+        stages = [[group] for group in groups] if self.config.recapture else [groups]
+        for stage in stages:
+            moments = self._capture(block, original, calls, float_calls, stage)
+            for group in stage:
+                self._quantize_group(prefix, block, group, moments[group.name])
+
+    def _capture(
+        self,
+        block: nn.Module,
+        original: nn.Module | None,
+        calls: list[Call],
+        float_calls: list[Call],
+        stage: list[Group],
+    ) -> dict[str, Moments]:
+        features = {group.name: discovery.linear_weight(block.get_submodule(group.name)).shape[1] for group in stage}
+        totals = {name: Moments(count) for name, count in features.items()}
+        for call, float_call, mask in zip(calls, float_calls, self.masks, strict=True):
+            floating = observe(original, float_call, stage) if original is not None else None
+            quantized = observe(block, call, stage)
+            add_moments(
+                totals,
+                stage,
+                quantized,
+                floating,
+                mask,
+                use_drift=self.config.float_targets > 0,
+                use_residual=self.config.residual_targets > 0,
+            )
+        return totals
+
+    def _quantize_group(self, prefix: str, block: nn.Module, group: Group, moments: Moments) -> None:
+        start = time.perf_counter()
+        modules = {prefix + linear: block.get_submodule(linear) for linear in group.linears}
+        moments.residual_sum = {prefix + linear: total for linear, total in moments.residual_sum.items()}
+        weights = {name: discovery.linear_weight(module) for name, module in modules.items()}
+        configs = {name: self.config.for_linear(name) or self.config for name in modules}
+        results = quantize_group(weights, moments, configs, prefix + group.name)
+        seconds = (time.perf_counter() - start) / len(modules)
+        for name, result in results.items():
+            layer = FrameLinear.from_tensors(result.spec, result.tensors, modules[name].bias)
+            self.model.set_submodule(name, layer)
+            corrected = name in moments.residual_sum and configs[name].residual_targets > 0
+            self.report.linears.append(linear_report(name, result, moments.count, corrected, seconds))
+            self.done += result.spec.num_weights
+        if self.progress:
+            self.progress(Progress(self.done, self.total, prefix + group.name))
+
+    def _finish(self, seconds: float) -> None:
+        report = self.report
+        if not report.linears:
+            raise DiscoveryError("no selected linear was called on the calibration data, so nothing was quantized.")
+        chosen = {entry.name for entry in report.linears} | set(report.skipped)
+        for name in sorted(self.block_linears - chosen):
+            report.skipped[name] = "left in float by include, ignore or overrides"
+        for entry in report.linears:
+            if entry.escalations:
+                report.warnings.append(f"{entry.name}: damping raised to {entry.damping:g}; too few calibration tokens?")
+            if entry.tokens == 0:
+                report.warnings.append(f"{entry.name}: saw no calibration token; an identity Hessian was used.")
+        if report.coverage < 0.95:
+            report.warnings.append(f"only {report.coverage:.1%} of the weights of the blocks' linears are quantized.")
+        report.seconds = seconds
+        self.model.framequant_report = report
+
+
+def quantized_linears(model: nn.Module) -> dict[str, FrameLinear]:
+    """All quantized linears of a model by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FrameLinear)}
+
+
+__all__ = ["Progress", "Tensor", "quantize_", "quantized_linears", "torch"]

@@ -1,0 +1,1 @@
+"""Pure functions of tensors: which integers to choose for a linear, given its weight and its inputs."""

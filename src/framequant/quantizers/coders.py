@@ -1,0 +1,83 @@
+"""Fitted codes as the rounding sees them: round a panel of columns, remember the codes, give stored tensors.
+
+Linears that share a Hessian are stacked into one tall matrix for rounding; a coder therefore spans the rows of
+several linears, each fitted on its own, and hands each its tensors back at the end.
+
+Must not import models, layers or frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from framequant.codes.grid import Grid, GridSpec, clip_to_grid, decode, encode, fit_grid
+from framequant.codes.packing import pack_codes
+from framequant.quantizers.rounding import Coder
+
+
+class ScalarCoder:
+    """Scalar grids of one or more stacked matrices of coefficients.
+
+    Args:
+        matrices: the coefficients D of each linear, (rows_i, cols), float64.
+        spec: the grid, the same for all.
+    """
+
+    panel = 1
+
+    def __init__(self, matrices: Sequence[Float[Tensor, "rows cols"]], spec: GridSpec) -> None:
+        self._rows = [matrix.shape[0] for matrix in matrices]
+        self._grids = [fit_grid(matrix, spec) for matrix in matrices]
+        self._grid = _stack(self._grids, self._rows)
+        first = matrices[0]
+        self._codes = torch.empty(sum(self._rows), first.shape[1], dtype=torch.uint8, device=first.device)
+
+    def clip(self, coefficients: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """Clamp the stacked coefficients to the range of their grids."""
+        return clip_to_grid(coefficients, self._grid)
+
+    def quantize(self, columns: Float[Tensor, "m c"], first: int) -> Float[Tensor, "m c"]:
+        """Round columns to the nearest level and record their codes."""
+        codes = encode(columns, self._grid, first)
+        self._codes[:, first : first + codes.shape[1]] = codes
+        return decode(codes, self._grid, first, dtype=columns.dtype)
+
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """The stored tensors of each linear, in the order in which the matrices were given."""
+        result = []
+        for grid, codes in zip(self._grids, self._codes.split(self._rows), strict=True):
+            stored = {
+                "packed_codes": pack_codes(codes, grid.spec.num_levels),
+                "scales": grid.stored_scales(),
+            }
+            zero_points = grid.stored_zero_points()
+            if zero_points is not None:
+                stored["zero_points"] = zero_points
+            result.append(stored)
+        return result
+
+
+def _stack(grids: Sequence[Grid], rows: Sequence[int]) -> Grid:
+    """One grid over the rows of all; a scale per tensor is repeated for each of its rows."""
+    first = grids[0]
+    zeros = [
+        grid.zero_points.expand(count, -1) for grid, count in zip(grids, rows, strict=True) if grid.zero_points is not None
+    ]
+    return Grid(
+        spec=GridSpec.from_dict({**first.spec.to_dict(), "per_tensor": False}),
+        levels=first.levels,
+        scales=torch.cat([grid.scales.expand(count, -1) for grid, count in zip(grids, rows, strict=True)]),
+        zero_points=torch.cat(zeros) if zeros else None,
+    )
+
+
+def make_coder(matrices: Sequence[Float[Tensor, "rows cols"]], spec: GridSpec) -> ScalarCoder:
+    """Fit the code that ``spec`` describes to stacked matrices of coefficients."""
+    return ScalarCoder(matrices, spec)
+
+
+__all__ = ["Coder", "ScalarCoder", "make_coder"]

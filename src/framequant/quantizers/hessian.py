@@ -1,0 +1,155 @@
+"""Second moments of a linear's inputs, their damping, and a factorisation that cannot fail silently.
+
+Conventions: activations are rows, ``x`` of shape (tokens, features); the Hessian is the *mean* of ``x xᵀ``
+(no factor 2); the damping is a fraction of its mean diagonal. Sums are kept in float32 on fast devices and in
+float64 when the activations are float64; factorisations are always float64.
+
+Must not import ``torch.nn``, models or frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from framequant.errors import NumericalError
+
+#: The first retry of a failed factorisation multiplies the damping by this, and so on.
+ESCALATION = 10.0
+MAX_ESCALATIONS = 8
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which moments of activations of ``dtype`` are summed."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass
+class Moments:
+    """Streaming sums over tokens, from which the rounding's matrices are made.
+
+    With x_q the input of a linear in the quantized chain, x_f the same token's input in the float model, and
+    e = h_f - h_q the deviation of the residual stream that the linear writes to:
+
+    Attributes:
+        features: number of input features.
+        hessian_sum: Σ x_q x_qᵀ, (features, features).
+        drift_sum: Σ (x_f - x_q) x_qᵀ, (features, features); None when the float chain is not carried.
+            Summing the difference rather than C = Σ x_f x_qᵀ loses no digits to cancellation.
+        residual_sum: Σ e x_qᵀ per residual-writing linear, (out_features, features), by linear name.
+        count: number of tokens.
+    """
+
+    features: int
+    hessian_sum: Tensor | None = None
+    drift_sum: Tensor | None = None
+    residual_sum: dict[str, Tensor] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, inputs: Float[Tensor, "t n"], float_inputs: Float[Tensor, "t n"] | None = None) -> None:
+        """Add a batch of tokens; ``float_inputs`` are the same tokens' inputs in the float model."""
+        dtype = accumulation_dtype(inputs.dtype)
+        x = inputs.to(dtype)
+        self.hessian_sum = _accumulate(self.hessian_sum, x, x)
+        if float_inputs is not None:
+            self.drift_sum = _accumulate(self.drift_sum, float_inputs.to(dtype) - x, x)
+        self.count += x.shape[0]
+
+    def add_residual(self, name: str, deviation: Float[Tensor, "t o"], inputs: Float[Tensor, "t n"]) -> None:
+        """Add the residual stream's deviation for the linear ``name``; call beside ``add``."""
+        dtype = accumulation_dtype(inputs.dtype)
+        total = _accumulate(self.residual_sum.get(name), deviation.to(dtype), inputs.to(dtype))
+        self.residual_sum[name] = total
+
+    def hessian(self) -> Float[Tensor, "n n"]:
+        """Mean of x xᵀ in float64; the identity when no token was seen (every direction matters alike)."""
+        if self.hessian_sum is None or self.count == 0:
+            return torch.eye(self.features, dtype=torch.float64)
+        return self.hessian_sum.double() / self.count
+
+    def drift(self) -> Float[Tensor, "n n"] | None:
+        """Mean of (x_f - x_q) x_qᵀ in float64, or None."""
+        return None if self.drift_sum is None else self.drift_sum.double() / max(self.count, 1)
+
+    def residual(self, name: str) -> Float[Tensor, "o n"] | None:
+        """Mean of e x_qᵀ in float64 for one linear, or None."""
+        total = self.residual_sum.get(name)
+        return None if total is None else total.double() / max(self.count, 1)
+
+
+def _accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    if total is None:
+        return left.T @ right
+    return total.addmm_(left.T, right)
+
+
+def damped(hessian: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
+    """Return ``hessian + damping · mean(diag) · I``; an all-zero Hessian gives the identity."""
+    mean = hessian.diagonal().mean()
+    if mean == 0:
+        return torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    return hessian + damping * mean * torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+
+
+@dataclass(frozen=True)
+class FeedbackFactor:
+    """The upper triangular factor through which rounding errors are fed forward.
+
+    Attributes:
+        upper: U with (H + λI)⁻¹ = Uᵀ U, float64, (n, n).
+        damping: the damping that was needed, a fraction of the mean diagonal.
+        escalations: how often it had to be raised.
+    """
+
+    upper: Tensor
+    damping: float
+    escalations: int
+
+
+def feedback_factor(hessian: Float[Tensor, "n n"], damping: float, name: str = "") -> FeedbackFactor:
+    """Factor the damped inverse Hessian, raising the damping until the factorisation succeeds.
+
+    Args:
+        hessian: symmetric positive semi-definite, float64.
+        damping: fraction of the mean diagonal to start from, ≥ 0.
+        name: the linear, for the error message.
+
+    Returns:
+        The factor and the damping that was used.
+
+    Raises:
+        NumericalError: the Hessian holds NaN or infinity, or no damping up to 10⁸ times the first helps.
+
+    References:
+        Frantar et al. 2022, arXiv 2210.17323 (GPTQ), for the use of the Cholesky factor of the inverse.
+    """
+    if not torch.isfinite(hessian).all():
+        raise NumericalError(
+            f"{name or 'a linear'}: its calibration activations contain NaN or infinity. "
+            "Check the model and the calibration data, or run the walk in float32."
+        )
+    current = damping
+    for escalation in range(MAX_ESCALATIONS + 1):
+        upper = _inverse_cholesky(damped(hessian, current))
+        if upper is not None:
+            return FeedbackFactor(upper, current, escalation)
+        current = max(current, 1e-8) * ESCALATION
+    raise NumericalError(f"{name or 'a linear'}: its Hessian could not be factored with damping up to {current:g}.")
+
+
+def _inverse_cholesky(matrix: Tensor) -> Tensor | None:
+    """U with matrix⁻¹ = Uᵀ U, or None if the matrix is not numerically positive definite.
+
+    With J the exchange matrix, J M J = L Lᵀ gives M = (J L J)(J L J)ᵀ, an upper triangular factor R = J L J, so
+    M⁻¹ = R⁻ᵀ R⁻¹ and U = R⁻¹: one Cholesky and one triangular solve, no explicit inverse.
+    """
+    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+        return None
+    root = lower.flip(0, 1)
+    eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+    upper = torch.linalg.solve_triangular(root, eye, upper=True)
+    return upper if bool(torch.isfinite(upper).all()) else None

@@ -1,0 +1,220 @@
+"""The one place where the steps of a layer meet: from W and H to the stored integers.
+
+For the linears of one group (they read the same tensor, hence share H, the input frame and its transform)::
+
+    W* = target(W)                   targets.py
+    D  = T_out W* T_inᵀ              frames
+    H' = T_in H T_inᵀ
+    grid, clip                       codes
+    D̃  = LDLQ(D, H')                 rounding.py
+    bytes                            codes.packing
+
+Everything here is float64 and free of hooks, devices and modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from framequant.codes.grid import GridSpec
+from framequant.config import ColumnOrder, FrameQuantConfig, Rounding
+from framequant.errors import NumericalError
+from framequant.frames import FrameKind, FrameOperator, FrameSpec, build_frame, choose_frame
+from framequant.frames.signs import derive_seed
+from framequant.quantizers.coders import make_coder
+from framequant.quantizers.hessian import FeedbackFactor, Moments, feedback_factor
+from framequant.quantizers.rounding import proxy_loss, round_ldlq, round_nearest
+from framequant.quantizers.targets import float_target
+from framequant.spec import LinearSpec
+
+#: Sign seeds are stored as decimal numbers in JSON; 32 bits keep them short.
+SEED_BITS = 32
+
+
+@dataclass(frozen=True)
+class LinearLoss:
+    """What the rounding of one linear cost, on the calibration data.
+
+    Attributes:
+        proxy: tr(E H Eᵀ) of E = Ŵ - W*, the expected squared output error against the target.
+        relative: ``proxy`` over tr(W H Wᵀ).
+        target_change: ‖W* - W‖² / ‖W‖², how far the target moved from the weight.
+        damping: fraction of the mean diagonal that the factorisation used; 0 for nearest rounding.
+        escalations: how often that damping had to be raised.
+    """
+
+    proxy: float
+    relative: float
+    target_change: float
+    damping: float
+    escalations: int
+
+
+@dataclass
+class QuantizedWeight:
+    """The stored form of one linear's weight, and what it cost."""
+
+    spec: LinearSpec
+    tensors: dict[str, Tensor]
+    loss: LinearLoss
+
+
+def frame_specs(
+    config: FrameQuantConfig, in_features: int, out_features: int, group: str, name: str
+) -> tuple[FrameSpec, FrameSpec]:
+    """Choose the input and output frame of a linear.
+
+    Args:
+        config: settings of this linear.
+        in_features: d_in.
+        out_features: d_out.
+        group: name of the group whose input the linear reads; its members share the input frame.
+        name: of the linear; seeds its output frame.
+
+    Raises:
+        FrameError: no frame of the redundancy exists for a dimension.
+    """
+    if config.frame is FrameKind.IDENTITY:
+        return FrameSpec(FrameKind.IDENTITY, in_features), FrameSpec(FrameKind.IDENTITY, out_features)
+    mask = (1 << SEED_BITS) - 1
+    seed_in = derive_seed(config.seed, group, "in") & mask
+    seed_out = derive_seed(config.seed, name, "out") & mask
+    redundancy_out = config.redundancy if config.two_sided else 1.0
+    return choose_frame(in_features, config.redundancy, seed_in), choose_frame(out_features, redundancy_out, seed_out)
+
+
+def quantize_group(
+    weights: Mapping[str, Float[Tensor, "o n"]],
+    moments: Moments,
+    configs: Mapping[str, FrameQuantConfig],
+    group: str,
+) -> dict[str, QuantizedWeight]:
+    """Quantize the linears that read one tensor.
+
+    Args:
+        weights: W of each linear, (out_features, in_features), by module name.
+        moments: second moments of the shared input.
+        configs: settings of each linear; linears with equal settings are rounded together.
+        group: name of the group, for the seed of its input frame.
+
+    Returns:
+        The stored form of each linear.
+
+    Raises:
+        NumericalError: NaN or infinity in a weight or in the activations; the linear is named.
+        FrameError: no frame of the redundancy exists.
+    """
+    device = next(iter(weights.values())).device
+    hessian = moments.hessian().to(device)
+    results: dict[str, QuantizedWeight] = {}
+    for names in _alike(configs):
+        members = {name: weights[name].double() for name in names}
+        for name, weight in members.items():
+            _require_finite(weight, f"{name}: its weight contains NaN or infinity; the model file is damaged.")
+        results.update(_quantize_alike(members, hessian, moments, configs[names[0]], group))
+    return {name: results[name] for name in weights}
+
+
+def _alike(configs: Mapping[str, FrameQuantConfig]) -> list[list[str]]:
+    """Names with equal settings, in order of first appearance."""
+    clusters: list[tuple[FrameQuantConfig, list[str]]] = []
+    for name, config in configs.items():
+        for known, names in clusters:
+            if known == config:
+                names.append(name)
+                break
+        else:
+            clusters.append((config, [name]))
+    return [names for _, names in clusters]
+
+
+def _quantize_alike(
+    weights: Mapping[str, Tensor], hessian: Tensor, moments: Moments, config: FrameQuantConfig, group: str
+) -> dict[str, QuantizedWeight]:
+    first = next(iter(weights))
+    targets = {name: _target(name, weight, hessian, moments, config) for name, weight in weights.items()}
+    specs = {name: _spec(weight, config, group, name) for name, weight in weights.items()}
+    frame_in = build_frame(specs[first].frame_in)
+    frames_out = {name: build_frame(spec.frame_out) for name, spec in specs.items()}
+    matrices = [frames_out[name].analysis(frame_in.analysis(target).T).T for name, target in targets.items()]
+    coefficient_hessian = frame_in.analysis(frame_in.analysis(hessian).T)
+
+    coder = make_coder(matrices, specs[first].code)
+    stacked = torch.cat(matrices)
+    if config.clip_coefficients:
+        stacked = coder.clip(stacked)
+    rounded, factor = _round(stacked, coefficient_hessian, coder, config, first)
+
+    results = {}
+    pieces = rounded.split([matrix.shape[0] for matrix in matrices])
+    for (name, weight), piece, tensors in zip(weights.items(), pieces, coder.tensors(), strict=True):
+        restored = _reconstruct(piece, frame_in, frames_out[name])
+        loss = _loss(weight, targets[name], restored, hessian, factor)
+        results[name] = QuantizedWeight(specs[name], tensors, loss)
+    return results
+
+
+def _target(name: str, weight: Tensor, hessian: Tensor, moments: Moments, config: FrameQuantConfig) -> Tensor:
+    drift, residual = moments.drift(), moments.residual(name)
+    target = float_target(
+        weight,
+        hessian,
+        None if drift is None else drift.to(weight.device),
+        None if residual is None else residual.to(weight.device),
+        config.float_targets,
+        config.residual_targets,
+    )
+    _require_finite(target, f"{name}: its calibration activations contain NaN or infinity.")
+    return target
+
+
+def _spec(weight: Tensor, config: FrameQuantConfig, group: str, name: str) -> LinearSpec:
+    out_features, in_features = weight.shape
+    frame_in, frame_out = frame_specs(config, in_features, out_features, group, name)
+    return LinearSpec(in_features, out_features, frame_in, frame_out, config.code_spec())
+
+
+def _round(
+    coefficients: Tensor, hessian: Tensor, coder, config: FrameQuantConfig, name: str
+) -> tuple[Tensor, FeedbackFactor | None]:
+    if config.rounding is Rounding.NEAREST:
+        return round_nearest(coefficients, coder), None
+    order = None
+    if config.column_order is ColumnOrder.DESCENDING:
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        hessian = hessian[order][:, order]
+    factor = feedback_factor(hessian, config.damping, name)
+    return round_ldlq(coefficients, factor.upper, coder, order), factor
+
+
+def _reconstruct(coefficients: Tensor, frame_in: FrameOperator, frame_out: FrameOperator) -> Tensor:
+    """Ŵ = T_outᵀ D̃ T_in."""
+    return frame_out.synthesis(frame_in.synthesis(coefficients).T).T
+
+
+def _loss(
+    weight: Tensor, target: Tensor, restored: Tensor, hessian: Tensor, factor: FeedbackFactor | None
+) -> LinearLoss:
+    proxy = proxy_loss(restored - target, hessian)
+    reference = proxy_loss(weight, hessian)
+    change = float((target - weight).square().sum() / weight.square().sum().clamp(min=1e-300))
+    return LinearLoss(
+        proxy=proxy,
+        relative=proxy / reference if reference > 0 else 0.0,
+        target_change=change,
+        damping=factor.damping if factor else 0.0,
+        escalations=factor.escalations if factor else 0,
+    )
+
+
+def _require_finite(tensor: Tensor, message: str) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise NumericalError(message)
+
+
+__all__: Sequence[str] = ["GridSpec", "LinearLoss", "QuantizedWeight", "frame_specs", "quantize_group"]
