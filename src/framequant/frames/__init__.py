@@ -86,7 +86,7 @@ class ComposedFrame:
         self, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
     ) -> Float[Tensor, "coefficients dim"]:
         """Return ``T`` densely: the product of the stages' matrices, in float64 before the cast."""
-        matrix = torch.eye(self.dim, dtype=torch.float64)
+        matrix = torch.eye(self.dim, dtype=torch.float64, device="cpu")
         for index, stage in enumerate(self.stages):
             matrix = stage.as_matrix() @ matrix if index else stage.as_matrix()
         return matrix.to(dtype=dtype, device=device)

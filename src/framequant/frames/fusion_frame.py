@@ -111,7 +111,7 @@ class FusionFrame:
         """
         if not 0 <= subspace < self.num_subspaces:
             raise FrameError(f"subspace must lie between 0 and {self.num_subspaces - 1}, not be {subspace}.")
-        positions = torch.arange(self.num_coefficients).reshape(-1, self.num_subspaces, 2)
+        positions = torch.arange(self.num_coefficients, device="cpu").reshape(-1, self.num_subspaces, 2)
         return positions[:, subspace].flatten()
 
     def analysis(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... coefficients"]:
@@ -153,18 +153,16 @@ class _BlockForm:
         return self.groups * self._constants.originals["block"].numel()
 
     def analysis(self, x: Tensor) -> Tensor:
-        grouped = x.reshape(*x.shape[:-1], self.groups, self.dim // self.groups)
-        coefficients = grouped @ self._constants.like(x)["block"].mT
-        return coefficients.reshape(*x.shape[:-1], self.num_coefficients)
+        grouped = x.unflatten(-1, (self.groups, self.dim // self.groups))
+        return (grouped @ self._constants.like(x)["block"].mT).flatten(-2)
 
     def synthesis(self, coefficients: Tensor) -> Tensor:
-        lead = coefficients.shape[:-1]
-        grouped = coefficients.reshape(*lead, self.groups, self.num_coefficients // self.groups)
-        return (grouped @ self._constants.like(coefficients)["block"]).reshape(*lead, self.dim)
+        grouped = coefficients.unflatten(-1, (self.groups, self.num_coefficients // self.groups))
+        return (grouped @ self._constants.like(coefficients)["block"]).flatten(-2)
 
     def as_matrix(self) -> Tensor:
         block = self._constants.originals["block"]
-        return torch.kron(torch.eye(self.groups, dtype=block.dtype), block)
+        return torch.kron(torch.eye(self.groups, dtype=block.dtype, device="cpu"), block)
 
 
 class _BandedForm:
@@ -199,15 +197,13 @@ class _BandedForm:
 
     def analysis(self, x: Tensor) -> Tensor:
         constants = self._constants.like(x)
-        windows = x.index_select(-1, constants["columns"]).reshape(*x.shape[:-1], self.groups, -1)
-        coefficients = (windows * constants["weights"]) @ constants["block"].mT
-        return coefficients.reshape(*x.shape[:-1], self.num_coefficients)
+        windows = x.index_select(-1, constants["columns"]).unflatten(-1, constants["weights"].shape)
+        return ((windows * constants["weights"]) @ constants["block"].mT).flatten(-2)
 
     def synthesis(self, coefficients: Tensor) -> Tensor:
         constants = self._constants.like(coefficients)
-        lead = coefficients.shape[:-1]
-        grouped = coefficients.reshape(*lead, self.groups, self.num_coefficients // self.groups)
-        windows = (grouped @ constants["block"]).reshape(*lead, constants["columns"].numel())
+        grouped = coefficients.unflatten(-1, (self.groups, self.num_coefficients // self.groups))
+        windows = (grouped @ constants["block"]).flatten(-2)
         first = windows.index_select(-1, constants["first_slot"]) * constants["first_weight"]
         second = windows.index_select(-1, constants["second_slot"]) * constants["second_weight"]
         return first + second
@@ -216,7 +212,7 @@ class _BandedForm:
         constants = self._constants.originals
         block, weights = constants["block"], constants["weights"]
         columns = constants["columns"].reshape(weights.shape)
-        matrix = torch.zeros(self.groups, block.shape[0], self.dim, dtype=block.dtype)
+        matrix = block.new_zeros(self.groups, block.shape[0], self.dim)
         for group in range(self.groups):
             matrix[group].index_add_(1, columns[group], block * weights[group])
         return matrix.reshape(self.num_coefficients, self.dim)

@@ -148,18 +148,15 @@ class RandomizedHadamard:
 
     def _kronecker(self, x: Tensor, constants: dict[str, Tensor], transpose: bool) -> Tensor:
         """Multiply each axis of ``x``, seen as a tensor of shape (..., *factors), by its factor."""
-        shape, after = x.shape, self.dim
+        after, last = self.dim, len(self.factors) - 1
         for i, size in enumerate(self.factors):
             after //= size
             matrix = constants[f"factor{i}"]
-            # On the last axis the factor multiplies from the right, hence its transpose.
-            if transpose != (after == 1):
-                matrix = matrix.mT
-            if after == 1:
-                x = x.reshape(*shape[:-1], self.dim // size, size) @ matrix
+            if i == last:  # the factor multiplies from the right, hence the other way round
+                x = (x.unflatten(-1, (-1, size)) @ (matrix if transpose else matrix.mT)).flatten(-2)
             else:
-                x = matrix @ x.reshape(*shape[:-1], self.dim // (size * after), size, after)
-        return x.reshape(shape)
+                x = ((matrix.mT if transpose else matrix) @ x.unflatten(-1, (-1, size, after))).flatten(-3)
+        return x
 
 
 def _factor(size: int) -> NDArray[np.float64]:
