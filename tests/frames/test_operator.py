@@ -96,7 +96,7 @@ def test_gradients(spec: FrameSpec) -> None:
     assert torch.autograd.gradcheck(operator.synthesis, (c,))
 
 
-@pytest.mark.parametrize("spec", SPECS[2:8], ids=lambda s: s.dim)
+@pytest.mark.parametrize("spec", SPECS[2:8:2], ids=lambda s: s.dim)
 def test_traces_into_one_graph(spec: FrameSpec) -> None:
     operator = build_frame(spec)
     x = torch.randn(3, spec.dim)

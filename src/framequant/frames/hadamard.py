@@ -46,7 +46,7 @@ def factor_sizes(dim: int) -> list[int]:
 
     Examples:
         >>> factor_sizes(4096), factor_sizes(768), factor_sizes(11008), factor_sizes(1009)
-        ([64, 64], [48, 16], [43, 16, 16], [1009])
+        ([64, 64], [24, 32], [43, 16, 16], [1009])
     """
     twos = (dim & -dim).bit_length() - 1
     bins: list[int] = []
