@@ -1,0 +1,452 @@
+"""The file format: sharded safetensors beside a ``config.json`` that says what the bytes mean.
+
+A checkpoint is a directory::
+
+    config.json                    the model's own config plus "quantization_config"
+    model.safetensors              or model-00001-of-0000N.safetensors and model.safetensors.index.json
+    framequant_report.json         what the run did
+    README.md                      model card
+
+``quantization_config`` holds the settings, the *schemes* (``LinearSpec`` without seeds, each written once) and
+for every quantized linear the number of its scheme and its two sign seeds. No pickle, no code. The directory
+is written under a temporary name and renamed when complete, so a half-written checkpoint never has the final
+name. Reading trusts nothing: every key, shape, dtype and number is checked before memory is asked for.
+
+Must not import integrations or transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from framequant import storage
+from framequant.config import FrameQuantConfig
+from framequant.errors import CheckpointError, FrameQuantError
+from framequant.layers import FrameLinear
+from framequant.model.report import config_entry
+from framequant.spec import LinearSpec
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "framequant"
+CONFIG_NAME = "config.json"
+REPORT_NAME = "framequant_report.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 4 * 1024**3
+#: A config larger than this is refused unread; 70B-shaped models need about 60 kB.
+MAX_CONFIG_BYTES = 64 * 1024**2
+
+_SAFETENSORS_DTYPES = {
+    torch.uint8: "U8",
+    torch.int16: "I16",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+}
+
+
+@dataclass(frozen=True)
+class QuantizationEntry:
+    """The parsed ``quantization_config``.
+
+    Attributes:
+        config: settings of the run.
+        linears: spec of every quantized linear by module name.
+    """
+
+    config: FrameQuantConfig
+    linears: dict[str, LinearSpec]
+
+
+def quantization_dict(config: FrameQuantConfig, linears: Mapping[str, LinearSpec]) -> dict[str, Any]:
+    """The JSON form of ``quantization_config``; ``parse_quantization`` inverts it."""
+    schemes: list[LinearSpec] = []
+    numbers: dict[LinearSpec, int] = {}
+    entries: dict[str, list[int]] = {}
+    for name, spec in linears.items():
+        scheme = spec.scheme()
+        if scheme not in numbers:
+            numbers[scheme] = len(schemes)
+            schemes.append(scheme)
+        entries.update(config_entry(name, spec, numbers[scheme]))
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "config": config.to_dict(),
+        "schemes": [scheme.to_dict() for scheme in schemes],
+        "linears": entries,
+    }
+
+
+def parse_quantization(data: Any) -> QuantizationEntry:
+    """Read ``quantization_config``.
+
+    Raises:
+        CheckpointError: it is not ours, of another format version, or a field is wrong; the key is named.
+    """
+    if not isinstance(data, Mapping) or data.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"quantization_config: quant_method is not {QUANT_METHOD!r}.")
+    version = data.get("format_version")
+    if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        advice = "Upgrade framequant: pip install -U framequant." if newer else "Quantize the model again."
+        raise CheckpointError(
+            f"quantization_config.format_version is {version!r}; this framequant reads {FORMAT_VERSION}. {advice}"
+        )
+    for key, kind in (("config", Mapping), ("schemes", list), ("linears", Mapping)):
+        if not isinstance(data.get(key), kind):
+            raise CheckpointError(f"quantization_config.{key} is missing or of the wrong type.")
+    schemes = [
+        LinearSpec.from_dict(scheme, f"quantization_config.schemes[{number}]")
+        for number, scheme in enumerate(data["schemes"])
+    ]
+    linears = {name: _parse_linear(name, entry, schemes) for name, entry in data["linears"].items()}
+    try:
+        config = FrameQuantConfig.from_dict(data["config"])
+    except (FrameQuantError, TypeError) as error:
+        raise CheckpointError(f"quantization_config.config: {error}") from error
+    return QuantizationEntry(config, linears)
+
+
+def _parse_linear(name: str, entry: Any, schemes: list[LinearSpec]) -> LinearSpec:
+    where = f"quantization_config.linears[{name!r}]"
+    if not isinstance(entry, list) or len(entry) != 3 or not all(type(value) is int for value in entry):
+        raise CheckpointError(f"{where}: expected [scheme, seed, seed], found {entry!r}.")
+    number, seed_in, seed_out = entry
+    if not 0 <= number < len(schemes):
+        raise CheckpointError(f"{where}: scheme {number} does not exist; there are {len(schemes)}.")
+    try:
+        return schemes[number].with_seeds(seed_in, seed_out)
+    except FrameQuantError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+# --- Writing ----------------------------------------------------------------------------------------------
+
+
+def prepare_output(directory: str | Path, overwrite: bool) -> Path:
+    """Check that a checkpoint can be written to a directory, before the work is done.
+
+    Raises:
+        CheckpointError: it is a file, or not empty and ``overwrite`` is false, or its parent cannot be written.
+    """
+    path = Path(directory).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give a directory to write the checkpoint to.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise CheckpointError(f"{path} is not empty. Choose another directory or pass overwrite (--overwrite).")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot create {path.parent}: {error.strerror}.") from error
+    if not os.access(path.parent, os.W_OK):
+        raise CheckpointError(f"{path.parent} is not writable; choose another output directory.")
+    return path
+
+
+@contextmanager
+def atomic_directory(directory: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory beside the final one that takes its name when the block ends well.
+
+    Yields:
+        The directory to write into.
+
+    Raises:
+        CheckpointError: see ``prepare_output``; or the disk is full. Nothing is left under either name then.
+    """
+    final = prepare_output(directory, overwrite)
+    partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
+    try:
+        partial.chmod(0o755)
+        yield partial
+        _swap(partial, final)
+    except OSError as error:
+        raise CheckpointError(
+            f"writing {final} failed: {error.strerror or error}. Nothing was left there; free some space or choose "
+            "another directory."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, final: Path) -> None:
+    if not final.exists():
+        partial.rename(final)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{final.name}.old-", dir=final.parent))
+    final.rename(retired / "old")
+    try:
+        partial.rename(final)
+    except OSError:
+        (retired / "old").rename(final)
+        raise
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The state of a model with tied tensors once.
+
+    Returns:
+        Tensors by name; and the names that are left out, each with the name that holds its tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (name,)
+        if key in seen:
+            aliases[name] = seen[key]
+        else:
+            seen[key] = name
+            tensors[name] = tensor
+    return tensors, aliases
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    directory: Path,
+    aliases: Mapping[str, str] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write tensors as safetensors, shard by shard; only one shard is on the host at a time."""
+    shards = _plan_shards(tensors, max_shard_bytes)
+    metadata = {"format": "pt", "framequant_format": str(FORMAT_VERSION)}
+    if aliases:
+        metadata["aliases"] = json.dumps(dict(sorted(aliases.items())))
+    names = [WEIGHTS_NAME]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    weight_map: dict[str, str] = {}
+    for filename, keys in zip(names, shards, strict=True):
+        shard = {key: tensors[key].detach().to("cpu").contiguous() for key in keys}
+        try:
+            save_file(shard, str(directory / filename), metadata=metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        weight_map.update(dict.fromkeys(keys, filename))
+    if len(shards) > 1:
+        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX_NAME)
+
+
+def _plan_shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        amount = tensor.numel() * tensor.element_size()
+        if shards[-1] and size + amount > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += amount
+    return shards
+
+
+def write_json(data: Any, path: Path) -> None:
+    """Write JSON for people: indented, lists of numbers on one line, no NaN."""
+    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    text = re.sub(r"\[\s+([-\d.,\s]+?)\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+# --- Reading ----------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a checkpoint.
+
+    Raises:
+        CheckpointError: missing, too large, or not JSON.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; this is no config file.")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist; {path.parent} is no framequant checkpoint.") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def is_checkpoint(directory: str | Path) -> bool:
+    """Whether a directory holds a framequant checkpoint."""
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        return False
+    config = read_json(path)
+    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(entry, dict) and entry.get("quant_method") == QUANT_METHOD
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        CheckpointError: none, or the index names files that do not exist or lie outside the directory.
+    """
+    if (directory / WEIGHTS_NAME).is_file():
+        return [directory / WEIGHTS_NAME]
+    if not (directory / INDEX_NAME).is_file():
+        raise CheckpointError(f"{directory} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}.")
+    index = read_json(directory / INDEX_NAME)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{directory / INDEX_NAME}: weight_map is missing or of the wrong type.")
+    files = []
+    for filename in sorted(set(weight_map.values())):
+        if Path(filename).name != filename or not filename.endswith(".safetensors"):
+            raise CheckpointError(f"{INDEX_NAME} names {filename!r}, which is no file of this directory.")
+        if not (directory / filename).is_file():
+            raise CheckpointError(f"{directory / filename} is missing; the download or copy is incomplete.")
+        files.append(directory / filename)
+    return files
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the headers of a checkpoint's files say.
+
+    Attributes:
+        shapes: shape and safetensors dtype of every tensor by key.
+        aliases: keys that are left out, with the key that holds their tensor.
+    """
+
+    shapes: dict[str, tuple[tuple[int, ...], str]]
+    aliases: dict[str, str]
+
+
+def read_header(files: list[Path]) -> Header:
+    """Read the headers of safetensors files; no tensor is loaded.
+
+    Raises:
+        CheckpointError: a file is truncated or no safetensors file, or holds a key twice.
+    """
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    aliases: dict[str, str] = {}
+    for path in files:
+        with open_tensors(path) as file:
+            aliases.update(_parse_aliases(path, (file.metadata() or {}).get("aliases")))
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                if key in shapes:
+                    raise CheckpointError(f"{key} is in two files of the checkpoint.")
+                part = file.get_slice(key)
+                shapes[key] = (tuple(part.get_shape()), part.get_dtype())
+    return Header(shapes, aliases)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file, memory-mapped.
+
+    Raises:
+        CheckpointError: it is truncated or damaged.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged: {error}.") from error
+
+
+def _parse_aliases(path: Path, text: str | None) -> dict[str, str]:
+    if text is None:
+        return {}
+    try:
+        aliases = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: metadata.aliases is not valid JSON.") from error
+    if not isinstance(aliases, dict) or not all(isinstance(value, str) for value in aliases.values()):
+        raise CheckpointError(f"{path}: metadata.aliases is of the wrong type.")
+    return aliases
+
+
+def check_header(entry: QuantizationEntry, header: Header) -> None:
+    """Check that the files hold exactly the tensors that the quantized linears need.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, reshaped or of another dtype; the key is named.
+    """
+    by_linear: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {name: {} for name in entry.linears}
+    for key, value in header.shapes.items():
+        owner, _, part = key.rpartition(".")
+        if owner in by_linear and part != "bias":
+            by_linear[owner][part] = value
+    for name, spec in entry.linears.items():
+        expected = storage.layout(spec)
+        found = by_linear[name]
+        for part in sorted(set(expected) | set(found)):
+            if part not in found:
+                raise CheckpointError(f"{name}.{part} is missing from the checkpoint; it was renamed or cut off.")
+            if part not in expected:
+                raise CheckpointError(f"{name}.{part} is in the checkpoint, but the linear's scheme has no such tensor.")
+            shape, dtype = expected[part]
+            if found[part] != (shape, _SAFETENSORS_DTYPES[dtype]):
+                raise CheckpointError(
+                    f"{name}.{part}: expected {_SAFETENSORS_DTYPES[dtype]} of shape {shape}, "
+                    f"found {found[part][1]} of shape {found[part][0]}."
+                )
+
+
+def install_linears(model: nn.Module, entry: QuantizationEntry) -> None:
+    """Replace the linears of a float skeleton by empty ``FrameLinear`` on the meta device.
+
+    Raises:
+        CheckpointError: the model has no such linear, or one of another shape.
+    """
+    modules = dict(model.named_modules())
+    for name, spec in entry.linears.items():
+        module = modules.get(name)
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor) or weight.ndim != 2:
+            raise CheckpointError(f"{name} is quantized in the checkpoint, but {type(model).__name__} has no such linear.")
+        shape = (spec.out_features, spec.in_features)
+        if type(module).__name__ == "Conv1D":
+            shape = shape[::-1]
+        if tuple(weight.shape) != shape:
+            raise CheckpointError(f"{name}: the checkpoint has {shape}, the model {tuple(weight.shape)}.")
+        has_bias = getattr(module, "bias", None) is not None
+        model.set_submodule(name, FrameLinear(spec, bias=has_bias, dtype=weight.dtype, device="meta"))
+
+
+def load_tensors(model: nn.Module, files: list[Path], header: Header, device: str | torch.device = "cpu") -> None:
+    """Fill a model with the tensors of a checkpoint, all of them and no others.
+
+    Raises:
+        CheckpointError: a key is missing, unknown or of another shape; it is named.
+    """
+    state: dict[str, Tensor] = {}
+    for path in files:
+        with open_tensors(path) as file:
+            state.update({key: file.get_tensor(key).to(device) for key in file.keys()})  # noqa: SIM118
+    for alias, key in header.aliases.items():
+        if key not in state:
+            raise CheckpointError(f"metadata.aliases: {alias} stands for {key}, which is missing.")
+        state[alias] = state[key]
+    expected = model.state_dict()
+    for key in sorted(set(expected) | set(state)):
+        if key not in state:
+            raise CheckpointError(f"{key} is missing from the checkpoint.")
+        if key not in expected:
+            raise CheckpointError(f"{key} is in the checkpoint, but the model has no such tensor.")
+        if expected[key].shape != state[key].shape:
+            raise CheckpointError(
+                f"{key}: the model has shape {tuple(expected[key].shape)}, the checkpoint {tuple(state[key].shape)}."
+            )
+    model.load_state_dict(state, strict=True, assign=True)

@@ -1,0 +1,86 @@
+"""timm: what a checkpoint of a timm model needs beside tensors, and how it is loaded.
+
+``config.json`` has timm's own local-directory form (``architecture``, ``model_args``, ``pretrained_cfg``), so
+timm's transforms and data config are found where timm keeps them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from framequant import checkpoint
+from framequant.errors import CheckpointError, ModelSourceError
+
+
+def import_timm() -> Any:
+    """Import timm.
+
+    Raises:
+        ModelSourceError: it is not installed; the message has the command.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise ModelSourceError("timm is not installed; run: pip install 'framequant[vision]'.") from error
+    return timm
+
+
+def is_timm_model(model: nn.Module) -> bool:
+    """Whether a model was made by timm."""
+    return isinstance(getattr(model, "pretrained_cfg", None), dict)
+
+
+def config_dict(model: nn.Module, model_args: dict[str, Any] | None) -> dict[str, Any]:
+    """timm's description of a model: architecture, arguments, data config."""
+    import json
+    import tempfile
+
+    from timm.models import save_config_for_hf
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "config.json"
+        save_config_for_hf(model, str(path), **({"model_args": model_args} if model_args else {}))
+        return dict(json.loads(path.read_text()))
+
+
+def load(directory: Path, device: str | torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """Load a timm checkpoint.
+
+    Raises:
+        CheckpointError: the architecture is unknown, or a tensor is missing, unknown or reshaped.
+    """
+    timm = import_timm()
+    config = checkpoint.read_json(directory / checkpoint.CONFIG_NAME)
+    name = config.get("architecture")
+    if not isinstance(name, str) or not timm.is_model(name):
+        raise CheckpointError(f"config.json: architecture {name!r} is no model of timm {timm.__version__}.")
+    args = {key: value for key, value in (config.get("model_args") or {}).items() if key != "num_classes"}
+    overlay = {key: value for key, value in (config.get("pretrained_cfg") or {}).items() if key != "architecture"}
+    with torch.device("meta"):
+        skeleton = timm.create_model(
+            name, pretrained=False, num_classes=config.get("num_classes"), pretrained_cfg_overlay=overlay, **args
+        )
+    model = fill(skeleton, directory, config, device)
+    return model.to(dtype) if dtype is not None else model
+
+
+def fill(skeleton: nn.Module, directory: Path, config: dict[str, Any], device: str | torch.device) -> nn.Module:
+    """Install the quantized linears in a float skeleton and load the tensors; evaluation mode.
+
+    Raises:
+        CheckpointError: config, shapes and tensors do not fit each other; the key is named.
+    """
+    entry = checkpoint.parse_quantization(config.get("quantization_config"))
+    files = checkpoint.weight_files(directory)
+    header = checkpoint.read_header(files)
+    checkpoint.check_header(entry, header)
+    checkpoint.install_linears(skeleton, entry)
+    checkpoint.load_tensors(skeleton, files, header, device)
+    left = [name for name, tensor in skeleton.named_buffers() if tensor.is_meta]
+    if left:
+        raise CheckpointError(f"{left[0]} is a buffer that the checkpoint does not hold; load with model=….")
+    return skeleton.eval()

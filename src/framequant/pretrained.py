@@ -1,0 +1,153 @@
+"""``save_pretrained`` and ``load``: a quantized model to a directory and back, whoever defined the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from framequant import checkpoint
+from framequant.config import FrameQuantConfig
+from framequant.errors import CheckpointError
+from framequant.model.report import QuantizationReport
+from framequant.model.walk import quantized_linears
+from framequant.report.model_card import model_card
+
+
+def save_pretrained(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    source: str | None = None,
+    tokenizer: Any = None,
+    model_args: dict[str, Any] | None = None,
+    max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES,
+) -> Path:
+    """Write a quantized model to a directory.
+
+    The directory appears complete or not at all. It holds ``config.json``, safetensors, the report, a model card
+    and, where given, the tokenizer or image processor.
+
+    Args:
+        model: quantized by ``quantize_``; a transformers model, a timm model, or any module.
+        directory: where to; must not exist or be empty unless ``overwrite``.
+        overwrite: replace what is there.
+        source: name of the float model, for the model card.
+        tokenizer: anything with ``save_pretrained``: a tokenizer, an image processor.
+        model_args: arguments that rebuild a timm model, where timm does not know them itself.
+        max_shard_bytes: a new file is begun when one would grow beyond this.
+
+    Returns:
+        The directory.
+
+    Raises:
+        CheckpointError: the model is not quantized, or the directory cannot be written.
+    """
+    linears = {name: layer.spec for name, layer in quantized_linears(model).items()}
+    report: QuantizationReport | None = getattr(model, "framequant_report", None)
+    if not linears:
+        raise CheckpointError(f"{type(model).__name__} has no quantized linear; call framequant.quantize_ first.")
+    config = FrameQuantConfig.from_dict(report.config) if report else FrameQuantConfig()
+    data = checkpoint.quantization_dict(config, linears)
+    with checkpoint.atomic_directory(directory, overwrite) as partial:
+        _write_config(model, partial, data, model_args)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        tensors, aliases = checkpoint.unique_tensors(model)
+        if _is_transformers(model):
+            aliases = {}
+        checkpoint.write_tensors(tensors, partial, aliases, max_shard_bytes)
+        if report is not None:
+            checkpoint.write_json(report.to_dict(), partial / checkpoint.REPORT_NAME)
+            (partial / "README.md").write_text(model_card(report, source, _library(model)), encoding="utf-8")
+    return Path(directory)
+
+
+def load(
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    model: nn.Module | None = None,
+) -> nn.Module:
+    """Load a quantized model.
+
+    Args:
+        directory: a framequant checkpoint.
+        device: where the model goes.
+        dtype: of the unquantized parameters; the saved one by default. Codes and scales keep theirs.
+        model: a float skeleton to load into, for models that are neither transformers' nor timm's.
+
+    Returns:
+        The model in evaluation mode; its report is ``model.framequant_report``.
+
+    Raises:
+        CheckpointError: the directory is no framequant checkpoint or is damaged; the key is named.
+    """
+    path = Path(directory)
+    config = checkpoint.read_json(path / checkpoint.CONFIG_NAME)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path / checkpoint.CONFIG_NAME} holds no mapping.")
+    checkpoint.parse_quantization(config.get("quantization_config"))
+    if model is not None:
+        from framequant.integrations.timm import fill
+
+        loaded = fill(model, path, config, device)
+        loaded = loaded.to(dtype) if dtype is not None else loaded
+    elif "architecture" in config:
+        from framequant.integrations import timm
+
+        loaded = timm.load(path, device, dtype)
+    elif "architectures" in config:
+        from framequant.integrations import transformers
+
+        loaded = transformers.load(path, device, dtype)
+    else:
+        raise CheckpointError(f"{path} belongs to a model of your own: pass a float instance as model=….")
+    loaded.framequant_report = read_report(path)
+    return loaded
+
+
+def read_report(directory: str | Path) -> QuantizationReport | None:
+    """The report of a checkpoint, or None if it has none.
+
+    Raises:
+        CheckpointError: the report is damaged.
+    """
+    path = Path(directory) / checkpoint.REPORT_NAME
+    if not path.is_file():
+        return None
+    try:
+        return QuantizationReport.from_dict(checkpoint.read_json(path))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is no report of this version: {error}.") from error
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    return any(base.__name__ == "PreTrainedModel" for base in type(model).__mro__)
+
+
+def _library(model: nn.Module) -> str:
+    if _is_transformers(model):
+        return "transformers"
+    return "timm" if isinstance(getattr(model, "pretrained_cfg", None), dict) else "torch"
+
+
+def _write_config(
+    model: nn.Module, directory: Path, data: dict[str, Any], model_args: dict[str, Any] | None
+) -> None:
+    library = _library(model)
+    if library == "transformers":
+        from framequant.integrations import transformers
+
+        transformers.attach(model, data)
+        transformers.write_config(model, directory)
+        return
+    description: dict[str, Any] = {}
+    if library == "timm":
+        from framequant.integrations import timm
+
+        description = timm.config_dict(model, model_args)
+    checkpoint.write_json({**description, "quantization_config": data}, directory / checkpoint.CONFIG_NAME)
