@@ -1,0 +1,54 @@
+"""Running a model on evaluation batches: its logits, batches that fit into memory, progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from framequant.errors import CalibrationError, NumericalError
+from framequant.model.calibration import to_device
+
+#: Bytes that the logits of one batch may take.
+LOGIT_BYTES = 1 << 29
+#: Rows whose logits are turned to float32 at once.
+ROWS_PER_CHUNK = 256
+
+OnProgress = Callable[[int, int], None]
+
+
+def logits_of(model: nn.Module, batch: Any) -> Tensor:
+    """Logits of a batch of token ids (batch, length, vocabulary) or images (batch, classes).
+
+    Raises:
+        CalibrationError: the model has no head, so it returns no logits.
+        NumericalError: a logit is NaN or infinite.
+    """
+    parameter = next(model.parameters())
+    batch = to_device(batch, parameter.device, parameter.dtype)
+    caching = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    outputs = model(batch, **caching)
+    logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
+    if logits is None:
+        raise CalibrationError(
+            f"{type(model).__name__} has no head that gives logits, so this cannot be measured on it."
+        )
+    if not torch.isfinite(logits).all():
+        raise NumericalError(f"{type(model).__name__} returns NaN or infinite logits.")
+    return logits
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Number of classes of the output, as far as the config says."""
+    config = getattr(model, "config", None)
+    return int(getattr(config, "vocab_size", None) or getattr(config, "num_labels", None) or 1000)
+
+
+def batches(model: nn.Module, windows: Tensor, batch_size: int | None = None) -> Iterator[Tensor]:
+    """Split token windows into batches whose logits stay below ``LOGIT_BYTES``."""
+    if batch_size is None:
+        per_window = windows.shape[1] * vocabulary_size(model) * next(model.parameters()).element_size()
+        batch_size = max(1, min(32, LOGIT_BYTES // max(per_window, 1)))
+    yield from windows.split(batch_size)
