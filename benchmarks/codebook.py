@@ -1,0 +1,121 @@
+"""Search multipliers for the trellis codebook, or print its Gaussian errors beside a random table's.
+
+    python benchmarks/codebook.py --state-bits 12 --search     # prints the best (multiplier, upper)
+    python benchmarks/codebook.py --csv benchmarks/codebook.csv    # errors for every L and rate
+
+The error is the mean squared error of a unit Gaussian source in tiles of 256, ends free (no tail-biting), the
+samples scaled to unit power. A random table is drawn from a Gaussian, centred and scaled; the mean over
+several draws is shown. Runs on the CPU search, so numba is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from framequant.codes.trellis_codebook import codebook, symmetric_codebook
+from framequant.kernels.viterbi_cpu import search
+
+THREADS = int(os.environ.get("THREADS", "2"))
+RATES = ((1,), (1, 2), (2,), (2, 2, 2, 3), (2, 3), (3,), (4,))
+WEIGHT = {(1,): 1.0, (2,): 2.0, (3,): 1.0, (4,): 0.5}  # of the logarithm of the error in the search
+
+
+def gaussian(tiles: int, seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal((tiles, 256))
+    return (values / np.sqrt((values**2).mean())).astype(np.float32)
+
+
+def normalised(table: np.ndarray) -> np.ndarray:
+    table = table.astype(np.float64) - table.mean()
+    return (table / table.std()).astype(np.float32)
+
+
+def gaussian_error(table: np.ndarray, rates: tuple[int, ...], values: np.ndarray) -> float:
+    state_bits = int(np.log2(len(table)))
+    free = np.full(len(values), -1)
+    states = search(values, np.ones_like(values), table, np.array(rates), free, state_bits, THREADS)
+    return float(((values.astype(np.float64) - table[states]) ** 2).mean())
+
+
+def candidate(state_bits: int, multiplier: int, upper: bool) -> np.ndarray:
+    book = symmetric_codebook(state_bits, multiplier, upper)
+    return normalised(book.levels(torch.arange(1 << state_bits)).numpy())
+
+
+def score(
+    state_bits: int, constants: tuple[int, bool], rates: list[tuple[int, ...]], values: np.ndarray
+) -> float:
+    table = candidate(state_bits, *constants)
+    return sum(WEIGHT[r] * np.log(gaussian_error(table, r, values)) for r in rates)
+
+
+def search_constants(state_bits: int, candidates: int, seed: int, work: float) -> None:
+    generator = np.random.default_rng(seed)
+    pool = [(int(generator.integers(1 << 31)) * 2 + 1, bool(i % 2)) for i in range(candidates)]
+    rounds = (([(2,)], 48, 32), ([(1,), (2,), (3,)], 256, 6), (list(WEIGHT), 2048, 1))
+    for rates, tiles, survivors in rounds:
+        values = gaussian(max(16, int(tiles * work)), seed=len(rates))
+        start = time.time()
+        scored = sorted((score(state_bits, constants, rates, values), constants) for constants in pool)
+        pool = [constants for _, constants in scored[:survivors]]
+        print(f"# L={state_bits} {rates} {time.time() - start:.0f}s best {scored[0]}", flush=True)
+    print(f"    {state_bits}: {pool[0]},", flush=True)
+
+
+def report(state_bits: list[int], tiles: int, draws: int, path: Path | None) -> None:
+    rows = []
+    for bits in state_bits:
+        table = normalised(codebook(bits).levels(torch.arange(1 << bits)).numpy())
+        values = gaussian(max(64, int(tiles * min(1.0, 2.0 ** (13 - bits)))), seed=99)
+        for rates in RATES:
+            computed = gaussian_error(table, rates, values)
+            random = [
+                gaussian_error(normalised(np.random.default_rng(i).standard_normal(1 << bits)), rates, values)
+                for i in range(draws if bits < 14 else 2)
+            ]
+            rate = sum(rates) / len(rates)
+            row = (
+                bits,
+                rate,
+                computed,
+                float(np.mean(random)),
+                computed / float(np.mean(random)),
+                4.0**-rate,
+            )
+            rows.append(row)
+            print("L={} rate={:.3f} computed {:.5f} random {:.5f} ratio {:.4f} bound {:.5f}".format(*row))
+    if path is not None:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["state_bits", "rate", "computed", "random", "ratio", "bound"])
+            writer.writerows(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--state-bits", type=int, nargs="*", default=list(range(8, 17)))
+    parser.add_argument("--search", action="store_true")
+    parser.add_argument("--candidates", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tiles", type=int, default=1024)
+    parser.add_argument("--draws", type=int, default=4)
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    if args.search:
+        for bits in args.state_bits:
+            search_constants(bits, args.candidates, args.seed, work=min(1.0, 2.0 ** (13 - bits)))
+    else:
+        report(args.state_bits, args.tiles, args.draws, args.csv)
+
+
+if __name__ == "__main__":
+    main()

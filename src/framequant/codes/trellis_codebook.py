@@ -1,0 +1,131 @@
+"""The computed codebook of the trellis code: a state's value from three integer instructions, no table.
+
+With ``h = multiplier * state + addend (mod 2**32)`` the level of a state is the sum of the four bytes of
+``h`` minus 510, an integer in [-510, 510], and its value is ``level * scale``: one float32 product, the same
+bits in torch, numba and Triton. Each byte is a linear congruence of the state, so consecutive states (the
+branches that leave one node) are spread evenly, and a sum of four such uniforms is nearly Gaussian. The
+addend is chosen so that ``h(~state) = ~h(state)``: the codebook is exactly odd, ``level(~state) =
+-level(state)``, hence of mean zero. The multipliers were searched for by ``benchmarks/codebook.py``, which
+also prints their Gaussian errors beside those of a random table.
+
+For a kernel: mask, multiply-add, ``dp4a`` with 0x01010101; ``0x6400 + sum`` are the bits of the half ``1024 +
+sum``, so one packed half subtraction of 1534 turns two sums into two exact levels; ``scale`` belongs to the
+row scale. Imports torch only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from framequant.errors import ConfigError
+
+CODEBOOK_ID = "bytesum-1"
+CENTRE = 510  # half of 4 * 255
+_WORD = (1 << 32) - 1
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """The constants of the codebook for one number of state bits.
+
+    Attributes:
+        state_bits: L.
+        multiplier: odd, below 2**32.
+        addend: below 2**32.
+    """
+
+    state_bits: int
+    multiplier: int
+    addend: int
+
+    @property
+    def scale(self) -> float:
+        """Value of one level: the float32 reciprocal of the levels' standard deviation over all states."""
+        return _scale(self)
+
+    def levels(self, states: Int[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+        """Return the level of each state, int32, in [-510, 510]; bits above the state are ignored."""
+        masked = states.to(torch.int64) & ((1 << self.state_bits) - 1)
+        word = (masked * self.multiplier + self.addend) & _WORD
+        total = (word & 255) + (word >> 8 & 255) + (word >> 16 & 255) + (word >> 24)
+        return (total - CENTRE).to(torch.int32)
+
+
+@cache
+def _scale(codebook: Codebook) -> float:
+    levels = codebook.levels(torch.arange(1 << codebook.state_bits)).to(torch.int64)
+    variance = int((levels * levels).sum()) / (1 << codebook.state_bits)
+    return float(torch.tensor(1.0 / math.sqrt(variance), dtype=torch.float32))
+
+
+def symmetric_codebook(state_bits: int, multiplier: int, upper: bool) -> Codebook:
+    """Return the codebook with the addend that makes it odd under complement of the state.
+
+    ``h(~s) = ~h(s)`` asks for ``multiplier * (2**L - 1) + 2 * addend + 1 = 0 (mod 2**32)``, which an odd
+    multiplier meets with two addends, 2**31 apart; ``upper`` picks the second.
+    """
+    addend = -(multiplier * ((1 << state_bits) - 1) + 1) // 2 + ((1 << 31) if upper else 0)
+    return Codebook(state_bits, multiplier, addend & _WORD)
+
+
+# state bits: (multiplier, upper), found by `benchmarks/codebook.py --search`.
+_CONSTANTS = {
+    8: (1403794319, False),
+    9: (1403794319, False),
+    10: (1390430795, False),
+    11: (1264282711, True),
+    12: (2087730737, False),
+    13: (856912307, True),
+    14: (3924271945, True),
+    15: (1164054201, False),
+    16: (1567861309, True),
+}
+
+
+@cache
+def codebook(state_bits: int) -> Codebook:
+    """Return the constants for ``state_bits`` in 8..16.
+
+    Raises:
+        ConfigError: if there is no codebook of that size.
+    """
+    if state_bits not in _CONSTANTS:
+        raise ConfigError(f"a trellis has 8 to 16 state bits, not {state_bits}")
+    multiplier, upper = _CONSTANTS[state_bits]
+    return symmetric_codebook(state_bits, multiplier, upper)
+
+
+def decode_states(
+    states: Int[Tensor, "*n"], state_bits: int, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "*n"]:
+    """Return the value of each state: zero mean and unit variance over all states.
+
+    Args:
+        states: integers in ``[0, 2**state_bits)``.
+        state_bits: L, 8..16.
+        dtype: of the result; the float32 product is rounded once more if it is narrower.
+
+    Raises:
+        ConfigError: if there is no codebook of that size.
+    """
+    book = codebook(state_bits)
+    return (book.levels(states).to(torch.float32) * book.scale).to(dtype)
+
+
+def codebook_values(
+    state_bits: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Float[Tensor, " states"]:
+    """Return the values of all ``2**state_bits`` states in order.
+
+    Examples:
+        >>> values = codebook_values(8)
+        >>> bool((values == -values.flip(0)).all())
+        True
+    """
+    return decode_states(torch.arange(1 << state_bits, device=device), state_bits, dtype)
