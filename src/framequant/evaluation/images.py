@@ -156,6 +156,28 @@ def calibration_images(
     return torch.stack([load_image(files[index], transform) for index in order])
 
 
+def subset(images: LabelledImages, limit: int | None, seed: int = 0) -> LabelledImages:
+    """A seeded sample of labelled images, in order of path; all of them if ``limit`` is None or larger."""
+    if limit is None or limit >= len(images):
+        return images
+    chosen = sorted(np.random.RandomState(seed).permutation(len(images))[:limit])
+    labels = [images.labels[index] for index in chosen]
+    return LabelledImages([images.paths[index] for index in chosen], labels, len(set(labels)))
+
+
+def batches_of_files(
+    files: Sequence[Path], settings: ImageSettings, batch_size: int = 32
+) -> Iterator[Float[Tensor, "batch 3 height width"]]:
+    """Batches of transformed images, in order.
+
+    Raises:
+        CalibrationError: an image is unreadable; it is named.
+    """
+    transform = settings.transform()
+    for start in range(0, len(files), batch_size):
+        yield torch.stack([load_image(path, transform) for path in files[start : start + batch_size]])
+
+
 def image_batches(
     images: LabelledImages, settings: ImageSettings, batch_size: int = 32
 ) -> Iterator[tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]]:
@@ -164,8 +186,6 @@ def image_batches(
     Raises:
         CalibrationError: an image is unreadable; it is named.
     """
-    transform = settings.transform()
-    for start in range(0, len(images), batch_size):
-        part = slice(start, start + batch_size)
-        pixels = torch.stack([load_image(path, transform) for path in images.paths[part]])
-        yield pixels, torch.tensor(images.labels[part])
+    pixels = batches_of_files(images.paths, settings, batch_size)
+    for batch, labels in zip(pixels, torch.tensor(images.labels).split(batch_size), strict=True):
+        yield batch, labels

@@ -1,7 +1,8 @@
 """How a vision model wants its images: size, crop, interpolation, mean and scale, and the transform they make.
 
 An image whose short side already lies between the crop and the resize size was cropped from a resized one
-(ImageNet copies at 227 pixels); resizing it again would zoom and blur it, so it is cropped only.
+(ImageNet copies at 227 pixels); resizing it again would zoom and blur it, so it is cropped only, its offset
+rounded down (torchvision rounds the half pixel to even, which moves a 227-pixel copy by one pixel).
 """
 
 from __future__ import annotations
@@ -60,14 +61,16 @@ class ImageSettings:
         size = self.resize if isinstance(self.resize, int) else list(self.resize)
         mode = transforms.InterpolationMode(self.interpolation)
         resize = transforms.Resize(size, interpolation=mode)
-        finish = transforms.Compose(
-            [
-                transforms.CenterCrop((self.height, self.width)),
-                transforms.ToTensor(),
-                transforms.Normalize(self.mean, self.std),
-            ]
-        )
-        return lambda image: finish(image if self.skips_resize(*image.size) else resize(image))
+        normalize = transforms.Compose([transforms.ToTensor(), transforms.Normalize(self.mean, self.std)])
+        crop = transforms.CenterCrop((self.height, self.width))
+
+        def apply(image: Any) -> Tensor:
+            if not self.skips_resize(*image.size):
+                return normalize(crop(resize(image)))
+            left, top = (image.width - self.width) // 2, (image.height - self.height) // 2
+            return normalize(image.crop((left, top, left + self.width, top + self.height)))
+
+        return apply
 
 
 def settings_of_timm(model: nn.Module) -> ImageSettings:

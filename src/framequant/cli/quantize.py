@@ -1,0 +1,258 @@
+"""``framequant quantize``: open a model, quantize it, save it, and say what it costs now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from framequant.cli.console import Reporter, count, facts, seconds, size
+from framequant.cli.inputs import DEFAULT_SAMPLES, calibration_tensor, find_calibration
+from framequant.cli.options import DeviceOption, DtypeOption, JsonOption, build_config, choose_device
+
+if TYPE_CHECKING:
+    from framequant.integrations.sources import OpenedModel
+    from framequant.model.report import QuantizationReport
+
+NAME = "quantize"
+EXAMPLES = (
+    "Examples:\n\n"
+    "framequant quantize smollm2 --out smol-2bit\n\n"
+    "framequant quantize timm/deit_tiny_patch16_224 --calibration train/ --out deit-2bit\n\n"
+    "framequant quantize HuggingFaceTB/SmolLM2-135M --calibration wiki.txt --redundancy 1.25 --out smol\n\n"
+    "framequant quantize model.gguf --preset gptq --bits 3 --ignore down_proj --out gptq-3bit"
+)
+
+
+def run(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A transformers directory or hub name, a .gguf file, timm/NAME, a timm directory, smollm2 or minilm."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist or be empty.")],
+    preset: Annotated[
+        str | None,
+        typer.Option(help="framequant (default), framequant-scalar, framequant-paper, quip, gptq or rtn."),
+    ] = None,
+    bits: Annotated[float | None, typer.Option(help="Width of a code, 1 to 8.")] = None,
+    redundancy: Annotated[
+        float | None, typer.Option(help="Redundancy r ≥ 1; a code costs bits times r.")
+    ] = None,
+    two_sided: Annotated[
+        bool | None, typer.Option("--two-sided/--one-sided", help="Redundancy on the output side too.")
+    ] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="A text file, an image folder, or a dataset NAME[:CONFIG] on the hub.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration windows or images.")] = DEFAULT_SAMPLES,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens of a calibration window; 1024, or what the model reads.")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    seed: Annotated[
+        int | None, typer.Option(help="Of the random signs and of the calibration sample; 0.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Leave matching linears in float; repeatable.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="REGEX", help="Quantize matching linears only; repeatable.")
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Fraction of the Hessian's mean diagonal added to it.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale; whole rows if not given.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE.yaml", help="Settings from a file; flags win over it.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting by name; repeatable.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what lies in the output directory.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantize MODEL and save it to a directory that framequant, transformers and timm models load from."""
+    flags = {
+        "bits": bits,
+        "redundancy": redundancy,
+        "two_sided": two_sided,
+        "seed": seed,
+        "ignore": ignore,
+        "include": include,
+        "damping": damping,
+        "group_size": group_size,
+    }
+    reporter = Reporter(as_json)
+    chosen = build_config(preset, config, settings or [], flags)
+    check_output(out, overwrite, model)
+    place = choose_device(device)
+    source = find_calibration(calibration)
+    opened = open_float(model, dtype, place, reporter)
+    float_parameters = sum(parameter.numel() for parameter in opened.model.parameters())
+    with reporter.stage("reading the calibration data"):
+        data = calibration_tensor(source, opened, samples, sequence_length, chosen.seed, reporter)
+    reporter.err.print(f"  {describe_calibration(data)}")
+    report = quantize_model(opened, data, chosen, reporter)
+    save(opened, out, overwrite, reporter)
+    summary = summarize(report, opened, out, float_parameters)
+    summary["calibration"] = describe_calibration(data)
+    print_summary(summary, report, reporter)
+    reporter.print_json(summary)
+
+
+def check_output(out: Path, overwrite: bool, model: str) -> None:
+    """Refuse an output directory before any work is done.
+
+    Raises:
+        CheckpointError: it is not empty, or is the model itself, or ``--overwrite`` would delete what is no
+            checkpoint.
+    """
+    from framequant.checkpoint import prepare_output
+    from framequant.errors import CheckpointError
+
+    if out.exists() and Path(model).exists() and out.resolve() == Path(model).resolve():
+        raise CheckpointError(f"--out {out} is the model itself; choose another directory.")
+    prepare_output(out, overwrite)
+    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
+        raise CheckpointError(
+            f"--overwrite: {out} holds no model, so it is not replaced; choose another directory."
+        )
+
+
+def open_float(name: str, dtype: str, device: str, reporter: Reporter) -> OpenedModel:
+    """Open a model that is to be quantized.
+
+    Raises:
+        ModelSourceError: it cannot be opened, or is quantized already.
+    """
+    from framequant.errors import ModelSourceError
+    from framequant.integrations.sources import open_model
+
+    with reporter.stage(f"loading {name}"):
+        opened = open_model(name, dtype, device)
+    if opened.quantized:
+        raise ModelSourceError(f"{name} is already quantized by framequant; give the float model.")
+    for note in opened.notes:
+        reporter.notice(note)
+    return opened
+
+
+def describe_calibration(data: Any) -> str:
+    """The size of a calibration tensor in words."""
+    if data.ndim == 2:
+        return f"{data.shape[0]} windows of {data.shape[1]} tokens ({count(data.numel())} tokens)"
+    return f"{data.shape[0]} images of {data.shape[3]} × {data.shape[2]} pixels"
+
+
+def quantize_model(opened: OpenedModel, data: Any, config: Any, reporter: Reporter) -> QuantizationReport:
+    """Run the walk with a progress bar over the weights."""
+    from framequant import quantize_
+
+    with reporter.bar("quantizing", "weights") as update:
+        return quantize_(
+            opened.model,
+            data,
+            config,
+            progress=lambda progress: update(progress.done, progress.total, progress.message),
+        )
+
+
+def save(opened: OpenedModel, out: Path, overwrite: bool, reporter: Reporter) -> None:
+    """Save a quantized model with its tokenizer or image processor."""
+    from framequant import save_pretrained
+
+    with reporter.stage(f"saving {out}"):
+        save_pretrained(
+            opened.model, out, overwrite=overwrite, source=opened.name, tokenizer=opened.processor
+        )
+
+
+def directory_bytes(directory: Path) -> dict[str, int]:
+    """Bytes of every file of a directory, by name."""
+    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
+
+
+def weight_bytes(directory: Path) -> int:
+    """Bytes of a checkpoint's tensors and config: what the model itself takes."""
+    files = directory_bytes(directory)
+    return sum(n for name, n in files.items() if name.endswith(".safetensors") or name.startswith("config"))
+
+
+def summarize(
+    report: QuantizationReport, opened: OpenedModel, out: Path, float_parameters: int
+) -> dict[str, Any]:
+    """The figures of a finished run, as JSON has them."""
+    weights = sum(entry.num_weights for entry in report.linears)
+    worst = sorted(report.linears, key=lambda entry: entry.relative_loss, reverse=True)[:3]
+    return {
+        "model": opened.name,
+        "model_class": report.model.get("class"),
+        "out": str(out),
+        "bits_per_weight": report.bits_per_weight,
+        "redundancy": report.redundancy,
+        "coverage": report.coverage,
+        "quantized_linears": len(report.linears),
+        "quantized_weights": weights,
+        "bytes": {
+            "linears_float16": 2 * weights,
+            "linears_quantized": sum(sum(entry.bytes.values()) for entry in report.linears),
+            "model_float16": 2 * float_parameters,
+            "model_on_disk": weight_bytes(out),
+            "directory": sum(directory_bytes(out).values()),
+        },
+        "worst_linears": {entry.name: entry.relative_loss for entry in worst},
+        "seconds": report.seconds,
+        "environment": report.environment,
+        "warnings": report.warnings,
+        "config": report.config,
+    }
+
+
+def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter: Reporter) -> None:
+    """Print the final table and the next command."""
+    sizes = summary["bytes"]
+    asked = report.config["redundancy"] ** (2 if report.config["two_sided"] else 1)
+    worst = [f"{loss:.4f}  {name}" for name, loss in summary["worst_linears"].items()]
+    rows = {
+        "model": f"{summary['model']} ({summary['model_class']})",
+        "quantized": f"{summary['quantized_linears']} linears, {count(summary['quantized_weights'])} weights, "
+        f"{summary['coverage']:.1%} of those in the blocks",
+        "bits per weight": f"{summary['bits_per_weight']:.4f}, measured: every byte stored for these linears",
+        "true redundancy": f"{summary['redundancy']:.4f} (asked for {asked:.4g})",
+        "these linears": f"{size(sizes['linears_float16'])} in 16 bits → {size(sizes['linears_quantized'])}",
+        "whole model": f"{size(sizes['model_float16'])} in 16 bits → {size(sizes['model_on_disk'])} on disk "
+        f"(the rest is kept in {report.environment['dtype']})",
+        "largest relative loss": "\n".join(worst),
+        "time": f"{seconds(summary['seconds'])} on {report.environment['device']}",
+        "saved in": summary["out"],
+    }
+    reporter.print(facts("Quantized", rows))
+    for warning in _shorten(report.warnings):
+        reporter.notice(warning)
+    reporter.print(f"Next: {next_command(report, summary['out'])}")
+
+
+def _shorten(warnings: list[str]) -> list[str]:
+    return (
+        warnings
+        if len(warnings) <= 5
+        else [*warnings[:4], f"{len(warnings) - 4} more; see framequant_report.json"]
+    )
+
+
+def next_command(report: QuantizationReport, out: str) -> str:
+    """A command worth running next."""
+    name = str(report.model.get("class"))
+    if name.endswith(("CausalLM", "LMHeadModel")):
+        return f"framequant evaluate {out} --perplexity TEXT.txt"
+    if name.endswith(("ImageClassification", "VisionTransformer", "SwinTransformer")):
+        return f"framequant evaluate {out} --imagenet FOLDER"
+    return f"framequant inspect {out}"
