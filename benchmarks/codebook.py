@@ -61,7 +61,7 @@ def search_constants(state_bits: int, candidates: int, seed: int, work: float) -
     pool = [(int(generator.integers(1 << 31)) * 2 + 1, bool(i % 2)) for i in range(candidates)]
     rounds = (([(2,)], 48, 32), ([(1,), (2,), (3,)], 256, 6), (list(WEIGHT), 2048, 1))
     for rates, tiles, survivors in rounds:
-        values = gaussian(max(16, int(tiles * work)), seed=len(rates))
+        values = gaussian(max(32, int(tiles * work)), seed=len(rates))
         start = time.time()
         scored = sorted((score(state_bits, constants, rates, values), constants) for constants in pool)
         pool = [constants for _, constants in scored[:survivors]]
@@ -112,7 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.search:
         for bits in args.state_bits:
-            search_constants(bits, args.candidates, args.seed, work=min(1.0, 2.0 ** (13 - bits)))
+            search_constants(bits, args.candidates, args.seed, work=min(1.0, 2.0 ** (14 - bits)))
     else:
         report(args.state_bits, args.tiles, args.draws, args.csv)
 

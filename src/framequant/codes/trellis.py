@@ -43,6 +43,16 @@ __all__ = [
     "unpack_states",
 ]
 
+_GAINS = (
+    (1.0, 0.88),
+    (1.5, 0.98),
+    (2.0, 1.03),
+    (2.5, 1.05),
+    (3.0, 1.07),
+    (4.0, 1.12),
+    (8.0, 1.2),
+)  # (bits, gain)
+
 
 def rate_pattern(bits: float) -> tuple[int, ...]:
     """Return the shortest pattern of step rates whose mean is ``bits``, the larger ones spread evenly.
@@ -122,6 +132,20 @@ class TrellisSpec:
     def bits_per_coefficient(self) -> float:
         """Stored bits per coefficient of a full tile, byte padding included."""
         return 8 * self.bytes_per_tile / self.steps
+
+    @property
+    def gain(self) -> float:
+        """Best scale of the codebook for a unit Gaussian: encode ``x / gain``, multiply the values by it.
+
+        Below 1 at one bit, where the best reproduction has less variance than the source; above 1 from two
+        bits on, where the codebook's short tails (3.45 deviations) matter. Measured at L = 12 and 16: it
+        takes 2 % off the error at 1 and 3 bits, 5 % at 4, nothing at 2. Fold it into the row scales.
+        """
+        rate = sum(self.rates) / len(self.rates)
+        (low, below), (high, above) = next(
+            pair for pair in pairwise(_GAINS) if pair[0][0] <= rate <= pair[1][0]
+        )
+        return below + (above - below) * (rate - low) / (high - low)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -207,7 +231,7 @@ def unpack_states(
         )
     mask = (1 << spec.state_bits) - 1
     ring = torch.zeros((num_tiles, spec.bytes_per_tile + 4), dtype=torch.int32, device=packed.device)
-    ring[:, : spec.bytes_per_tile] = packed.reshape(num_tiles, -1)
+    ring[:, : spec.bytes_per_tile] = packed.reshape(num_tiles, spec.bytes_per_tile)
     whole, rest = divmod(spec.bits_per_tile, 8)
     repeat = (
         (ring[:, 0] | ring[:, 1] << 8 | ring[:, 2] << 16) & mask

@@ -1,1 +1,1 @@
-"""Inner loops: every operation in plain torch and in a fast form, with one signature. Importing this loads neither."""
+"""Inner loops: every operation in plain torch and in a fast form with the same signature."""

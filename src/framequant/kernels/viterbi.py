@@ -28,7 +28,7 @@ SEAM_CONTEXT = (
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
-    """Turn ``"auto"`` into a backend for tensors on ``device``; fall back to torch, with a warning, if one is missing.
+    """Turn ``"auto"`` into a backend for ``device``; without numba or triton fall back to torch and warn.
 
     Raises:
         ConfigError: for an unknown name, or one that cannot run on the device.
@@ -67,7 +67,7 @@ def search(
         values: float32; the number of steps is a multiple of ``len(rates)``.
         codebook: value of each state, float32, on the same device.
         rates: new bits of each step, 1..8 and at most L.
-        overlap: the ``L - k_0`` bits of ``s_0`` above its new ones; the same bits end ``s_{T-1}``, so the path
+        overlap: the ``L - k_0`` bits of ``s_0`` above its new ones, which also end ``s_{T-1}``, so the path
             is a ring. Without it both ends are free.
         weights: importance of each element, positive; ones if absent.
         backend: ``"auto"``, ``"torch"``, ``"cpu"`` or ``"triton"``.

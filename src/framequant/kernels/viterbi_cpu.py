@@ -249,7 +249,7 @@ def search(values, weights, codebook, rates, overlap, state_bits, threads):
     def work(span):
         _chunk(values[span], weights[span], codebook, rates, overlap[span], state_bits, states[span])
 
-    if threads == 1 or len(spans) == 1:
+    if threads == 1 or len(spans) <= 1:
         for span in spans:
             work(span)
     else:

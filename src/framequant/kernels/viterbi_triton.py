@@ -1,12 +1,13 @@
 """Viterbi search for bit-shift trellises on a GPU: one Triton program per sequence.
 
-The metrics of a step are one tensor held in registers, indexed by ``p = s >> k``. With ``s = (p << k) | b``
-and ``p = j * R + a`` (see ``viterbi_cpu``), a step is a broadcast sum over ``[j, a, b]``, a minimum over
-``j``, and a reshape of ``[a, b]`` to the next ``[j, a]``: the only traffic between threads, through shared
-memory. The codebook, permuted to ``[j, a, b]`` by its own order, stays in registers while it fits
+The metrics are one tensor in registers, indexed by ``p = s >> low`` with the smaller of the pattern's two
+rates; after a step of the larger rate, each metric stands there several times, so every step has the same
+shape. With ``s = (p << low) | b`` and ``p = j * R + a`` a step is a broadcast sum over ``[j, a, b]``, a
+minimum over ``j``, and a reshape of ``[a, b]`` to the next ``[j, a]``: the only traffic between threads,
+through shared memory. The codebook in its own order is ``[j, a, b]``; it stays in registers while it fits
 (``RESIDENT``) and is read through the caches otherwise, as halves where that is exact. The predecessor rides
-in the low mantissa bits of the metric, so one integer minimum finds both, and the predecessors of several
-``b`` share a byte. Back-pointers go to global scratch, and the same program traces them back.
+in the low mantissa bits of the metric, so one integer minimum finds both, and several predecessors share a
+byte. Back-pointers go to global scratch; the same program traces them back.
 
 Only ``framequant.kernels.viterbi`` imports this module. Imports torch and triton.
 """
@@ -23,33 +24,27 @@ HUGE = tl.constexpr(1e30)  # an impossible path: finite, so that index bits in i
 
 
 @triton.constexpr_function
-def _rate(rates, step, period):
-    return (rates >> (4 * (step % period))) & 15
-
-
-@triton.constexpr_function
-def _group(bits, next_bits):
-    """Return how many back-pointers of ``next_bits`` share a byte: a power of two, at most ``2**bits``."""
-    fit = 8 if next_bits == 1 else 4 if next_bits == 2 else 2 if next_bits <= 4 else 1
-    return min(fit, 1 << bits)
+def _group(low, bits):
+    """Return how many back-pointers of ``bits`` share a byte: a power of two, at most ``2**low``."""
+    return min(8 if bits == 1 else 4 if bits == 2 else 2 if bits <= 4 else 1, 1 << low)
 
 
 @triton.jit
-def _codes(table, L: tl.constexpr, K: tl.constexpr, KN: tl.constexpr):
+def _codes(table, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexpr):
     """Load the codebook as ``[j, a, b]``, which is its own order."""
-    rows: tl.constexpr = 1 << (L - K - KN)
+    rows: tl.constexpr = 1 << (L - LOW - KN)
     j = tl.arange(0, 1 << KN)[:, None, None]
     a = tl.arange(0, rows)[None, :, None]
-    b = tl.arange(0, 1 << K)[None, None, :]
-    return tl.load(table + (((j * rows + a) << K) + b))
+    b = tl.arange(0, 1 << LOW)[None, None, :]
+    return tl.load(table + (((j * rows + a) << LOW) + b))
 
 
 @triton.jit
-def _advance(metric, codes, gain, slope, offset, back, L: tl.constexpr, K: tl.constexpr, KN: tl.constexpr):
+def _advance(metric, codes, gain, slope, offset, back, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexpr):
     """Take one step: write its back-pointers, several a byte, and return the next step's metric."""
-    rows: tl.constexpr = 1 << (L - K - KN)
-    group: tl.constexpr = _group(K, KN)
-    words: tl.constexpr = (1 << K) // group
+    rows: tl.constexpr = 1 << (L - LOW - KN)
+    group: tl.constexpr = _group(LOW, KN)
+    words: tl.constexpr = (1 << LOW) // group
     codes = codes.to(tl.float32)
     old = tl.reshape(metric, [1 << KN, rows, 1])
     bits = (old + codes * (gain * codes - slope)).to(tl.int32, bitcast=True)
@@ -59,72 +54,78 @@ def _advance(metric, codes, gain, slope, offset, back, L: tl.constexpr, K: tl.co
     word = tl.sum(tl.reshape(best & ((1 << KN) - 1), [rows, words, group]) << place, axis=2)
     where = tl.arange(0, rows)[:, None] * words + tl.arange(0, words)[None, :]
     tl.store(back + where, word.to(tl.uint8))
-    return tl.reshape(best.to(tl.float32, bitcast=True) + offset, [1 << (L - KN)])
+    new = best.to(tl.float32, bitcast=True) + offset
+    if KN > LOW:
+        new = tl.broadcast_to(new[:, :, None], [rows, 1 << LOW, 1 << (KN - LOW)])
+    return tl.reshape(new, [1 << (L - LOW)])
 
 
 @triton.jit
-def _predecessor(node, back, L: tl.constexpr, K: tl.constexpr, KN: tl.constexpr):
+def _predecessor(node, back, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexpr):
     """Return the state of a step from the node that follows it."""
-    group: tl.constexpr = _group(K, KN)
-    b = node & ((1 << K) - 1)
-    word = tl.load(back + (node >> K) * ((1 << K) // group) + b // group).to(tl.int32)
+    group: tl.constexpr = _group(LOW, KN)
+    b = node & ((1 << LOW) - 1)
+    word = tl.load(back + (node >> LOW) * ((1 << LOW) // group) + b // group).to(tl.int32)
     return node | (((word >> ((b % group) * KN)) & ((1 << KN) - 1)) << (L - KN))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rates", "period"])
 def _viterbi(
-    values, weights, table, overlap, back, states, steps,
-    L: tl.constexpr, RATES: tl.constexpr, PERIOD: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-    SIZE: tl.constexpr, RESIDENT: tl.constexpr,
+    values, weights, table, overlap, back, states, steps, rates, period,
+    L: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Search one sequence; ``RATES`` holds four bits a rate, a step has ``SIZE`` bytes of back-pointers."""
+    """Search one sequence; bit ``t % period`` of ``rates`` says whether step t has ``HIGH`` bits."""
+    size: tl.constexpr = 1 << (L - LOW)
     tile = tl.program_id(0).to(tl.int64)
     values += tile * steps
     weights += tile * steps
     states += tile * steps
-    back += tile * steps * SIZE
+    back += tile * steps * size
     if RESIDENT:
-        codes_ll = _codes(table, L, LOW, LOW)
-        codes_lh = _codes(table, L, LOW, HIGH)
-        codes_hl = _codes(table, L, HIGH, LOW)
-        codes_hh = _codes(table, L, HIGH, HIGH)
-    first: tl.constexpr = 1 << (L - (RATES & 15))
-    ends = tl.load(overlap + tile)
+        codes_low = _codes(table, L, LOW, LOW)
+        if HIGH > LOW:
+            codes_high = _codes(table, L, LOW, HIGH)
+    ends = tl.load(overlap + tile).to(tl.int32)
     x = tl.load(values)
-    power = tl.load(weights) * x * x
-    p = tl.arange(0, first)
-    metric = tl.where((ends < 0) | (p == ends), power, HUGE)
-    for start in range(0, steps, PERIOD):
-        for i in tl.static_range(PERIOD):
-            t = start + i
-            gain = tl.load(weights + t)
-            slope = 2.0 * gain * tl.load(values + t)
-            more = t + 1 < steps
-            following = tl.load(values + t + 1, mask=more, other=0.0)
-            offset = tl.load(weights + t + 1, mask=more, other=0.0) * following * following
-            if not RESIDENT:
-                codes = _codes(table, L, _rate(RATES, i, PERIOD), _rate(RATES, i + 1, PERIOD))
-            elif _rate(RATES, i, PERIOD) == LOW and _rate(RATES, i + 1, PERIOD) == LOW:
-                codes = codes_ll
-            elif _rate(RATES, i, PERIOD) == LOW:
-                codes = codes_lh
-            elif _rate(RATES, i + 1, PERIOD) == LOW:
-                codes = codes_hl
+    first = tl.where((rates & 1) == 1, HIGH, LOW)
+    node = tl.arange(0, size) >> (first - LOW)
+    metric = tl.where((ends < 0) | (node == ends), tl.load(weights) * x * x, HUGE)
+    for t in range(0, steps):
+        gain = tl.load(weights + t)
+        slope = 2.0 * gain * tl.load(values + t)
+        more = t + 1 < steps
+        following = tl.load(values + t + 1, mask=more, other=0.0)
+        offset = tl.load(weights + t + 1, mask=more, other=0.0) * following * following
+        row = back + t * size
+        if HIGH == LOW:
+            if RESIDENT:
+                metric = _advance(metric, codes_low, gain, slope, offset, row, L, LOW, LOW)
             else:
-                codes = codes_hh
-            metric = _advance(
-                metric, codes, gain, slope, offset, back + t * SIZE,
-                L, _rate(RATES, i, PERIOD), _rate(RATES, i + 1, PERIOD),
-            )  # fmt: skip
-    node = tl.where(ends < 0, tl.argmin(metric, axis=0), ends.to(tl.int32))
+                metric = _advance(metric, _codes(table, L, LOW, LOW), gain, slope, offset, row, L, LOW, LOW)
+        elif ((rates >> ((t + 1) % period)) & 1) == 1:
+            if RESIDENT:
+                metric = _advance(metric, codes_high, gain, slope, offset, row, L, LOW, HIGH)
+            else:
+                metric = _advance(metric, _codes(table, L, LOW, HIGH), gain, slope, offset, row, L, LOW, HIGH)
+        else:
+            if RESIDENT:
+                metric = _advance(metric, codes_low, gain, slope, offset, row, L, LOW, LOW)
+            else:
+                metric = _advance(metric, _codes(table, L, LOW, LOW), gain, slope, offset, row, L, LOW, LOW)
+    best = tl.argmin(metric, axis=0) >> (first - LOW)
+    last = tl.where(ends < 0, best, ends)
     tl.debug_barrier()  # the back-pointers of all threads are written
-    for start in range(0, steps, PERIOD):
-        for i in tl.static_range(PERIOD):
-            t = steps - 1 - start - i
-            k = _rate(RATES, PERIOD - 1 - i, PERIOD)
-            state = _predecessor(node, back + t * SIZE, L, k, _rate(RATES, PERIOD - i, PERIOD))
-            tl.store(states + t, state)
-            node = state >> k
+    for i in range(0, steps):
+        t = steps - 1 - i
+        row = back + t * size
+        if HIGH == LOW:
+            state = _predecessor(last, row, L, LOW, LOW)
+        elif ((rates >> ((t + 1) % period)) & 1) == 1:
+            state = _predecessor(last, row, L, LOW, HIGH)
+        else:
+            state = _predecessor(last, row, L, LOW, LOW)
+        tl.store(states + t, state)
+        last = state >> tl.where(((rates >> (t % period)) & 1) == 1, HIGH, LOW)
 
 
 def supports(state_bits: int, rates: tuple[int, ...]) -> bool:
@@ -162,13 +163,13 @@ def search(
     states = torch.empty(values.shape, dtype=torch.int32, device=values.device)
     share = max(1, min(len(values), _SCRATCH_BYTES // (steps * size)))
     back = torch.empty((share, steps, size), dtype=torch.uint8, device=values.device)
-    packed = sum(k << (4 * i) for i, k in enumerate(rates))
+    low, high = min(rates), max(rates)
+    pattern = sum((k > low) << i for i, k in enumerate(rates))
     table = _halves(codebook.contiguous())
     for i in range(0, len(values), share):
         part = slice(i, min(i + share, len(values)))
         _viterbi[(part.stop - part.start,)](
-            values[part], weights[part], table, overlap[part], back, states[part], steps,
-            L=state_bits, RATES=packed, PERIOD=len(rates), LOW=min(rates), HIGH=max(rates), SIZE=size,
-            **(options or launch_options(state_bits)),
+            values[part], weights[part], table, overlap[part], back, states[part], steps, pattern, len(rates),
+            L=state_bits, LOW=low, HIGH=high, **(options or launch_options(state_bits)),
         )  # fmt: skip
     return states
