@@ -1,6 +1,6 @@
 """The command ``framequant``: its subcommands, and how errors become messages and exit codes.
 
-Exit codes: 0 done; 2 a user's error, with one message on stderr; 130 interrupted; 1 a bug, with its traceback.
+Exit codes: 0 done; 2 a user's error, with one message on stderr; 130 interrupted; 1 a bug, with a traceback.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ def user_message(error: Exception) -> str | None:
 app = typer.Typer(
     name="framequant",
     cls=ErrorHandlingGroup,
-    help="Quantize vision transformers and language models to two point something bits, in fusion-frame space.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

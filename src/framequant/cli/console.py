@@ -68,12 +68,23 @@ class Reporter:
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[detail]}[/]"),
         )
-        with Progress(*columns, console=self.err, transient=True, speed_estimate_period=120) as progress:
+        live = self.err.is_terminal and not self.json_only
+        with Progress(
+            *columns, console=self.err, transient=True, disable=not live, speed_estimate_period=120
+        ) as progress:
             task = progress.add_task(_plain(message), total=None, amount="", detail="")
+            printed = 0
 
             def update(done: int, total: int, detail: str = "") -> None:
+                nonlocal printed
                 amount = f"{count(done)} of {count(total)} {unit}"
                 progress.update(task, completed=done, total=total, amount=amount, detail=_plain(detail))
+                tenth = 10 * done // max(total, 1)
+                if not live and tenth > printed and done < total:
+                    printed = tenth
+                    self.err.print(
+                        f"  {10 * tenth} %  {amount}, {seconds(time.perf_counter() - start)}", style="dim"
+                    )
 
             yield update
         self.err.print(f"[green]✓[/] {_plain(message)} [dim]{seconds(time.perf_counter() - start)}[/]")

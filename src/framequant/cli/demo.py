@@ -1,4 +1,4 @@
-"""``framequant demo``: the whole way on a packaged model and a packaged text, without network or data of one's own.
+"""``framequant demo``: the whole way on a packaged model and a packaged text, without network or own data.
 
 SmolLM2-135M is calibrated on the Old Testament and evaluated on the New (King James), quantized to about 2.25
 bits, saved, and reloaded; everything that is measured of the quantized model is measured of the reloaded one.
@@ -144,11 +144,13 @@ def measure(
 def _print(results: dict[str, Any], reporter: Reporter) -> None:
     floating, quantized, sizes = results["float"], results["quantized"], results["bytes"]
     rows = {
-        "calibration": f"{results['calibration']} of the Old Testament, computed in {results['dtype']}",
-        "evaluation": f"{floating['tokens']} predicted tokens of the New Testament in {floating['windows']} windows",
+        "calibration": f"{results['calibration']} of the Old Testament, in {results['dtype']}",
+        "evaluation": f"{floating['tokens']} predicted tokens of the New Testament "
+        f"in {floating['windows']} windows",
         "perplexity, float": f"{floating['perplexity']:.2f}",
-        "perplexity, quantized": f"{quantized['perplexity']:.2f} ({results['perplexity_ratio']:.2f} times float)",
-        "bits per weight": f"{results['bits_per_weight']:.4f}, measured over {results['quantized_linears']} linears",
+        "perplexity, quantized": f"{quantized['perplexity']:.2f}, "
+        f"{results['perplexity_ratio']:.2f} times float",
+        "bits per weight": f"{results['bits_per_weight']:.4f}, measured: every byte stored for the linears",
         "true redundancy": f"{results['redundancy']:.4f}",
         "these linears": f"{size(sizes['linears_float16'])} in float16 → {size(sizes['linears_quantized'])}",
         "whole model": f"{size(sizes['model_float16'])} in float16 → {size(sizes['model_on_disk'])} on disk "

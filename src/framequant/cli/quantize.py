@@ -29,7 +29,8 @@ def run(
     model: Annotated[
         str,
         typer.Argument(
-            help="A transformers directory or hub name, a .gguf file, timm/NAME, a timm directory, smollm2 or minilm."
+            help="A transformers directory or hub name, a .gguf file, timm/NAME, a timm directory, "
+            "smollm2 or minilm."
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist or be empty.")],
@@ -223,8 +224,8 @@ def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter:
     worst = [f"{loss:.4f}  {name}" for name, loss in summary["worst_linears"].items()]
     rows = {
         "model": f"{summary['model']} ({summary['model_class']})",
-        "quantized": f"{summary['quantized_linears']} linears, {count(summary['quantized_weights'])} weights, "
-        f"{summary['coverage']:.1%} of those in the blocks",
+        "quantized": f"{summary['quantized_linears']} linears, {count(summary['quantized_weights'])} weights "
+        f"({summary['coverage']:.1%} of those in the blocks)",
         "bits per weight": f"{summary['bits_per_weight']:.4f}, measured: every byte stored for these linears",
         "true redundancy": f"{summary['redundancy']:.4f} (asked for {asked:.4g})",
         "these linears": f"{size(sizes['linears_float16'])} in 16 bits → {size(sizes['linears_quantized'])}",

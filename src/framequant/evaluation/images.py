@@ -1,6 +1,6 @@
 """Folders of images: for calibration a seeded sample, for accuracy every image with the number of its class.
 
-Classes are subfolders, named by WordNet id or by class name. Their numbers come from ``classes.txt`` beside or
+Classes are subfolders, named by WordNet id or by class name. Their numbers come from ``classes.txt`` in or
 above the folder (one class a line, its first word the folder's name), else from the model's own labels, else
 from the sorted names if there are as many folders as classes.
 """
@@ -96,8 +96,9 @@ def _class_numbers(
         source, order = "the folder", names
     else:
         raise CalibrationError(
-            f"{root} has {len(names)} class folders, the model {num_classes} classes, and neither a classes.txt beside it "
-            "nor the model's labels name them. Put a classes.txt with one folder name a line, in class order, beside it."
+            f"{root} has {len(names)} class folders, the model {num_classes} classes, and neither a "
+            "classes.txt nor the model's labels name them. Put a classes.txt with one folder name a line, in "
+            "class order, beside it."
         )
     numbers = {name: index for index, name in enumerate(order)}
     unknown = [name for name in names if name not in numbers]
@@ -187,5 +188,4 @@ def image_batches(
         CalibrationError: an image is unreadable; it is named.
     """
     pixels = batches_of_files(images.paths, settings, batch_size)
-    for batch, labels in zip(pixels, torch.tensor(images.labels).split(batch_size), strict=True):
-        yield batch, labels
+    yield from zip(pixels, torch.tensor(images.labels).split(batch_size), strict=True)

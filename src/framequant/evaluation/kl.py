@@ -71,7 +71,7 @@ def kl_divergence(
         ours, theirs = logits_of(model, batch), logits_of(reference, batch)
         if ours.shape[-1] != theirs.shape[-1]:
             raise CalibrationError(
-                f"the models have {ours.shape[-1]} and {theirs.shape[-1]} classes; a divergence needs the same ones."
+                f"the models have {ours.shape[-1]} and {theirs.shape[-1]} classes; they must be the same."
             )
         ours, theirs = ours.flatten(0, -2), theirs.flatten(0, -2).to(ours.device)
         for mine, other in zip(ours.split(ROWS_PER_CHUNK), theirs.split(ROWS_PER_CHUNK), strict=True):

@@ -1,7 +1,7 @@
 """Texts as windows of tokens, for calibration and for perplexity.
 
-A text is tokenized whole, without special tokens, and cut into non-overlapping windows of one length; the rest
-that fills no window is dropped. Calibration takes a seeded permutation of all windows, perplexity all of them
+A text is tokenized whole, without special tokens, and cut into non-overlapping windows of one length; what
+fills no window is dropped. Calibration takes a seeded permutation of all windows, perplexity all of them
 in order.
 """
 

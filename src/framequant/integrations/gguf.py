@@ -28,8 +28,8 @@ def open_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         The model and its tokenizer.
 
     Raises:
-        ModelSourceError: the file is no GGUF, of an architecture that transformers cannot read, or the packages
-            that read it are missing.
+        ModelSourceError: the file is no GGUF, or of an architecture that transformers cannot read, or the
+            packages that read it are missing.
     """
     _check_magic(path)
     try:
@@ -81,9 +81,28 @@ def _read_header_once() -> Iterator[None]:
     """
     import gguf
 
-    reader, name_map = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = lru_cache(maxsize=1)(reader), lru_cache(maxsize=4)(name_map)
+    cached = {"GGUFReader": lru_cache(maxsize=1), "get_tensor_name_map": lru_cache(maxsize=4)}
+    originals = {name: getattr(gguf, name) for name in cached}
+    for name, wrap in cached.items():
+        setattr(gguf, name, wrap(originals[name]))
+    try:
+        with _without_tqdm():
+            yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
+
+
+@contextmanager
+def _without_tqdm() -> Iterator[None]:
+    """Keep transformers' progress bar for tensors off the terminal: the command line has its own."""
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    original = getattr(reading, "tqdm", None)
+    if original is not None:
+        reading.tqdm = lambda items, **_: items
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, name_map
+        if original is not None:
+            reading.tqdm = original

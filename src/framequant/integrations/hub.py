@@ -1,7 +1,7 @@
 """Whether the Hugging Face hub can be reached, asked once and quickly.
 
-The hub's own client retries an unreachable host for half a minute per file. A look at the host first turns this
-into an immediate answer; files in the local cache are still found.
+The hub's own client retries an unreachable host for half a minute per file. A look at the host first turns
+this into an immediate answer; files in the local cache are still found.
 """
 
 from __future__ import annotations

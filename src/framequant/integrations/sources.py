@@ -24,8 +24,8 @@ from framequant.integrations.packages import PACKAGED_MODELS
 from framequant.integrations.preprocessing import ImageSettings, settings_of_processor, settings_of_timm
 
 FORMS = (
-    "a directory of transformers, timm or framequant, a .gguf file, timm/NAME, a name on the Hugging Face hub, "
-    + " or ".join(PACKAGED_MODELS)
+    "a directory of transformers, timm or framequant, a .gguf file, timm/NAME, a name on the Hugging Face "
+    f"hub, or {' or '.join(PACKAGED_MODELS)}"
 )
 
 DTYPES = {
@@ -200,6 +200,8 @@ def _open_gguf(name: str, path: Path, dtype: torch.dtype) -> OpenedModel:
 
 
 def _prepare_transformers() -> Any:
+    import transformers.quantizers.auto  # before ours, which registers itself there
+
     from framequant.errors import ConfigError
     from framequant.integrations.transformers import check_version
 
@@ -207,8 +209,6 @@ def _prepare_transformers() -> Any:
         check_version()
     except ConfigError as error:
         raise ModelSourceError(str(error)) from error
-    import transformers
-
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     return transformers
@@ -330,7 +330,8 @@ def _not_found(name: str, path: Path | None, online: bool, error: Exception) -> 
             f"no directory {name!r} here, and the Hugging Face hub cannot be reached to look for it there "
             f"(nor is it in the hub's cache).{hint} A model is {FORMS}."
         )
-    return f"no directory {name!r} here, and the Hugging Face hub answers: {_first_line(error)}{hint} A model is {FORMS}."
+    answer = _first_line(error)
+    return f"no directory {name!r} here, and the Hugging Face hub answers: {answer}{hint} A model is {FORMS}."
 
 
 def _similar_file(path: Path) -> str:
