@@ -1,5 +1,5 @@
 # `make demo` and `make test` on a fresh machine: Python 3.11 and pip, nothing else.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

@@ -9,28 +9,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-WORDS = [
-    "the",
-    "a",
-    "of",
-    "in",
-    "and",
-    "to",
-    "frame",
-    "model",
-    "tiger",
-    "lake",
-    "walks",
-    "reads",
-    "writes",
-    "finds",
-    "small",
-    "large",
-    "old",
-    "new",
-    "red",
-    "blue",
-]
+WORDS = (
+    *(
+        "the",
+        "a",
+        "of",
+        "in",
+        "and",
+        "to",
+        "frame",
+        "model",
+        "tiger",
+        "lake",
+        "walks",
+        "reads",
+        "writes",
+        "finds",
+    ),
+    *("small", "large", "old", "new", "red", "blue"),
+)
 
 
 @pytest.fixture(scope="session")

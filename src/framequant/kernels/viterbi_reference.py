@@ -44,7 +44,8 @@ def _search_some(
     back = []
     for t in range(steps):
         error = values[:, t, None] - codebook
-        cost = metric.repeat_interleave(1 << rates[t % period], dim=1) + weights[:, t, None] * error * error
+        branch = (weights[:, t, None] * error * error).unflatten(1, (metric.shape[1], -1))
+        cost = (metric[:, :, None] + branch).flatten(1)
         metric, index = cost.unflatten(1, (1 << rates[(t + 1) % period], -1)).min(dim=1)
         back.append(index.to(torch.uint8))
     node = torch.where(overlap >= 0, overlap, metric.argmin(dim=1))

@@ -12,6 +12,7 @@ Must not import models, layers or frames.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -31,8 +32,10 @@ class Coder(Protocol):
         ...
 
 
-#: Columns between two updates of the remaining matrix; inside a block errors are fed forward column by column.
+#: Columns between two updates of the remaining matrix, and between two updates inside such a block: errors of
+#: a few columns at a time are fed forward by one matrix product, which keeps caches and GPUs busy.
 BLOCK_COLUMNS = 128
+INNER_COLUMNS = 16
 
 
 def round_nearest(coefficients: Float[Tensor, "m n"], coder: Coder) -> Float[Tensor, "m n"]:
@@ -79,44 +82,65 @@ def round_ldlq(
     """
     if order is not None and coder.panel != 1:
         raise ValueError("a column order needs a code that rounds single columns")
-    work = coefficients.clone() if order is None else coefficients[:, order]
+    positions = list(range(coefficients.shape[1])) if order is None else order.tolist()
+    # Transposed, so that a column of D is contiguous.
+    work = (coefficients if order is None else coefficients[:, order]).T.clone(memory_format=torch.contiguous_format)
     rounded = torch.empty_like(work)
-    positions = range(work.shape[1]) if order is None else order.tolist()
-    block = max(BLOCK_COLUMNS // coder.panel, 1) * coder.panel
-    for start in range(0, work.shape[1], block):
-        stop = min(start + block, work.shape[1])
-        errors = _round_block(work, rounded, upper, coder, positions, start, stop)
-        if stop < work.shape[1]:
-            work[:, stop:] -= errors @ upper[start:stop, stop:]
+    _round_range(work, rounded, upper, coder, positions, 0, work.shape[0], _block_sizes(coder.panel))
     if not bool(torch.isfinite(rounded).all()):
         raise NumericalError("rounding produced NaN or infinity; raise the damping or check the weights.")
     if order is None:
-        return rounded
+        return rounded.T
     natural = torch.empty_like(rounded)
-    natural[:, order] = rounded
-    return natural
+    natural[order] = rounded
+    return natural.T
 
 
-def _round_block(
-    work: Tensor, rounded: Tensor, upper: Tensor, coder: Coder, positions, start: int, stop: int
+def _block_sizes(panel: int) -> tuple[int, ...]:
+    sizes = (max(size // panel, 1) * panel for size in (BLOCK_COLUMNS, INNER_COLUMNS))
+    return (*dict.fromkeys(sizes), panel) if panel < INNER_COLUMNS else (max(BLOCK_COLUMNS // panel, 1) * panel, panel)
+
+
+def _round_range(
+    work: Tensor, rounded: Tensor, upper: Tensor, coder: Coder, positions: Sequence[int], start: int, stop: int,
+    sizes: tuple[int, ...],
 ) -> Tensor:
-    """Round one block in place; return E with the block's errors solved against U, for the columns after it."""
-    errors = torch.empty_like(work[:, start:stop])
-    for first in range(start, stop, coder.panel):
-        last = min(first + coder.panel, stop)
-        panel = work[:, first:last]
-        values = coder.quantize(panel, int(positions[first]))
-        rounded[:, first:last] = values
-        if last - first == 1:
-            solved = (panel - values) / upper[first, first]
+    """Round columns ``start … stop - 1`` in place, recursively over falling block sizes.
+
+    Returns:
+        Their errors solved against U, (stop - start, rows): what columns after ``stop`` have to be corrected by.
+    """
+    size, *smaller = sizes
+    errors = torch.empty_like(work[start:stop])
+    for first in range(start, stop, size):
+        last = min(first + size, stop)
+        if smaller:
+            solved = _round_range(work, rounded, upper, coder, positions, first, last, tuple(smaller))
         else:
-            solved = torch.linalg.solve_triangular(
-                upper[first:last, first:last], panel - values, upper=True, left=False
-            )
-        errors[:, first - start : last - start] = solved
+            solved = _round_panel(work, rounded, upper, coder, positions, first, last)
+        errors[first - start : last - start] = solved
         if last < stop:
-            work[:, last:stop].addmm_(solved, upper[first:last, last:stop], alpha=-1)
+            _feed_forward(work[last:stop], upper[first:last, last:stop], solved)
     return errors
+
+
+def _feed_forward(remaining: Tensor, factor: Tensor, solved: Tensor) -> None:
+    """Subtract ``factorᵀ @ solved`` in place; for one column an outer product is faster than a matrix product."""
+    if solved.shape[0] == 1:
+        remaining.addcmul_(factor.T, solved, value=-1)
+    else:
+        remaining.addmm_(factor.T, solved, alpha=-1)
+
+
+def _round_panel(
+    work: Tensor, rounded: Tensor, upper: Tensor, coder: Coder, positions: Sequence[int], first: int, last: int
+) -> Tensor:
+    panel = work[first:last]
+    values = coder.quantize(panel.T, positions[first]).T
+    rounded[first:last] = values
+    if last - first == 1:
+        return (panel - values) / upper[first, first]
+    return torch.linalg.solve_triangular(upper[first:last, first:last].T, panel - values, upper=False)
 
 
 def proxy_loss(error: Float[Tensor, "m n"], hessian: Float[Tensor, "n n"]) -> float:
