@@ -43,7 +43,7 @@ types["states"] = "*i32"
 types |= dict.fromkeys(("steps", "rates", "period"), "i32")
 for bits, low, high in ((8, 2, 2), (12, 2, 3), (12, 1, 2), (16, 2, 3)):
     options = viterbi_triton.launch_options(bits)
-    constants = {"L": bits, "LOW": low, "HIGH": high, "RESIDENT": options["RESIDENT"]}
+    constants = {"L": bits, "LOW": low, "HIGH": high, "STRIDE": 1 << bits, "RESIDENT": options["RESIDENT"]}
     signature = types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(viterbi_triton._viterbi, signature, constexprs=constants)
     triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options["num_warps"]})

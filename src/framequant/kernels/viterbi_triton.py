@@ -23,10 +23,12 @@ _SCRATCH_BYTES = 1 << 31  # back-pointers of the sequences in flight
 HUGE = tl.constexpr(1e30)  # an impossible path: finite, so that index bits in its mantissa cannot make a NaN
 
 
-@triton.constexpr_function
-def _group(low, bits):
+def _per_byte(low, bits):
     """Return how many back-pointers of ``bits`` share a byte: a power of two, at most ``2**low``."""
     return min(8 if bits == 1 else 4 if bits == 2 else 2 if bits <= 4 else 1, 1 << low)
+
+
+_group = triton.constexpr_function(_per_byte)
 
 
 @triton.jit
@@ -72,15 +74,18 @@ def _predecessor(node, back, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexp
 @triton.jit(do_not_specialize=["rates", "period"])
 def _viterbi(
     values, weights, table, overlap, back, states, steps, rates, period,
-    L: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, RESIDENT: tl.constexpr,
+    L: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, STRIDE: tl.constexpr, RESIDENT: tl.constexpr,
 ):  # fmt: skip
-    """Search one sequence; bit ``t % period`` of ``rates`` says whether step t has ``HIGH`` bits."""
+    """Search one sequence; bit ``t % period`` of ``rates`` says whether step t has ``HIGH`` bits.
+
+    A step has ``STRIDE`` bytes of back-pointers.
+    """
     size: tl.constexpr = 1 << (L - LOW)
     tile = tl.program_id(0).to(tl.int64)
     values += tile * steps
     weights += tile * steps
     states += tile * steps
-    back += tile * steps * size
+    back += tile * steps * STRIDE
     if RESIDENT:
         codes_low = _codes(table, L, LOW, LOW)
         if HIGH > LOW:
@@ -96,7 +101,7 @@ def _viterbi(
         more = t + 1 < steps
         following = tl.load(values + t + 1, mask=more, other=0.0)
         offset = tl.load(weights + t + 1, mask=more, other=0.0) * following * following
-        row = back + t * size
+        row = back + t * STRIDE
         if HIGH == LOW:
             if RESIDENT:
                 metric = _advance(metric, codes_low, gain, slope, offset, row, L, LOW, LOW)
@@ -117,7 +122,7 @@ def _viterbi(
     tl.debug_barrier()  # the back-pointers of all threads are written
     for i in range(0, steps):
         t = steps - 1 - i
-        row = back + t * size
+        row = back + t * STRIDE
         if HIGH == LOW:
             state = _predecessor(last, row, L, LOW, LOW)
         elif ((rates >> ((t + 1) % period)) & 1) == 1:
@@ -159,17 +164,18 @@ def search(
     ``options`` overrides ``launch_options`` (the benchmark compares several).
     """
     values, weights, overlap = values.contiguous(), weights.contiguous(), overlap.contiguous()
-    steps, size = values.shape[1], 1 << (state_bits - min(rates))
+    steps, low, high = values.shape[1], min(rates), max(rates)
+    stride = max((1 << (state_bits - k)) // _per_byte(low, k) for k in (low, high))
     states = torch.empty(values.shape, dtype=torch.int32, device=values.device)
-    share = max(1, min(len(values), _SCRATCH_BYTES // (steps * size)))
-    back = torch.empty((share, steps, size), dtype=torch.uint8, device=values.device)
-    low, high = min(rates), max(rates)
+    share = max(1, min(len(values), _SCRATCH_BYTES // (steps * stride)))
+    back = torch.empty((share, steps, stride), dtype=torch.uint8, device=values.device)
     pattern = sum((k > low) << i for i, k in enumerate(rates))
     table = _halves(codebook.contiguous())
     for i in range(0, len(values), share):
         part = slice(i, min(i + share, len(values)))
-        _viterbi[(part.stop - part.start,)](
-            values[part], weights[part], table, overlap[part], back, states[part], steps, pattern, len(rates),
-            L=state_bits, LOW=low, HIGH=high, **(options or launch_options(state_bits)),
-        )  # fmt: skip
+        with torch.cuda.device_of(values):
+            _viterbi[(part.stop - part.start,)](
+                values[part], weights[part], table, overlap[part], back, states[part], steps, pattern, len(rates),
+                L=state_bits, LOW=low, HIGH=high, STRIDE=stride, **(options or launch_options(state_bits)),
+            )  # fmt: skip
     return states
