@@ -171,11 +171,13 @@ def search(
     back = torch.empty((share, steps, stride), dtype=torch.uint8, device=values.device)
     pattern = sum((k > low) << i for i, k in enumerate(rates))
     table = _halves(codebook.contiguous())
+    options = options or launch_options(state_bits)
     for i in range(0, len(values), share):
         part = slice(i, min(i + share, len(values)))
         with torch.cuda.device_of(values):
             _viterbi[(part.stop - part.start,)](
-                values[part], weights[part], table, overlap[part], back, states[part], steps, pattern, len(rates),
-                L=state_bits, LOW=low, HIGH=high, STRIDE=stride, **(options or launch_options(state_bits)),
+                values[part], weights[part], table, overlap[part], back, states[part],
+                steps, pattern, len(rates),
+                L=state_bits, LOW=low, HIGH=high, STRIDE=stride, **options,
             )  # fmt: skip
     return states
