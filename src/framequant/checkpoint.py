@@ -66,13 +66,17 @@ class QuantizationEntry:
     Attributes:
         config: settings of the run.
         linears: spec of every quantized linear by module name.
+        aliases: keys of tied tensors that are not stored, with the key that is.
     """
 
     config: FrameQuantConfig
     linears: dict[str, LinearSpec]
+    aliases: dict[str, str]
 
 
-def quantization_dict(config: FrameQuantConfig, linears: Mapping[str, LinearSpec]) -> dict[str, Any]:
+def quantization_dict(
+    config: FrameQuantConfig, linears: Mapping[str, LinearSpec], aliases: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The JSON form of ``quantization_config``; ``parse_quantization`` inverts it."""
     schemes: list[LinearSpec] = []
     numbers: dict[LinearSpec, int] = {}
@@ -89,6 +93,7 @@ def quantization_dict(config: FrameQuantConfig, linears: Mapping[str, LinearSpec
         "config": config.to_dict(),
         "schemes": [scheme.to_dict() for scheme in schemes],
         "linears": entries,
+        **({"aliases": dict(aliases)} if aliases else {}),
     }
 
 
@@ -119,7 +124,10 @@ def parse_quantization(data: Any) -> QuantizationEntry:
         config = FrameQuantConfig.from_dict(data["config"])
     except (FrameQuantError, TypeError) as error:
         raise CheckpointError(f"quantization_config.config: {error}") from error
-    return QuantizationEntry(config, linears)
+    aliases = data.get("aliases", {})
+    if not isinstance(aliases, dict) or not all(isinstance(value, str) for value in aliases.values()):
+        raise CheckpointError("quantization_config.aliases is of the wrong type.")
+    return QuantizationEntry(config, linears, aliases)
 
 
 def _parse_linear(name: str, entry: Any, schemes: list[LinearSpec]) -> LinearSpec:
@@ -217,17 +225,10 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, aliases
 
 
-def write_tensors(
-    tensors: Mapping[str, Tensor],
-    directory: Path,
-    aliases: Mapping[str, str] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write tensors as safetensors, shard by shard; only one shard is on the host at a time."""
     shards = _plan_shards(tensors, max_shard_bytes)
-    metadata = {"format": "pt", "framequant_format": str(FORMAT_VERSION)}
-    if aliases:
-        metadata["aliases"] = json.dumps(dict(sorted(aliases.items())))
+    metadata = {"format": "pt"}  # one key only: safetensors writes several in random order
     names = [WEIGHTS_NAME]
     if len(shards) > 1:
         names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -319,36 +320,25 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-@dataclass(frozen=True)
-class Header:
-    """What the headers of a checkpoint's files say.
-
-    Attributes:
-        shapes: shape and safetensors dtype of every tensor by key.
-        aliases: keys that are left out, with the key that holds their tensor.
-    """
-
-    shapes: dict[str, tuple[tuple[int, ...], str]]
-    aliases: dict[str, str]
+#: Shape and safetensors dtype of every tensor by key.
+Header = dict[str, tuple[tuple[int, ...], str]]
 
 
 def read_header(files: list[Path]) -> Header:
     """Read the headers of safetensors files; no tensor is loaded.
 
     Raises:
-        CheckpointError: a file is truncated or no safetensors file, or holds a key twice.
+        CheckpointError: a file is truncated or no safetensors file, or a key is in two files.
     """
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-    aliases: dict[str, str] = {}
+    header: Header = {}
     for path in files:
         with open_tensors(path) as file:
-            aliases.update(_parse_aliases(path, (file.metadata() or {}).get("aliases")))
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                if key in shapes:
+                if key in header:
                     raise CheckpointError(f"{key} is in two files of the checkpoint.")
                 part = file.get_slice(key)
-                shapes[key] = (tuple(part.get_shape()), part.get_dtype())
-    return Header(shapes, aliases)
+                header[key] = (tuple(part.get_shape()), part.get_dtype())
+    return header
 
 
 @contextmanager
@@ -365,18 +355,6 @@ def open_tensors(path: Path) -> Iterator[Any]:
         raise CheckpointError(f"{path} is truncated or damaged: {error}.") from error
 
 
-def _parse_aliases(path: Path, text: str | None) -> dict[str, str]:
-    if text is None:
-        return {}
-    try:
-        aliases = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: metadata.aliases is not valid JSON.") from error
-    if not isinstance(aliases, dict) or not all(isinstance(value, str) for value in aliases.values()):
-        raise CheckpointError(f"{path}: metadata.aliases is of the wrong type.")
-    return aliases
-
-
 def check_header(entry: QuantizationEntry, header: Header) -> None:
     """Check that the files hold exactly the tensors that the quantized linears need.
 
@@ -384,7 +362,7 @@ def check_header(entry: QuantizationEntry, header: Header) -> None:
         CheckpointError: a tensor is missing, unknown, reshaped or of another dtype; the key is named.
     """
     by_linear: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {name: {} for name in entry.linears}
-    for key, value in header.shapes.items():
+    for key, value in header.items():
         owner, _, part = key.rpartition(".")
         if owner in by_linear and part != "bias":
             by_linear[owner][part] = value
@@ -425,7 +403,9 @@ def install_linears(model: nn.Module, entry: QuantizationEntry) -> None:
         model.set_submodule(name, FrameLinear(spec, bias=has_bias, dtype=weight.dtype, device="meta"))
 
 
-def load_tensors(model: nn.Module, files: list[Path], header: Header, device: str | torch.device = "cpu") -> None:
+def load_tensors(
+    model: nn.Module, files: list[Path], aliases: Mapping[str, str], device: str | torch.device = "cpu"
+) -> None:
     """Fill a model with the tensors of a checkpoint, all of them and no others.
 
     Raises:
@@ -435,9 +415,9 @@ def load_tensors(model: nn.Module, files: list[Path], header: Header, device: st
     for path in files:
         with open_tensors(path) as file:
             state.update({key: file.get_tensor(key).to(device) for key in file.keys()})  # noqa: SIM118
-    for alias, key in header.aliases.items():
+    for alias, key in aliases.items():
         if key not in state:
-            raise CheckpointError(f"metadata.aliases: {alias} stands for {key}, which is missing.")
+            raise CheckpointError(f"quantization_config.aliases: {alias} stands for {key}, which is missing.")
         state[alias] = state[key]
     expected = model.state_dict()
     for key in sorted(set(expected) | set(state)):

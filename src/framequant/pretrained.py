@@ -51,15 +51,14 @@ def save_pretrained(
     if not linears:
         raise CheckpointError(f"{type(model).__name__} has no quantized linear; call framequant.quantize_ first.")
     config = FrameQuantConfig.from_dict(report.config) if report else FrameQuantConfig()
-    data = checkpoint.quantization_dict(config, linears)
+    tensors, aliases = checkpoint.unique_tensors(model)
+    # transformers ties embeddings by its own config.
+    data = checkpoint.quantization_dict(config, linears, {} if _is_transformers(model) else aliases)
     with checkpoint.atomic_directory(directory, overwrite) as partial:
         _write_config(model, partial, data, model_args)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-        tensors, aliases = checkpoint.unique_tensors(model)
-        if _is_transformers(model):
-            aliases = {}
-        checkpoint.write_tensors(tensors, partial, aliases, max_shard_bytes)
+        checkpoint.write_tensors(tensors, partial, max_shard_bytes)
         if report is not None:
             checkpoint.write_json(report.to_dict(), partial / checkpoint.REPORT_NAME)
             (partial / "README.md").write_text(model_card(report, source, _library(model)), encoding="utf-8")

@@ -39,7 +39,7 @@ def config_dict(model: nn.Module, model_args: dict[str, Any] | None) -> dict[str
     import json
     import tempfile
 
-    from timm.models import save_config_for_hf
+    from timm.models._hub import save_config_for_hf  # the public save_for_hf would write the weights too
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "config.json"
@@ -60,10 +60,10 @@ def load(directory: Path, device: str | torch.device, dtype: torch.dtype | None)
         raise CheckpointError(f"config.json: architecture {name!r} is no model of timm {timm.__version__}.")
     args = {key: value for key, value in (config.get("model_args") or {}).items() if key != "num_classes"}
     overlay = {key: value for key, value in (config.get("pretrained_cfg") or {}).items() if key != "architecture"}
-    with torch.device("meta"):
-        skeleton = timm.create_model(
-            name, pretrained=False, num_classes=config.get("num_classes"), pretrained_cfg_overlay=overlay, **args
-        )
+    # Not on the meta device: buffers that are computed and not stored (Swin's masks) must hold their values.
+    skeleton = timm.create_model(
+        name, pretrained=False, num_classes=config.get("num_classes"), pretrained_cfg_overlay=overlay, **args
+    )
     model = fill(skeleton, directory, config, device)
     return model.to(dtype) if dtype is not None else model
 
@@ -76,11 +76,7 @@ def fill(skeleton: nn.Module, directory: Path, config: dict[str, Any], device: s
     """
     entry = checkpoint.parse_quantization(config.get("quantization_config"))
     files = checkpoint.weight_files(directory)
-    header = checkpoint.read_header(files)
-    checkpoint.check_header(entry, header)
+    checkpoint.check_header(entry, checkpoint.read_header(files))
     checkpoint.install_linears(skeleton, entry)
-    checkpoint.load_tensors(skeleton, files, header, device)
-    left = [name for name, tensor in skeleton.named_buffers() if tensor.is_meta]
-    if left:
-        raise CheckpointError(f"{left[0]} is a buffer that the checkpoint does not hold; load with model=….")
-    return skeleton.eval()
+    checkpoint.load_tensors(skeleton, files, entry.aliases, device)
+    return skeleton.to(device).eval()

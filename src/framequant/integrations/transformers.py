@@ -151,6 +151,8 @@ def load(directory: Path, device: str | torch.device, dtype: torch.dtype | None)
 
     check_version()
     config = checkpoint.read_json(directory / checkpoint.CONFIG_NAME)
+    entry = checkpoint.parse_quantization(config.get("quantization_config"))
+    checkpoint.check_header(entry, checkpoint.read_header(checkpoint.weight_files(directory)))
     names = config.get("architectures") or []
     model_class = getattr(transformers, str(names[0]), None) if names else None
     if model_class is None or not hasattr(model_class, "from_pretrained"):

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from framequant.config import FrameQuantConfig
-from framequant.errors import DiscoveryError
+from framequant.errors import DiscoveryError, NumericalError
 from framequant.layers import FrameLinear
 from framequant.model import discovery
 from framequant.model.calibration import as_batches, to_device
@@ -177,6 +177,7 @@ class _Walk:
         start = time.perf_counter()
         modules = {prefix + linear: block.get_submodule(linear) for linear in group.linears}
         moments.residual_sum = {prefix + linear: total for linear, total in moments.residual_sum.items()}
+        _require_finite(moments, prefix + group.name)
         weights = {name: discovery.linear_weight(module) for name, module in modules.items()}
         configs = {name: self.config.for_linear(name) or self.config for name in modules}
         results = quantize_group(weights, moments, configs, prefix + group.name)
@@ -208,9 +209,15 @@ class _Walk:
         self.model.framequant_report = report
 
 
+def _require_finite(moments: Moments, name: str) -> None:
+    for total in (moments.hessian_sum, moments.drift_sum):
+        if total is not None and not bool(torch.isfinite(total).all()):
+            raise NumericalError(
+                f"{name}: its calibration activations contain NaN or infinity. Check the model and the calibration "
+                "data, or run the walk in float32."
+            )
+
+
 def quantized_linears(model: nn.Module) -> dict[str, FrameLinear]:
     """All quantized linears of a model by qualified name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FrameLinear)}
-
-
-__all__ = ["Progress", "Tensor", "quantize_", "quantized_linears", "torch"]

@@ -1,0 +1,79 @@
+"""The trellis code as the rounding sees it: panels of columns are cut into tiles, tiles are searched by Viterbi.
+
+Linears that share a Hessian are stacked; each is padded to whole tiles on its own, so that its tiles are its
+own bytes. The scale of a linear is the root mean square of its coefficients times the code's gain.
+
+Must not import models, layers or frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from framequant.codes.trellis import (
+    TrellisSpec,
+    decode_states,
+    matrix_from_tiles,
+    pack_states,
+    tiles_from_matrix,
+)
+from framequant.codes.trellis_storage import SCALE_DTYPE
+from framequant.kernels.viterbi import encode_tiles
+
+
+class TrellisCoder:
+    """Trellis codes of one or more stacked matrices of coefficients.
+
+    Args:
+        matrices: the coefficients D of each linear, (rows_i, cols), float64.
+        spec: the trellis, the same for all.
+    """
+
+    def __init__(self, matrices: Sequence[Float[Tensor, "rows cols"]], spec: TrellisSpec) -> None:
+        self.panel = spec.tile_cols
+        self._spec = spec
+        self._rows = [matrix.shape[0] for matrix in matrices]
+        self._scales = [_scale(matrix, spec) for matrix in matrices]
+        self._states: dict[int, list[Tensor]] = {}
+
+    def clip(self, coefficients: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """Return the coefficients as they are: a trellis has no range to clamp to."""
+        return coefficients
+
+    def quantize(self, columns: Float[Tensor, "m c"], first: int) -> Float[Tensor, "m c"]:
+        """Search the best paths for a panel's tiles and record them."""
+        scaled = [
+            (part / scale.double()).float()
+            for part, scale in zip(columns.split(self._rows), self._scales, strict=True)
+        ]
+        tiles = [tiles_from_matrix(part, self._spec) for part in scaled]
+        counts = [len(part) for part in tiles]
+        states = encode_tiles(torch.cat(tiles), self._spec)
+        self._states[first] = list(states.split(counts))
+        values = decode_states(states, self._spec.state_bits, torch.float32).split(counts)
+        restored = [
+            matrix_from_tiles(value, rows, columns.shape[1], self._spec).to(columns.dtype) * scale.to(columns.dtype)
+            for value, rows, scale in zip(values, self._rows, self._scales, strict=True)
+        ]
+        return torch.cat(restored)
+
+    def tensors(self) -> list[dict[str, Tensor]]:
+        """The stored tensors of each linear, in the order in which the matrices were given."""
+        panels = [self._states[first] for first in sorted(self._states)]
+        result = []
+        for index, rows in enumerate(self._rows):
+            down = self._spec.grid(rows, 1)[0]
+            states = torch.stack([panel[index] for panel in panels], dim=1)
+            packed = pack_states(states.flatten(0, 1), self._spec)
+            result.append({"packed_codes": packed.reshape(down, -1), "scales": self._scales[index]})
+        return result
+
+
+def _scale(matrix: Tensor, spec: TrellisSpec) -> Float[Tensor, "1 1"]:
+    """Root mean square times the gain, as stored; never zero."""
+    scale = (matrix.square().mean().sqrt() * spec.gain).clamp(min=torch.finfo(SCALE_DTYPE).tiny)
+    return scale.to(SCALE_DTYPE).reshape(1, 1)
