@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from framequant.errors import NumericalError
+from framequant.quantizers.hessian import Moments, damped, feedback_factor
+
+
+def _spd(n: int, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(3 * n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.T @ x / len(x)
+
+
+def test_moments_are_means_over_all_batches():
+    x = torch.randn(50, 7, dtype=torch.float64)
+    y = torch.randn(50, 7, dtype=torch.float64)
+    deviation = torch.randn(50, 3, dtype=torch.float64)
+    moments = Moments(7)
+    for part in (slice(0, 20), slice(20, 50)):
+        moments.add(x[part], y[part])
+        moments.add_residual("o", deviation[part], x[part])
+    assert torch.allclose(moments.hessian(), x.T @ x / 50, atol=1e-14)
+    assert torch.allclose(moments.drift(), (y - x).T @ x / 50, atol=1e-14)
+    assert torch.allclose(moments.residual("o"), deviation.T @ x / 50, atol=1e-14)
+    assert moments.residual("other") is None
+
+
+def test_no_token_gives_the_identity():
+    assert torch.equal(Moments(4).hessian(), torch.eye(4, dtype=torch.float64))
+
+
+def test_the_factor_is_that_of_the_damped_inverse():
+    hessian = _spd(30)
+    factor = feedback_factor(hessian, 0.01)
+    assert torch.equal(factor.upper, factor.upper.triu())
+    product = factor.upper.T @ factor.upper @ damped(hessian, 0.01)
+    assert torch.allclose(product, torch.eye(30, dtype=torch.float64), atol=1e-10)
+    assert factor.escalations == 0
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_damping_rises_by_itself_when_the_hessian_is_singular(rank):
+    x = torch.randn(rank, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    factor = feedback_factor(x.T @ x, 0.0)
+    assert torch.isfinite(factor.upper).all()
+    if rank:
+        assert factor.escalations > 0
+        assert factor.damping > 0
+
+
+def test_an_indefinite_hessian_needs_more_damping_and_says_so():
+    hessian = _spd(6) - 0.5 * torch.eye(6, dtype=torch.float64)
+    assert feedback_factor(hessian, 0.01).escalations > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_activations_are_named(value):
+    hessian = _spd(4)
+    hessian[1, 2] = value
+    with pytest.raises(NumericalError, match=r"blocks\.3\.fc1.*NaN or infinity"):
+        feedback_factor(hessian, 0.01, "blocks.3.fc1")
+
+
+def test_scaling_the_hessian_scales_the_factor():
+    hessian = _spd(9)
+    one, four = feedback_factor(hessian, 0.01).upper, feedback_factor(4 * hessian, 0.01).upper
+    assert torch.allclose(one, 2 * four, rtol=1e-12)
