@@ -1,7 +1,7 @@
 """Fitted codes as the rounding sees them: round a panel of columns, remember the codes, give stored tensors.
 
-Linears that share a Hessian are stacked into one tall matrix for rounding; a coder therefore spans the rows of
-several linears, each fitted on its own, and hands each its tensors back at the end.
+Linears that share a Hessian are stacked into one tall matrix for rounding; a coder therefore spans the rows
+of several linears, each fitted on its own, and hands each its tensors back at the end.
 
 Must not import models, layers or frames.
 """
@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from framequant.codes.grid import Grid, GridSpec, clip_to_grid, decode, encode, fit_grid
 from framequant.codes.packing import pack_codes
+from framequant.kernels.feedback import GridTable, round_block
 from framequant.quantizers.rounding import Coder
 
 
@@ -25,14 +26,19 @@ class ScalarCoder:
     Args:
         matrices: the coefficients D of each linear, (rows_i, cols), float64.
         spec: the grid, the same for all.
+        backend: of ``quantize_block``; see ``framequant.kernels.feedback``.
     """
 
     panel = 1
 
-    def __init__(self, matrices: Sequence[Float[Tensor, "rows cols"]], spec: GridSpec) -> None:
+    def __init__(
+        self, matrices: Sequence[Float[Tensor, "rows cols"]], spec: GridSpec, backend: str = "auto"
+    ) -> None:
+        self._backend = backend
         self._rows = [matrix.shape[0] for matrix in matrices]
         self._grids = [fit_grid(matrix, spec) for matrix in matrices]
         self._grid = _stack(self._grids, self._rows)
+        self._table = GridTable.of(self._grid, sum(self._rows))
         first = matrices[0]
         self._codes = torch.empty(sum(self._rows), first.shape[1], dtype=torch.uint8, device=first.device)
 
@@ -45,6 +51,18 @@ class ScalarCoder:
         codes = encode(columns, self._grid, first)
         self._codes[:, first : first + codes.shape[1]] = codes
         return decode(codes, self._grid, first, dtype=columns.dtype)
+
+    def quantize_block(
+        self,
+        work: Float[Tensor, "c m"],
+        factor: Float[Tensor, "c c"],
+        columns: Int[Tensor, " c"],
+        previous: Float[Tensor, "c m"] | None = None,
+    ) -> tuple[Float[Tensor, "c m"], Float[Tensor, "c m"]]:
+        """Round columns in turn with feedback among them and record their codes; see ``FeedbackCoder``."""
+        block = round_block(work, factor, self._table, columns, previous=previous, backend=self._backend)
+        self._codes[:, columns] = block.codes.T
+        return block.values, block.solved
 
     def tensors(self) -> list[dict[str, Tensor]]:
         """The stored tensors of each linear, in the order in which the matrices were given."""
@@ -65,7 +83,9 @@ def _stack(grids: Sequence[Grid], rows: Sequence[int]) -> Grid:
     """One grid over the rows of all; a scale per tensor is repeated for each of its rows."""
     first = grids[0]
     zeros = [
-        grid.zero_points.expand(count, -1) for grid, count in zip(grids, rows, strict=True) if grid.zero_points is not None
+        grid.zero_points.expand(count, -1)
+        for grid, count in zip(grids, rows, strict=True)
+        if grid.zero_points is not None
     ]
     return Grid(
         spec=GridSpec.from_dict({**first.spec.to_dict(), "per_tensor": False}),

@@ -1,22 +1,23 @@
 """Choose the codes: nearest, or with error feedback (LDLQ, the rounding of GPTQ).
 
 A *coder* holds a fitted code and rounds a panel of adjacent columns at a time; the rounding here decides in
-which order panels are visited and what has been added to a column by the errors of those before it. Rows never
+which order panels are visited and what has been added to a column by the errors of those before it. A coder of
+single columns may take whole blocks and feed errors forward inside them itself (``FeedbackCoder``). Rows never
 interact, so linears that share a Hessian are rounded together as one tall matrix.
 
-Arithmetic is float64 on every device: an error that is fed forward amplifies the last bit of a sum into another
-code, and the same codes on CPU and GPU are worth more than the time.
+Arithmetic is float64 on every device: an error that is fed forward amplifies the last bit of a sum into
+another code, and the same codes on CPU and GPU are worth more than the time.
 
 Must not import models, layers or frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from framequant.errors import NumericalError
@@ -28,7 +29,26 @@ class Coder(Protocol):
     panel: int
 
     def quantize(self, columns: Float[Tensor, "m c"], first: int) -> Float[Tensor, "m c"]:
-        """Round columns ``first … first + c - 1`` (natural order), record their codes, return their values."""
+        """Round columns ``first … first + c - 1`` (natural order), record the codes, return the values."""
+        ...
+
+
+@runtime_checkable
+class FeedbackCoder(Coder, Protocol):
+    """A coder of single columns that feeds errors forward by itself inside a block of columns, and fast."""
+
+    def quantize_block(
+        self,
+        work: Float[Tensor, "c m"],
+        factor: Float[Tensor, "c c"],
+        columns: Int[Tensor, " c"],
+        previous: Float[Tensor, "c m"] | None = None,
+    ) -> tuple[Float[Tensor, "c m"], Float[Tensor, "c m"]]:
+        """Round ``columns`` in turn and record their codes; see ``framequant.kernels.feedback.round_block``.
+
+        Returns:
+            Their values, and their errors solved against ``factor``; both transposed, as ``work`` is.
+        """
         ...
 
 
@@ -59,8 +79,8 @@ def round_ldlq(
 ) -> Float[Tensor, "m n"]:
     """Round columns in order, feeding each panel's error forward to the columns that are left.
 
-    With H⁻¹ = Uᵀ U, the error e of panel P changes the remaining columns F by ``-e U_PP⁻¹ U_PF``, which is the
-    exact minimiser of tr((D - D̃) H (D - D̃)ᵀ) over F given what is already rounded.
+    With H⁻¹ = Uᵀ U, the error e of panel P changes the remaining columns F by ``-e U_PP⁻¹ U_PF``, which is
+    the exact minimiser of tr((D - D̃) H (D - D̃)ᵀ) over F given what is already rounded.
 
     Args:
         coefficients: D, float64.
@@ -82,15 +102,21 @@ def round_ldlq(
     """
     if order is not None and coder.panel != 1:
         raise ValueError("a column order needs a code that rounds single columns")
-    positions = list(range(coefficients.shape[1])) if order is None else order.tolist()
     # Transposed, so that a column of D is contiguous.
-    work = (coefficients if order is None else coefficients[:, order]).T.clone(memory_format=torch.contiguous_format)
+    work = (coefficients if order is None else coefficients[:, order]).T.clone(
+        memory_format=torch.contiguous_format
+    )
     rounded = torch.empty_like(work)
-    _round_range(work, rounded, upper, coder, positions, 0, work.shape[0], _block_sizes(coder.panel))
+    if order is None:
+        order = torch.arange(work.shape[0], device=work.device)
+    sizes: tuple[int, ...] = (BLOCK_COLUMNS,)
+    if isinstance(coder, FeedbackCoder):
+        leaf = _block_leaf(coder, order)
+    else:
+        sizes, leaf = _block_sizes(coder.panel), _panel_leaf(coder, order)
+    _round_range(work, rounded, upper, leaf, 0, work.shape[0], sizes)
     if not bool(torch.isfinite(rounded).all()):
         raise NumericalError("rounding produced NaN or infinity; raise the damping or check the weights.")
-    if order is None:
-        return rounded.T
     natural = torch.empty_like(rounded)
     natural[order] = rounded
     return natural.T
@@ -98,26 +124,49 @@ def round_ldlq(
 
 def _block_sizes(panel: int) -> tuple[int, ...]:
     sizes = (max(size // panel, 1) * panel for size in (BLOCK_COLUMNS, INNER_COLUMNS))
-    return (*dict.fromkeys(sizes), panel) if panel < INNER_COLUMNS else (max(BLOCK_COLUMNS // panel, 1) * panel, panel)
+    return tuple(dict.fromkeys((*sizes, panel)))
+
+
+#: Rounds the columns from one position to another in the order of rounding: takes them and the diagonal block
+#: of U, and returns values and errors solved against it, all as in ``FeedbackCoder.quantize_block``.
+_Leaf = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+
+
+def _block_leaf(coder: FeedbackCoder, order: Tensor) -> _Leaf:
+    def leaf(work: Tensor, factor: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+        return coder.quantize_block(work, factor, order[first:last])
+
+    return leaf
+
+
+def _panel_leaf(coder: Coder, order: Tensor) -> _Leaf:
+    positions = order.tolist()
+
+    def leaf(work: Tensor, factor: Tensor, first: int, last: int) -> tuple[Tensor, Tensor]:
+        values = coder.quantize(work.T, positions[first]).T
+        if last - first == 1:
+            return values, (work - values) / factor
+        return values, torch.linalg.solve_triangular(factor.T, work - values, upper=False)
+
+    return leaf
 
 
 def _round_range(
-    work: Tensor, rounded: Tensor, upper: Tensor, coder: Coder, positions: Sequence[int], start: int, stop: int,
-    sizes: tuple[int, ...],
+    work: Tensor, rounded: Tensor, upper: Tensor, leaf: _Leaf, start: int, stop: int, sizes: tuple[int, ...]
 ) -> Tensor:
     """Round columns ``start … stop - 1`` in place, recursively over falling block sizes.
 
     Returns:
-        Their errors solved against U, (stop - start, rows): what columns after ``stop`` have to be corrected by.
+        Their errors solved against U, (stop - start, rows): what later columns have to be corrected by.
     """
     size, *smaller = sizes
     errors = torch.empty_like(work[start:stop])
     for first in range(start, stop, size):
         last = min(first + size, stop)
         if smaller:
-            solved = _round_range(work, rounded, upper, coder, positions, first, last, tuple(smaller))
+            solved = _round_range(work, rounded, upper, leaf, first, last, tuple(smaller))
         else:
-            solved = _round_panel(work, rounded, upper, coder, positions, first, last)
+            rounded[first:last], solved = leaf(work[first:last], upper[first:last, first:last], first, last)
         errors[first - start : last - start] = solved
         if last < stop:
             _feed_forward(work[last:stop], upper[first:last, last:stop], solved)
@@ -125,22 +174,11 @@ def _round_range(
 
 
 def _feed_forward(remaining: Tensor, factor: Tensor, solved: Tensor) -> None:
-    """Subtract ``factorᵀ @ solved`` in place; for one column an outer product is faster than a matrix product."""
+    """Subtract ``factorᵀ @ solved`` in place; for one column an outer product is faster than ``addmm_``."""
     if solved.shape[0] == 1:
         remaining.addcmul_(factor.T, solved, value=-1)
     else:
         remaining.addmm_(factor.T, solved, alpha=-1)
-
-
-def _round_panel(
-    work: Tensor, rounded: Tensor, upper: Tensor, coder: Coder, positions: Sequence[int], first: int, last: int
-) -> Tensor:
-    panel = work[first:last]
-    values = coder.quantize(panel.T, positions[first]).T
-    rounded[first:last] = values
-    if last - first == 1:
-        return (panel - values) / upper[first, first]
-    return torch.linalg.solve_triangular(upper[first:last, first:last].T, panel - values, upper=False)
 
 
 def proxy_loss(error: Float[Tensor, "m n"], hessian: Float[Tensor, "n n"]) -> float:
