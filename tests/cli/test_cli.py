@@ -8,9 +8,9 @@ import time
 import pytest
 from typer.testing import CliRunner
 
-from conftest import make_image
 from framequant.cli.app import app
 from framequant.integrations import hub
+from tests.conftest import make_image
 
 COMMANDS = ("quantize", "evaluate", "inspect", "generate", "demo")
 SMALL = ["--samples", "4", "--sequence-length", "32", "--device", "cpu"]
@@ -239,7 +239,7 @@ def _short(folder):
 
 
 def _headless(folder, llama_directory):
-    from conftest import make_llama, make_tokenizer
+    from tests.conftest import make_llama, make_tokenizer
 
     path = folder / "headless"
     make_llama().model.save_pretrained(path)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from conftest import make_image
+from tests.conftest import make_image
 
 pytest.importorskip("torchvision")
 from PIL import Image

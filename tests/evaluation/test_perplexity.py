@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import make_llama
 from framequant.errors import CalibrationError, NumericalError
 from framequant.evaluation import forward
 from framequant.evaluation.generate import generate
 from framequant.evaluation.kl import kl_divergence
 from framequant.evaluation.perplexity import perplexity
+from tests.conftest import make_llama
 
 
 @pytest.fixture(scope="module")

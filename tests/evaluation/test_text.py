@@ -29,7 +29,7 @@ def test_the_permutation_never_changes(tokenizer, text_file):
 
 
 def test_encoder_windows_are_framed(tokenizer, text_file):
-    from conftest import make_tokenizer
+    from tests.conftest import make_tokenizer
 
     framed = make_tokenizer()
     framed.cls_token, framed.sep_token = "the", "of"

@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 
-from conftest import make_llama
 from framequant.errors import ModelSourceError
 from framequant.integrations import gguf, hub, packages, sources
 from framequant.integrations.sources import open_model
+from tests.conftest import make_llama
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,9 @@ from rich.table import Table
 
 Update = Callable[[int, int, str], None]
 
+#: Columns of tables that go to a file or a pipe.
+WIDTH_OF_FILES = 120
+
 
 class Reporter:
     """Prints for one command.
@@ -37,6 +40,8 @@ class Reporter:
     def __init__(self, json_only: bool = False) -> None:
         self.json_only = json_only
         self.out = Console(quiet=json_only, highlight=False)
+        if not self.out.is_terminal:
+            self.out.width = max(self.out.width, WIDTH_OF_FILES)
         self.err = Console(stderr=True, quiet=json_only, highlight=False)
 
     def notice(self, message: str) -> None:

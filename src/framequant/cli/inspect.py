@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from framequant.cli.console import Reporter, count, facts, size
@@ -25,25 +27,28 @@ def run(
     """Show every linear of a checkpoint: shape, frames, code, redundancy, measured bits and proxy loss."""
     reporter = Reporter(as_json)
     rows, totals = inspect(directory)
-    table = Table(title=str(directory), title_justify="left", title_style="bold", pad_edge=False)
-    for heading in ("linear", "shape", "frame in", "frame out", "code"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("r", "bits", "proxy loss", "relative"):
+    codes = Counter(row["code"] for row in rows)
+    table = Table(
+        title=str(directory), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    table.add_column("linear", overflow="fold")
+    for heading in ("shape", "frame in", "frame out", *(["code"] if len(codes) > 1 else [])):
+        table.add_column(heading, no_wrap=len(codes) == 1)
+    for heading in ("r", "bits", "proxy loss"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["name"],
             "×".join(map(str, row["shape"])),
-            row["frame_in"],
-            row["frame_out"],
-            row["code"],
+            _short_frame(row["frame_in"]),
+            _short_frame(row["frame_out"]),
+            *([row["code"]] if len(codes) > 1 else []),
             f"{row['redundancy']:.4f}",
             f"{row['bits_per_weight']:.4f}",
             _number(row["proxy_loss"]),
-            _number(row["relative_loss"]),
         )
     reporter.print(table)
-    reporter.print(facts("Totals", _describe(totals)))
+    reporter.print(facts("Totals", _describe(totals, codes)))
     reporter.print_json({"directory": str(directory), "summary": totals, "linears": rows})
 
 
@@ -75,7 +80,7 @@ def inspect(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     losses = {linear.name: linear for linear in report.linears} if report else {}
     rows = []
     for name, spec in entry.linears.items():
-        stored = _tensor_bytes(name, header.shapes) + len(json.dumps(config_entry(name, spec))) - 1
+        stored = _tensor_bytes(name, header) + len(json.dumps(config_entry(name, spec))) - 1
         loss = losses.get(name)
         rows.append(
             {
@@ -110,9 +115,9 @@ def inspect(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return rows, totals
 
 
-def _tensor_bytes(name: str, shapes: dict[str, tuple[tuple[int, ...], str]]) -> int:
+def _tensor_bytes(name: str, header: dict[str, tuple[tuple[int, ...], str]]) -> int:
     total = 0
-    for key, (shape, dtype) in shapes.items():
+    for key, (shape, dtype) in header.items():
         if key.rpartition(".")[0] == name and not key.endswith(".bias"):
             numbers = 1
             for side in shape:
@@ -121,10 +126,17 @@ def _tensor_bytes(name: str, shapes: dict[str, tuple[tuple[int, ...], str]]) -> 
     return total
 
 
-def _describe(totals: dict[str, Any]) -> dict[str, str]:
+def _short_frame(words: str) -> str:
+    """``fusion k=9 l=192 r=1.1250`` as ``fusion 9×192``; the redundancy has its own column."""
+    parts = dict(part.split("=") for part in words.split() if "=" in part)
+    return f"fusion {parts['k']}×{parts['l']}" if {"k", "l"} <= set(parts) else words
+
+
+def _describe(totals: dict[str, Any], codes: Counter[str]) -> dict[str, str]:
     files = "\n".join(f"{size(number):>10}  {name}" for name, number in totals["files"].items())
     return {
         "quantized": f"{totals['linears']} linears, {count(totals['weights'])} weights",
+        "codes": "\n".join(f"{code} ({number} linears)" for code, number in codes.items()),
         "bits per weight": f"{totals['bits_per_weight']:.4f}, measured from the files",
         "true redundancy": f"{totals['redundancy']:.4f}",
         "these linears": f"{size(totals['weights'] * 2)} in 16 bits → {size(totals['linear_bytes'])}",

@@ -181,8 +181,11 @@ def _open_directory(name: str, path: Path, dtype: str) -> OpenedModel:
 def _open_framequant(name: str, path: Path, dtype: str) -> OpenedModel:
     from framequant import load
 
+    timm = "architecture" in read_config(path)
+    if not timm:
+        _prepare_transformers()
     model = load(path, dtype=None if dtype == "auto" else DTYPES[dtype])
-    if "architecture" in read_config(path):
+    if timm:
         return OpenedModel(
             model, "timm", name, path, True, images=settings_of_timm(model), labels=_timm_labels(model)
         )
