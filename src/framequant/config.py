@@ -68,6 +68,8 @@ class FrameQuantConfig:
         tile_cols: columns of a trellis tile, the panel of block LDLQ.
         rounding: "ldlq" or "nearest".
         column_order: "natural" or "descending".
+        refine_sweeps: how often the codes that LDLQ chose are revisited, 0…16: each column is rounded again
+            with all others known, which never raises the loss. Scalar codes only; a sweep costs about two LDLQ.
         damping: fraction of the Hessian's mean diagonal added before it is factored; raised if that fails.
         recapture: capture each group of linears after the group before it was quantized, not once per block.
         float_targets: α in [0, 1]: how far weights are corrected towards the float model's inputs.
@@ -96,6 +98,7 @@ class FrameQuantConfig:
     tile_cols: int = 16
     rounding: Rounding = Rounding.LDLQ
     column_order: ColumnOrder = ColumnOrder.NATURAL
+    refine_sweeps: int = 0
     damping: float = 0.01
     recapture: bool = True
     float_targets: float = 0.75
@@ -129,7 +132,7 @@ class FrameQuantConfig:
         for name in ("two_sided", "per_tensor_scale", "clip_coefficients", "recapture"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected true or false.")
-        for name in ("state_bits", "tile_rows", "tile_cols", "seed"):
+        for name in ("state_bits", "tile_rows", "tile_cols", "refine_sweeps", "seed"):
             if not _is_int(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected an integer.")
         for name in ("levels", "group_size"):
@@ -161,7 +164,17 @@ class FrameQuantConfig:
                 f"Use bits = {int(self.bits)} with redundancy = {self.bits / int(self.bits):.4g}, or code = 'trellis'."
             )
         if self.code is CodeKind.TRELLIS and self.column_order is not ColumnOrder.NATURAL:
-            raise ConfigError("column_order = 'descending' needs code = 'scalar': trellis tiles are adjacent columns.")
+            raise ConfigError(
+                "column_order = 'descending' needs code = 'scalar': trellis tiles are adjacent columns."
+            )
+        if self.refine_sweeps and self.code is CodeKind.TRELLIS:
+            raise ConfigError(
+                f"refine_sweeps = {self.refine_sweeps} needs code = 'scalar': sweeps move one column at a time."
+            )
+        if self.refine_sweeps and self.rounding is Rounding.NEAREST:
+            raise ConfigError(
+                f"refine_sweeps = {self.refine_sweeps} needs rounding = 'ldlq': 'nearest' ignores the Hessian."
+            )
 
     def code_spec(self) -> GridSpec | TrellisSpec:
         """The code that these settings describe.
@@ -235,6 +248,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "bits": (1, 8),
     "redundancy": (1, 8),
     "clip_sigmas": (0.1, 16),
+    "refine_sweeps": (0, 16),
     "damping": (0, 10),
     "float_targets": (0, 1),
     "residual_targets": (0, 1),

@@ -1,9 +1,9 @@
 """Choose the codes: nearest, or with error feedback (LDLQ, the rounding of GPTQ).
 
 A *coder* holds a fitted code and rounds a panel of adjacent columns at a time; the rounding here decides in
-which order panels are visited and what has been added to a column by the errors of those before it. A coder of
-single columns may take whole blocks and feed errors forward inside them itself (``FeedbackCoder``). Rows never
-interact, so linears that share a Hessian are rounded together as one tall matrix.
+which order panels are visited and what has been added to a column by the errors of those before it. A coder
+of single columns may take whole blocks and feed errors forward inside them itself (``FeedbackCoder``). Rows
+never interact, so linears that share a Hessian are rounded together as one tall matrix.
 
 Arithmetic is float64 on every device: an error that is fed forward amplifies the last bit of a sum into
 another code, and the same codes on CPU and GPU are worth more than the time.

@@ -6,7 +6,7 @@ For the linears of one group (they read the same tensor, hence share H, the inpu
     D  = T_out W* T_inᵀ              frames
     H' = T_in H T_inᵀ
     grid, clip                       codes
-    D̃  = LDLQ(D, H')                 rounding.py
+    D̃  = LDLQ(D, H')                 rounding.py, refine.py
     bytes                            codes.packing
 
 Everything here is float64 and free of hooks, devices and modules.
@@ -26,9 +26,10 @@ from framequant.config import ColumnOrder, FrameQuantConfig, Rounding
 from framequant.errors import NumericalError
 from framequant.frames import FrameKind, FrameOperator, FrameSpec, build_frame, choose_frame
 from framequant.frames.signs import derive_seed
-from framequant.quantizers.coders import make_coder
-from framequant.quantizers.hessian import FeedbackFactor, Moments, feedback_factor
-from framequant.quantizers.rounding import proxy_loss, round_ldlq, round_nearest
+from framequant.quantizers.coders import Coder, make_coder
+from framequant.quantizers.hessian import FeedbackFactor, Moments, damped, feedback_factor
+from framequant.quantizers.refine import refine_codes
+from framequant.quantizers.rounding import FeedbackCoder, proxy_loss, round_ldlq, round_nearest
 from framequant.quantizers.targets import float_target
 from framequant.spec import LinearSpec
 
@@ -85,7 +86,9 @@ def frame_specs(
     seed_in = derive_seed(config.seed, group, "in") & mask
     seed_out = derive_seed(config.seed, name, "out") & mask
     redundancy_out = config.redundancy if config.two_sided else 1.0
-    return choose_frame(in_features, config.redundancy, seed_in), choose_frame(out_features, redundancy_out, seed_out)
+    return choose_frame(in_features, config.redundancy, seed_in), choose_frame(
+        out_features, redundancy_out, seed_out
+    )
 
 
 def quantize_group(
@@ -115,7 +118,9 @@ def quantize_group(
     for names in _alike(configs):
         members = {name: weights[name].double() for name in names}
         for name, weight in members.items():
-            _require_finite(weight, f"{name}: its weight contains NaN or infinity; the model file is damaged.")
+            _require_finite(
+                weight, f"{name}: its weight contains NaN or infinity; the model file is damaged."
+            )
         results.update(_quantize_alike(members, hessian, moments, configs[names[0]], group))
     return {name: results[name] for name in weights}
 
@@ -146,9 +151,11 @@ def _quantize_alike(
 
     coder = make_coder(matrices, specs[first].code)
     stacked = torch.cat(matrices)
-    if config.clip_coefficients:
-        stacked = coder.clip(stacked)
-    rounded, factor = _round(stacked, coefficient_hessian, coder, config, first)
+    clipped = coder.clip(stacked) if config.clip_coefficients else stacked
+    rounded, factor = _round(clipped, coefficient_hessian, coder, config, first)
+    if factor is not None and isinstance(coder, FeedbackCoder):
+        smooth = damped(coefficient_hessian, factor.damping)
+        rounded = refine_codes(stacked, rounded, smooth, coder, config.refine_sweeps)
 
     results = {}
     pieces = rounded.split([matrix.shape[0] for matrix in matrices])
@@ -180,7 +187,7 @@ def _spec(weight: Tensor, config: FrameQuantConfig, group: str, name: str) -> Li
 
 
 def _round(
-    coefficients: Tensor, hessian: Tensor, coder, config: FrameQuantConfig, name: str
+    coefficients: Tensor, hessian: Tensor, coder: Coder, config: FrameQuantConfig, name: str
 ) -> tuple[Tensor, FeedbackFactor | None]:
     if config.rounding is Rounding.NEAREST:
         return round_nearest(coefficients, coder), None
