@@ -27,7 +27,9 @@ from framequant.model.walk import quantized_linears
 
 def codes(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {
-        name: unpack_codes(layer.packed_codes.cpu(), layer.spec.code.num_levels, layer.spec.coefficient_shape[1])
+        name: unpack_codes(
+            layer.packed_codes.cpu(), layer.spec.code.num_levels, layer.spec.coefficient_shape[1]
+        )
         for name, layer in quantized_linears(model).items()
     }
 
@@ -56,7 +58,9 @@ def main(
     equal = sum(int((found["cpu"][name] == found["cuda"][name]).sum()) for name in found["cpu"])
     total = sum(values.numel() for values in found["cpu"].values())
     worst = min((found["cpu"][name] == found["cuda"][name]).float().mean().item() for name in found["cpu"])
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     row = {
         "model": model,
         "preset": preset,

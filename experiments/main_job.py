@@ -1,4 +1,4 @@
-"""The main job's table: presets quantized, saved, reloaded and evaluated on one model, one row each.
+r"""The main job's table: presets quantized, saved, reloaded and evaluated on one model, one row each.
 
 Language, on ``../shared`` (a GPU is used if there is one)::
 
@@ -142,10 +142,17 @@ def main(
     data = calibration_tensor(find_calibration(calibration), opened, samples, sequence_length, seed, reporter)
     evaluate = Evaluator(opened, perplexity_text, sequence_length, imagenet)
     place = next(opened.model.parameters()).device
-    name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    commit = commit or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    name = (
+        torch.cuda.get_device_name(place)
+        if place.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    commit = (
+        commit
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+    )
     base = {"row": "float", "bits_per_weight": 8 * next(opened.model.parameters()).element_size()}
     reference = {**base, **evaluate(opened.model)}
     rows = [reference]
@@ -161,7 +168,11 @@ def main(
         print(result, flush=True)
         gc.collect()
         if csv_file:
-            write(rows, csv_file, {"samples": samples, "seed": seed, "dtype": dtype, "device": name, "commit": commit})
+            write(
+                rows,
+                csv_file,
+                {"samples": samples, "seed": seed, "dtype": dtype, "device": name, "commit": commit},
+            )
 
 
 def write(rows: list[dict[str, Any]], path: Path, shared: dict[str, Any]) -> None:

@@ -54,7 +54,9 @@ def test_unknown_names_suggest_the_nearest():
 
 
 def test_overrides_apply_in_order():
-    config = FrameQuantConfig(overrides={"proj": {"bits": 3}, "q_proj": {"bits": 4}, "layers.0": {"skip": True}})
+    config = FrameQuantConfig(
+        overrides={"proj": {"bits": 3}, "q_proj": {"bits": 4}, "layers.0": {"skip": True}}
+    )
     assert config.for_linear("layers.1.o_proj").bits == 3
     assert config.for_linear("layers.1.q_proj").bits == 4
     assert config.for_linear("layers.0.q_proj") is None

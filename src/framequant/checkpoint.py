@@ -156,7 +156,9 @@ def prepare_output(directory: str | Path, overwrite: bool) -> Path:
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a directory to write the checkpoint to.")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise CheckpointError(f"{path} is not empty. Choose another directory or pass overwrite (--overwrite).")
+        raise CheckpointError(
+            f"{path} is not empty. Choose another directory or pass overwrite (--overwrite)."
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -225,7 +227,9 @@ def unique_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]
     return tensors, aliases
 
 
-def write_tensors(tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def write_tensors(
+    tensors: Mapping[str, Tensor], directory: Path, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Write tensors as safetensors, shard by shard; only one shard is on the host at a time."""
     shards = _plan_shards(tensors, max_shard_bytes)
     metadata = {"format": "pt"}  # one key only: safetensors writes several in random order
@@ -371,9 +375,13 @@ def check_header(entry: QuantizationEntry, header: Header) -> None:
         found = by_linear[name]
         for part in sorted(set(expected) | set(found)):
             if part not in found:
-                raise CheckpointError(f"{name}.{part} is missing from the checkpoint; it was renamed or cut off.")
+                raise CheckpointError(
+                    f"{name}.{part} is missing from the checkpoint; it was renamed or cut off."
+                )
             if part not in expected:
-                raise CheckpointError(f"{name}.{part} is in the checkpoint, but the linear's scheme has no such tensor.")
+                raise CheckpointError(
+                    f"{name}.{part} is in the checkpoint, but the linear's scheme has no such tensor."
+                )
             shape, dtype = expected[part]
             if found[part] != (shape, _SAFETENSORS_DTYPES[dtype]):
                 raise CheckpointError(
@@ -393,7 +401,9 @@ def install_linears(model: nn.Module, entry: QuantizationEntry) -> None:
         module = modules.get(name)
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 2:
-            raise CheckpointError(f"{name} is quantized in the checkpoint, but {type(model).__name__} has no such linear.")
+            raise CheckpointError(
+                f"{name} is quantized in the checkpoint, but {type(model).__name__} has no such linear."
+            )
         shape = (spec.out_features, spec.in_features)
         if type(module).__name__ == "Conv1D":
             shape = shape[::-1]

@@ -12,32 +12,33 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from enum import Enum
+from enum import Enum, StrEnum
 from typing import Any
 
-from framequant.codes.grid import GridKind, GridSpec, ZeroPoint
+from framequant.codes.grid import GridKind, GridSpec, ZeroPoint, closed_loop_clip
 from framequant.codes.trellis import TrellisSpec, rate_pattern
 from framequant.errors import ConfigError, nearest
 from framequant.frames import FrameKind
 
 CONFIG_VERSION = 1
+DEFAULT_SWEEPS = 2
 
 
-class CodeKind(str, Enum):
+class CodeKind(StrEnum):
     """Which family of codes the integers belong to."""
 
     SCALAR = "scalar"
     TRELLIS = "trellis"
 
 
-class Rounding(str, Enum):
+class Rounding(StrEnum):
     """How codes are chosen: each by itself, or with errors fed forward through the Hessian."""
 
     NEAREST = "nearest"
     LDLQ = "ldlq"
 
 
-class ColumnOrder(str, Enum):
+class ColumnOrder(StrEnum):
     """Order in which LDLQ visits columns: as they lie, or by falling diagonal of the Hessian."""
 
     NATURAL = "natural"
@@ -58,7 +59,8 @@ class FrameQuantConfig:
         code: "scalar" or "trellis".
         grid: scalar codebook: "min_max", "sigma_clip", "uniform", "lloyd_max", "search".
         levels: number of scalar levels, 2…16, instead of 2**bits; 5 levels take 7/3 bits.
-        clip_sigmas: half range of the "sigma_clip" grid in standard deviations of a row.
+        clip_sigmas: half range of the "sigma_clip" grid in standard deviations of a row; None for the range
+            that suits error feedback, see ``codes.grid.closed_loop_clip``.
         zero_point: "symmetric", "float" (row mean) or "integer".
         group_size: columns that share a scale; None for whole rows.
         per_tensor_scale: one scale for the whole matrix instead of one per row.
@@ -69,7 +71,8 @@ class FrameQuantConfig:
         rounding: "ldlq" or "nearest".
         column_order: "natural" or "descending".
         refine_sweeps: how often the codes that LDLQ chose are revisited, 0…16: each column is rounded again
-            with all others known, which never raises the loss. Scalar codes only; a sweep costs about two LDLQ.
+            with all others known, which never raises the loss. Scalar codes only; a sweep costs two LDLQ. None
+            for two sweeps where the code and the rounding allow them.
         damping: fraction of the Hessian's mean diagonal added before it is factored; raised if that fails.
         recapture: capture each group of linears after the group before it was quantized, not once per block.
         float_targets: α in [0, 1]: how far weights are corrected towards the float model's inputs.
@@ -88,21 +91,21 @@ class FrameQuantConfig:
     code: CodeKind = CodeKind.SCALAR
     grid: GridKind = GridKind.SIGMA_CLIP
     levels: int | None = None
-    clip_sigmas: float = 2.0
+    clip_sigmas: float | None = None
     zero_point: ZeroPoint = ZeroPoint.SYMMETRIC
     group_size: int | None = None
     per_tensor_scale: bool = False
-    clip_coefficients: bool = True
+    clip_coefficients: bool = False
     state_bits: int = 12
     tile_rows: int = 16
     tile_cols: int = 16
     rounding: Rounding = Rounding.LDLQ
     column_order: ColumnOrder = ColumnOrder.NATURAL
-    refine_sweeps: int = 0
+    refine_sweeps: int | None = None
     damping: float = 0.01
     recapture: bool = True
-    float_targets: float = 0.75
-    residual_targets: float = 0.75
+    float_targets: float = 0.5
+    residual_targets: float = 0.5
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -132,20 +135,24 @@ class FrameQuantConfig:
         for name in ("two_sided", "per_tensor_scale", "clip_coefficients", "recapture"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected true or false.")
-        for name in ("state_bits", "tile_rows", "tile_cols", "refine_sweeps", "seed"):
+        for name in ("state_bits", "tile_rows", "tile_cols", "seed"):
             if not _is_int(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected an integer.")
-        for name in ("levels", "group_size"):
+        for name in ("levels", "group_size", "refine_sweeps"):
             if getattr(self, name) is not None and not _is_int(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected an integer or nothing.")
         for name in _RANGES:
             value = getattr(self, name)
+            if value is None and name in _OPTIONAL:
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ConfigError(f"{name} = {value!r}: expected a number.")
 
     def _check_ranges(self) -> None:
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
+            if value is None:
+                continue
             if not low <= value <= high:
                 raise ConfigError(f"{name} = {value}: expected a value from {low:g} to {high:g}.")
         if self.group_size is not None and self.group_size < 1:
@@ -169,11 +176,11 @@ class FrameQuantConfig:
             )
         if self.refine_sweeps and self.code is CodeKind.TRELLIS:
             raise ConfigError(
-                f"refine_sweeps = {self.refine_sweeps} needs code = 'scalar': sweeps move one column at a time."
+                f"refine_sweeps = {self.refine_sweeps} needs code = 'scalar': sweeps move single columns."
             )
         if self.refine_sweeps and self.rounding is Rounding.NEAREST:
             raise ConfigError(
-                f"refine_sweeps = {self.refine_sweeps} needs rounding = 'ldlq': 'nearest' ignores the Hessian."
+                f"refine_sweeps = {self.refine_sweeps} needs rounding = 'ldlq': 'nearest' takes no Hessian."
             )
 
     def code_spec(self) -> GridSpec | TrellisSpec:
@@ -184,11 +191,12 @@ class FrameQuantConfig:
         """
         if self.code is CodeKind.TRELLIS:
             return TrellisSpec(self.state_bits, rate_pattern(self.bits), self.tile_rows, self.tile_cols)
+        levels = self.levels if self.levels is not None else 2 ** int(self.bits)
         return GridSpec(
             kind=self.grid,
-            num_levels=self.levels if self.levels is not None else 2 ** int(self.bits),
+            num_levels=levels,
             zero_point=self.zero_point,
-            clip_sigmas=self.clip_sigmas,
+            clip_sigmas=self.clip_sigmas if self.clip_sigmas is not None else closed_loop_clip(levels),
             group_size=self.group_size,
             per_tensor=self.per_tensor_scale,
         )
@@ -206,6 +214,13 @@ class FrameQuantConfig:
                     return None
                 config = replace(config, **{key: value for key, value in changes.items() if key != "skip"})
         return config
+
+    @property
+    def sweeps(self) -> int:
+        """How many refining sweeps are made; see ``refine_sweeps``."""
+        if self.refine_sweeps is not None:
+            return self.refine_sweeps
+        return DEFAULT_SWEEPS if self.code is CodeKind.SCALAR and self.rounding is Rounding.LDLQ else 0
 
     @property
     def carries_float_stream(self) -> bool:
@@ -244,6 +259,8 @@ _ENUMS: dict[str, type[Enum]] = {
     "column_order": ColumnOrder,
 }
 
+_OPTIONAL = {"clip_sigmas", "refine_sweeps"}
+
 _RANGES: dict[str, tuple[float, float]] = {
     "bits": (1, 8),
     "redundancy": (1, 8),
@@ -262,6 +279,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "two_sided": True,
         "zero_point": "float",
         "clip_sigmas": 2.0,
+        "clip_coefficients": True,
+        "refine_sweeps": 0,
         "recapture": False,
         "float_targets": 0.0,
         "residual_targets": 0.0,
@@ -271,7 +290,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "frame": "hadamard",
         "per_tensor_scale": True,
         "clip_sigmas": 2.4,
-        "clip_coefficients": False,
+        "refine_sweeps": 0,
         "recapture": False,
         "float_targets": 0.0,
         "residual_targets": 0.0,
@@ -281,7 +300,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "frame": "identity",
         "grid": "min_max",
         "zero_point": "integer",
-        "clip_coefficients": False,
+        "refine_sweeps": 0,
         "recapture": False,
         "float_targets": 0.0,
         "residual_targets": 0.0,
@@ -291,7 +310,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "frame": "identity",
         "grid": "min_max",
         "zero_point": "integer",
-        "clip_coefficients": False,
+        "refine_sweeps": 0,
         "rounding": "nearest",
         "recapture": False,
         "float_targets": 0.0,

@@ -49,7 +49,9 @@ def save_pretrained(
     linears = {name: layer.spec for name, layer in quantized_linears(model).items()}
     report: QuantizationReport | None = getattr(model, "framequant_report", None)
     if not linears:
-        raise CheckpointError(f"{type(model).__name__} has no quantized linear; call framequant.quantize_ first.")
+        raise CheckpointError(
+            f"{type(model).__name__} has no quantized linear; call framequant.quantize_ first."
+        )
     config = FrameQuantConfig.from_dict(report.config) if report else FrameQuantConfig()
     tensors, aliases = checkpoint.unique_tensors(model)
     # transformers ties embeddings by its own config.

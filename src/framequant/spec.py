@@ -52,7 +52,11 @@ class LinearSpec:
             ("in_features", self.in_features, self.frame_in),
             ("out_features", self.out_features, self.frame_out),
         ):
-            if not isinstance(features, int) or isinstance(features, bool) or not 1 <= features <= MAX_FEATURES:
+            if (
+                not isinstance(features, int)
+                or isinstance(features, bool)
+                or not 1 <= features <= MAX_FEATURES
+            ):
                 raise CheckpointError(f"{name} = {features!r}: expected an integer from 1 to {MAX_FEATURES}.")
             if frame.dim != features:
                 raise CheckpointError(f"{name} = {features}, but its frame acts on dimension {frame.dim}.")

@@ -19,6 +19,7 @@ CONFIGS = {
     "quip": fq.preset("quip"),
     "gptq-groups": fq.preset("gptq", group_size=16),
     "five levels": fq.FrameQuantConfig(levels=5, redundancy=1.0),
+    "trellis": fq.FrameQuantConfig(code="trellis", bits=2.25, redundancy=1.125, state_bits=8),
     "lloyd": fq.FrameQuantConfig(grid="lloyd_max", bits=3),
 }
 
@@ -114,7 +115,7 @@ def test_a_directory_that_is_not_empty_is_kept(tmp_path):
     fq.quantize_(model, data)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(fq.CheckpointError, match="not empty.*overwrite"):
+    with pytest.raises(fq.CheckpointError, match=r"not empty.*overwrite"):
         fq.save_pretrained(model, tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
     fq.save_pretrained(model, tmp_path / "out", overwrite=True)
@@ -141,7 +142,9 @@ def test_an_overwritten_checkpoint_survives_a_failure(tmp_path, monkeypatch):
     fq.quantize_(model, data)
     fq.save_pretrained(model, tmp_path / "out")
     before = (tmp_path / "out" / WEIGHTS_NAME).read_bytes()
-    monkeypatch.setattr("framequant.checkpoint.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(
+        "framequant.checkpoint.save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "full"))
+    )
     with pytest.raises(fq.CheckpointError, match="full"):
         fq.save_pretrained(model, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / WEIGHTS_NAME).read_bytes() == before
@@ -198,7 +201,9 @@ def _rename(directory):
 
 
 def _reshape(directory):
-    _edit_tensors(directory, lambda t: t.update({(k := _first(t, "packed_codes")): t[k][:, :-1].contiguous()}))
+    _edit_tensors(
+        directory, lambda t: t.update({(k := _first(t, "packed_codes")): t[k][:, :-1].contiguous()})
+    )
 
 
 def _retype(directory):
@@ -218,7 +223,9 @@ def _newer(directory):
 
 
 def _bad_scheme(directory):
-    _edit_config(directory, lambda c: c["quantization_config"]["schemes"][0]["frame_in"].update(num_subspaces=10**12))
+    _edit_config(
+        directory, lambda c: c["quantization_config"]["schemes"][0]["frame_in"].update(num_subspaces=10**12)
+    )
 
 
 def _bad_linear(directory):

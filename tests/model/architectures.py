@@ -99,7 +99,13 @@ def timm_deit() -> nn.Module:
     import timm
 
     return timm.create_model(
-        "deit_tiny_distilled_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=4, num_classes=10
+        "deit_tiny_distilled_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=48,
+        depth=2,
+        num_heads=4,
+        num_classes=10,
     ).eval()
 
 
@@ -127,7 +133,9 @@ class OwnModel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(20, 36)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(36), nn.Linear(36, 36), nn.ReLU()) for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(36), nn.Linear(36, 36), nn.ReLU()) for _ in range(3)
+        )
         self.head = nn.Linear(36, 4)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -65,7 +65,9 @@ def test_the_model_is_left_as_it_was_apart_from_its_linears():
     assert model.config.use_cache is True
     assert all(torch.equal(untouched[name], dict(model.named_parameters())[name]) for name in untouched)
     assert all("forward" not in module.__dict__ for module in model.modules())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.model.layers.modules())
+    assert not any(
+        module._forward_pre_hooks or module._forward_hooks for module in model.model.layers.modules()
+    )
 
 
 def test_float_targets_lower_the_error_of_the_whole_model():
@@ -95,7 +97,9 @@ def test_padding_takes_no_part_in_the_hessian():
     assert torch.equal(*codes)
 
 
-@pytest.mark.parametrize("preset", ["framequant-paper", "framequant-scalar", "framequant", "quip", "gptq", "rtn"])
+@pytest.mark.parametrize(
+    "preset", ["framequant-paper", "framequant-scalar", "framequant", "quip", "gptq", "rtn"]
+)
 def test_every_preset_runs_and_reports_its_true_bits(preset):
     model, data = make("llama")
     report = fq.quantize_(model, data, fq.preset(preset, bits=3))
@@ -108,7 +112,9 @@ def test_every_preset_runs_and_reports_its_true_bits(preset):
 
 def test_ignore_include_and_overrides_select_linears():
     model, data = make("llama")
-    config = fq.FrameQuantConfig(ignore=("down_proj",), overrides={"q_proj": {"bits": 4}, "layers\\.0": {"skip": True}})
+    config = fq.FrameQuantConfig(
+        ignore=("down_proj",), overrides={"q_proj": {"bits": 4}, "layers\\.0": {"skip": True}}
+    )
     report = fq.quantize_(model, data, config)
     names = {entry.name for entry in report.linears}
     assert len(names) == 6

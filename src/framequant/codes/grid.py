@@ -278,6 +278,23 @@ def _uniform_step(num_levels: int) -> float:
     return (low + high) / 2
 
 
+def closed_loop_clip(num_levels: int) -> float:
+    """Return the half range of a uniform grid that suits rounding with error feedback, in standard deviations.
+
+    Feedback widens what is rounded, so the grid of least open-loop error is too narrow. The range is that of
+    ``UNIFORM`` times ``1 + 1 / (2 n)``: the loss after LDLQ on four linears of SmolLM2 was within 1 % of the
+    best range tried for 2, 4, 8 and 16 levels (best near 1.0, 1.68, 2.15 and 2.5).
+
+    Args:
+        num_levels: n, at least 2.
+
+    Examples:
+        >>> round(closed_loop_clip(4), 3)
+        1.68
+    """
+    return _uniform_step(num_levels) * (num_levels - 1) / 2 * (1 + 1 / (2 * num_levels))
+
+
 def _sigmas_per_step(spec: GridSpec) -> float:
     """Return the scale of a grid per standard deviation of the coefficients."""
     if spec.kind is GridKind.LLOYD_MAX:

@@ -35,7 +35,7 @@ def is_timm_model(model: nn.Module) -> bool:
 
 
 def config_dict(model: nn.Module, model_args: dict[str, Any] | None) -> dict[str, Any]:
-    """timm's description of a model: architecture, arguments, data config."""
+    """Timm's description of a model: architecture, arguments, data config."""
     import json
     import tempfile
 
@@ -59,7 +59,9 @@ def load(directory: Path, device: str | torch.device, dtype: torch.dtype | None)
     if not isinstance(name, str) or not timm.is_model(name):
         raise CheckpointError(f"config.json: architecture {name!r} is no model of timm {timm.__version__}.")
     args = {key: value for key, value in (config.get("model_args") or {}).items() if key != "num_classes"}
-    overlay = {key: value for key, value in (config.get("pretrained_cfg") or {}).items() if key != "architecture"}
+    overlay = {
+        key: value for key, value in (config.get("pretrained_cfg") or {}).items() if key != "architecture"
+    }
     # Not on the meta device: buffers that are computed and not stored (Swin's masks) must hold their values.
     skeleton = timm.create_model(
         name, pretrained=False, num_classes=config.get("num_classes"), pretrained_cfg_overlay=overlay, **args
@@ -68,7 +70,9 @@ def load(directory: Path, device: str | torch.device, dtype: torch.dtype | None)
     return model.to(dtype) if dtype is not None else model
 
 
-def fill(skeleton: nn.Module, directory: Path, config: dict[str, Any], device: str | torch.device) -> nn.Module:
+def fill(
+    skeleton: nn.Module, directory: Path, config: dict[str, Any], device: str | torch.device
+) -> nn.Module:
     """Install the quantized linears in a float skeleton and load the tensors; evaluation mode.
 
     Raises:

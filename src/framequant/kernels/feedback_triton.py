@@ -29,7 +29,7 @@ def _round(
     column = tl.arange(0, COLUMNS)
     valid = row < rows
     inside = (column < columns)[:, None] & valid[None, :]
-    block = tl.load(work + column[:, None].to(tl.int64) * rows + row[None, :], mask=inside, other=0.0)
+    block = tl.load(work + column[:, None] * rows + row[None, :], mask=inside, other=0.0)
     lowest = tl.load(levels)
     for j in range(0, columns):
         x = tl.sum(tl.where((column == j)[:, None], block, 0.0), axis=0)
@@ -41,7 +41,7 @@ def _round(
             unit = tl.where(unit < 0.0, 0.0, unit)
             unit = tl.where(unit > LEVELS - 1, LEVELS - 1.0, unit)
             unit = (unit + ROUNDER) - ROUNDER
-            code = unit.to(tl.int32)
+            code = tl.where(unit == unit, unit, 0.0).to(tl.int32)
             value = (unit + lowest - zero) * scale
         else:
             code = tl.zeros([ROWS], tl.int32)
@@ -49,7 +49,7 @@ def _round(
                 code += (unit > tl.load(middles + i)).to(tl.int32)
             value = (tl.load(levels + code) - zero) * scale
             value = tl.where(unit == unit, value, unit)
-        here = j.to(tl.int64) * rows + row
+        here = j * rows + row
         if MOVES:
             error = tl.load(previous + here, mask=valid, other=0.0) - value
         else:

@@ -78,7 +78,9 @@ def _as_batch(item: Any) -> Any:
     if isinstance(item, tuple | list) and item and isinstance(item[0], Tensor):
         labels = len(item) == 2 and isinstance(item[1], Tensor) and item[1].ndim == 1
         return item[0] if labels else tuple(item)
-    raise CalibrationError(f"a calibration batch is {type(item).__name__}; expected a tensor, a tuple or a mapping.")
+    raise CalibrationError(
+        f"a calibration batch is {type(item).__name__}; expected a tensor, a tuple or a mapping."
+    )
 
 
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

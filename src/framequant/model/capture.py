@@ -10,7 +10,7 @@ Must not import layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,11 +52,8 @@ def observe(block: nn.Module, call: Call, groups: Sequence[Group]) -> Seen:
         groups: whose inputs and residual terms to pick up.
     """
     seen = Seen()
-    with _observers(block, call, groups, seen), torch.no_grad():
-        try:
-            call.run(block)
-        except EndOfRunError:
-            pass
+    with _observers(block, call, groups, seen), torch.no_grad(), suppress(EndOfRunError):
+        call.run(block)
     return seen
 
 

@@ -100,7 +100,11 @@ def select_linears(model: nn.Module, blocks: Iterable[str], config: FrameQuantCo
         DiscoveryError: nothing is left to quantize.
     """
     names = list(linears(model))
-    for kind, patterns in (("include", config.include), ("ignore", config.ignore), ("override", config.overrides)):
+    for kind, patterns in (
+        ("include", config.include),
+        ("ignore", config.ignore),
+        ("override", config.overrides),
+    ):
         for pattern in patterns:
             if not any(re.search(pattern, name) for name in names):
                 raise ConfigError(f"{kind} pattern {pattern!r} matches no linear. {_examples(names)}")

@@ -12,7 +12,7 @@ Must not import layers or quantizers.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +91,9 @@ def forwards_replaced(replacements: Mapping[nn.Module, Callable[..., Any]]) -> I
 def inference_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no key-value cache; everything as it was afterwards."""
     training = [module for module in model.modules() if module.training]
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if hasattr(c, "use_cache")}
+    configs = {
+        id(c): c for c in (getattr(m, "config", None) for m in model.modules()) if hasattr(c, "use_cache")
+    }
     caching = [config for config in configs.values() if config.use_cache]
     model.eval()
     for config in caching:
@@ -140,7 +142,9 @@ class Replay:
                 hook.remove()
         repeated = sorted({name for name in calls if calls.count(name) > 1})
         if repeated:
-            raise DiscoveryError(f"block {repeated[0]} runs more than once per forward pass; shared blocks are not walked.")
+            raise DiscoveryError(
+                f"block {repeated[0]} runs more than once per forward pass; shared blocks are not walked."
+            )
         if not calls:
             raise DiscoveryError("no block of the model was called on the calibration data.")
         return calls
@@ -167,9 +171,6 @@ class Replay:
             replacements[self.blocks[earlier]] = pass_through
         if index:
             replacements[self.blocks[index - 1]] = lambda *_, **__: previous
-        with forwards_replaced(replacements):
-            try:
-                call_model(self.model, batch)
-            except EndOfRunError:
-                pass
+        with forwards_replaced(replacements), suppress(EndOfRunError):
+            call_model(self.model, batch)
         return caught[0]

@@ -22,7 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from framequant.model.replay import Call, first_tensor
 
-_VIEWS = {"aten::view", "aten::_unsafe_view", "aten::_reshape_alias", "aten::alias", "aten::_to_copy", "aten::clone", "aten::detach"}
+_VIEWS = {
+    "aten::view",
+    "aten::_unsafe_view",
+    "aten::_reshape_alias",
+    "aten::alias",
+    "aten::_to_copy",
+    "aten::clone",
+    "aten::detach",
+}
 _ADDITIONS = {"aten::add", "aten::add_"}
 
 
@@ -154,7 +162,9 @@ def _stream_terms(name: str, provenance: _Provenance, record: _Record) -> tuple[
 
 
 @contextmanager
-def _hooks(block: nn.Module, names: Sequence[str], provenance: _Provenance, record: _Record) -> Iterator[None]:
+def _hooks(
+    block: nn.Module, names: Sequence[str], provenance: _Provenance, record: _Record
+) -> Iterator[None]:
     selected = set(names)
 
     def before(module: nn.Module, args: Any, kwargs: Any, name: str) -> None:
@@ -178,7 +188,9 @@ def _hooks(block: nn.Module, names: Sequence[str], provenance: _Provenance, reco
     for name, module in block.named_modules():
         if name:
             handles.append(
-                module.register_forward_pre_hook(lambda m, a, k, name=name: before(m, a, k, name), with_kwargs=True)
+                module.register_forward_pre_hook(
+                    lambda m, a, k, name=name: before(m, a, k, name), with_kwargs=True
+                )
             )
             handles.append(module.register_forward_hook(lambda m, a, o, name=name: after(m, a, o, name)))
     try:

@@ -82,7 +82,11 @@ class _Walk:
     """State of one walk: the two streams of activations and the report in the making."""
 
     def __init__(
-        self, model: nn.Module, batches: list[Any], config: FrameQuantConfig, progress: ProgressCallback | None
+        self,
+        model: nn.Module,
+        batches: list[Any],
+        config: FrameQuantConfig,
+        progress: ProgressCallback | None,
     ) -> None:
         reference = next(model.parameters())
         self.model, self.config, self.progress = model, config, progress
@@ -90,14 +94,17 @@ class _Walk:
         self.batches = [to_device(batch, self.device, self.dtype) for batch in batches]
         self.masks = [token_mask(batch) for batch in self.batches]
         self.report = QuantizationReport(
-            config.to_dict(), environment=environment(str(self.device), str(self.dtype).removeprefix("torch."))
+            config.to_dict(),
+            environment=environment(str(self.device), str(self.dtype).removeprefix("torch.")),
         )
         self.done = 0
 
     def run(self) -> QuantizationReport:
         start = time.perf_counter()
         chains = discovery.find_blocks(self.model)
-        self.selected = discovery.select_linears(self.model, [b for names in chains.values() for b in names], self.config)
+        self.selected = discovery.select_linears(
+            self.model, [b for names in chains.values() for b in names], self.config
+        )
         modules = dict(self.model.named_modules())
         self.total = sum(modules[name].weight.numel() for name in self.selected)
         self._describe_model(chains)
@@ -107,10 +114,14 @@ class _Walk:
         carry = self.config.carries_float_stream
         for index, name in enumerate(replay.names):
             block = replay.blocks[index]
-            calls = [replay.call(index, batch, out) for batch, out in zip(self.batches, quantized, strict=True)]
+            calls = [
+                replay.call(index, batch, out) for batch, out in zip(self.batches, quantized, strict=True)
+            ]
             float_calls = None
             if carry and index:
-                float_calls = [replay.call(index, b, out) for b, out in zip(self.batches, floating, strict=True)]
+                float_calls = [
+                    replay.call(index, b, out) for b, out in zip(self.batches, floating, strict=True)
+                ]
             original = copy.deepcopy(block) if carry else None
             self._quantize_block(name, block, original, calls, float_calls or calls)
             last = index + 1 == len(replay.names)
@@ -134,7 +145,12 @@ class _Walk:
         }
 
     def _quantize_block(
-        self, name: str, block: nn.Module, original: nn.Module | None, calls: list[Call], float_calls: list[Call]
+        self,
+        name: str,
+        block: nn.Module,
+        original: nn.Module | None,
+        calls: list[Call],
+        float_calls: list[Call],
     ) -> None:
         prefix = f"{name}."
         inner = [full.removeprefix(prefix) for full in self.selected if full.startswith(prefix)]
@@ -157,7 +173,9 @@ class _Walk:
         float_calls: list[Call],
         stage: list[Group],
     ) -> dict[str, Moments]:
-        features = {group.name: discovery.linear_weight(block.get_submodule(group.name)).shape[1] for group in stage}
+        features = {
+            group.name: discovery.linear_weight(block.get_submodule(group.name)).shape[1] for group in stage
+        }
         totals = {name: Moments(count) for name, count in features.items()}
         for call, float_call, mask in zip(calls, float_calls, self.masks, strict=True):
             floating = observe(original, float_call, stage) if original is not None else None
@@ -194,17 +212,25 @@ class _Walk:
     def _finish(self, seconds: float) -> None:
         report = self.report
         if not report.linears:
-            raise DiscoveryError("no selected linear was called on the calibration data, so nothing was quantized.")
+            raise DiscoveryError(
+                "no selected linear was called on the calibration data, so nothing was quantized."
+            )
         chosen = {entry.name for entry in report.linears} | set(report.skipped)
         for name in sorted(self.block_linears - chosen):
             report.skipped[name] = "left in float by include, ignore or overrides"
         for entry in report.linears:
             if entry.escalations:
-                report.warnings.append(f"{entry.name}: damping raised to {entry.damping:g}; too few calibration tokens?")
+                report.warnings.append(
+                    f"{entry.name}: damping raised to {entry.damping:g}; too few calibration tokens?"
+                )
             if entry.tokens == 0:
-                report.warnings.append(f"{entry.name}: saw no calibration token; an identity Hessian was used.")
+                report.warnings.append(
+                    f"{entry.name}: saw no calibration token; an identity Hessian was used."
+                )
         if report.coverage < 0.95:
-            report.warnings.append(f"only {report.coverage:.1%} of the weights of the blocks' linears are quantized.")
+            report.warnings.append(
+                f"only {report.coverage:.1%} of the weights of the blocks' linears are quantized."
+            )
         report.seconds = seconds
         self.model.framequant_report = report
 

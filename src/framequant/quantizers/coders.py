@@ -16,8 +16,9 @@ from torch import Tensor
 
 from framequant.codes.grid import Grid, GridSpec, clip_to_grid, decode, encode, fit_grid
 from framequant.codes.packing import pack_codes
+from framequant.codes.trellis import TrellisSpec
 from framequant.kernels.feedback import GridTable, round_block
-from framequant.quantizers.rounding import Coder
+from framequant.quantizers.trellis_coder import TrellisCoder
 
 
 class ScalarCoder:
@@ -95,9 +96,10 @@ def _stack(grids: Sequence[Grid], rows: Sequence[int]) -> Grid:
     )
 
 
-def make_coder(matrices: Sequence[Float[Tensor, "rows cols"]], spec: GridSpec) -> ScalarCoder:
+def make_coder(
+    matrices: Sequence[Float[Tensor, "rows cols"]], spec: GridSpec | TrellisSpec
+) -> ScalarCoder | TrellisCoder:
     """Fit the code that ``spec`` describes to stacked matrices of coefficients."""
+    if isinstance(spec, TrellisSpec):
+        return TrellisCoder(matrices, spec)
     return ScalarCoder(matrices, spec)
-
-
-__all__ = ["Coder", "ScalarCoder", "make_coder"]

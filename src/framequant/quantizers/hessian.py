@@ -137,7 +137,9 @@ def feedback_factor(hessian: Float[Tensor, "n n"], damping: float, name: str = "
         if upper is not None:
             return FeedbackFactor(upper, current, escalation)
         current = max(current, 1e-8) * ESCALATION
-    raise NumericalError(f"{name or 'a linear'}: its Hessian could not be factored with damping up to {current:g}.")
+    raise NumericalError(
+        f"{name or 'a linear'}: its Hessian could not be factored with damping up to {current:g}."
+    )
 
 
 def _inverse_cholesky(matrix: Tensor) -> Tensor | None:

@@ -56,7 +56,8 @@ class TrellisCoder:
         self._states[first] = list(states.split(counts))
         values = decode_states(states, self._spec.state_bits, torch.float32).split(counts)
         restored = [
-            matrix_from_tiles(value, rows, columns.shape[1], self._spec).to(columns.dtype) * scale.to(columns.dtype)
+            matrix_from_tiles(value, rows, columns.shape[1], self._spec).to(columns.dtype)
+            * scale.to(columns.dtype)
             for value, rows, scale in zip(values, self._rows, self._scales, strict=True)
         ]
         return torch.cat(restored)

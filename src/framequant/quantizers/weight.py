@@ -14,22 +14,21 @@ Everything here is float64 and free of hooks, devices and modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from framequant.codes.grid import GridSpec
 from framequant.config import ColumnOrder, FrameQuantConfig, Rounding
 from framequant.errors import NumericalError
 from framequant.frames import FrameKind, FrameOperator, FrameSpec, build_frame, choose_frame
 from framequant.frames.signs import derive_seed
-from framequant.quantizers.coders import Coder, make_coder
+from framequant.quantizers.coders import make_coder
 from framequant.quantizers.hessian import FeedbackFactor, Moments, damped, feedback_factor
 from framequant.quantizers.refine import refine_codes
-from framequant.quantizers.rounding import FeedbackCoder, proxy_loss, round_ldlq, round_nearest
+from framequant.quantizers.rounding import Coder, FeedbackCoder, proxy_loss, round_ldlq, round_nearest
 from framequant.quantizers.targets import float_target
 from framequant.spec import LinearSpec
 
@@ -155,7 +154,7 @@ def _quantize_alike(
     rounded, factor = _round(clipped, coefficient_hessian, coder, config, first)
     if factor is not None and isinstance(coder, FeedbackCoder):
         smooth = damped(coefficient_hessian, factor.damping)
-        rounded = refine_codes(stacked, rounded, smooth, coder, config.refine_sweeps)
+        rounded = refine_codes(stacked, rounded, smooth, coder, config.sweeps)
 
     results = {}
     pieces = rounded.split([matrix.shape[0] for matrix in matrices])
@@ -222,6 +221,3 @@ def _loss(
 def _require_finite(tensor: Tensor, message: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise NumericalError(message)
-
-
-__all__: Sequence[str] = ["GridSpec", "LinearLoss", "QuantizedWeight", "frame_specs", "quantize_group"]

@@ -24,19 +24,25 @@ def model_card(report: QuantizationReport, source: str | None, library: str) -> 
     """
     weights = sum(entry.num_weights for entry in report.linears)
     size = sum(sum(entry.bytes.values()) for entry in report.linears)
-    versions = ", ".join(f"{name} {version}" for name, version in report.environment.get("versions", {}).items())
+    versions = ", ".join(
+        f"{name} {version}" for name, version in report.environment.get("versions", {}).items()
+    )
     lines = [
         "---",
         f"library_name: {library}",
         "tags: [framequant, quantization]",
-        *([f"base_model: {source}"] if source and "/" in source and not source.startswith(("/", ".")) else []),
+        *(
+            [f"base_model: {source}"]
+            if source and "/" in source and not source.startswith(("/", "."))
+            else []
+        ),
         "---",
         "",
         f"# {source or report.model.get('class', 'model')}, quantized with framequant",
         "",
         "| | |",
         "|---|---|",
-        f"| measured bits per weight | **{report.bits_per_weight:.3f}** (every byte of the quantized linears counted) |",
+        f"| measured bits per weight | **{report.bits_per_weight:.3f}** (from bytes on disk) |",
         f"| quantized weights | {weights:,} in {len(report.linears)} linears, {report.coverage:.1%} of the blocks' |",
         f"| bytes of these | {size:,} ({16 / report.bits_per_weight:.1f} times smaller than fp16) |",
         f"| true redundancy | {report.redundancy:.4f} |",
