@@ -41,7 +41,7 @@ for spec in specs:
 one = torch.ones(1, 1, dtype=torch.float64)
 for kind in ("sigma_clip", "lloyd_max"):
     spec = GridSpec(kind, 4, "symmetric")
-    work = torch.cat([torch.arange(-9, 10).double() / 4, torch.tensor([-1e300, 1e300, torch.nan])])[None]
+    work = torch.cat([torch.arange(-9, 10).double() / 4, torch.tensor([-1e30, 1e30, torch.nan])])[None]
     grid = fit_grid(torch.ones(1, 1), spec)
     grid.scales = one.float()
     table, first = feedback.GridTable.of(grid, work.shape[1]), torch.tensor([0])
