@@ -15,26 +15,27 @@ from torch import Tensor
 
 from framequant.errors import CalibrationError
 
-#: Tokens of one batch; large enough to keep the machine busy, small enough for attention on the CPU.
-TOKENS_PER_BATCH = 8192
-IMAGES_PER_BATCH = 32
+#: Tokens of one batch: large enough to keep the machine busy, small enough for attention that keeps its scores.
+TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 16384}
+IMAGES_PER_BATCH = {"cpu": 32, "cuda": 128}
 
 
-def as_batches(calibration: Any) -> list[Any]:
+def as_batches(calibration: Any, device: str = "cpu") -> list[Any]:
     """Make a list of batches.
 
     Args:
         calibration: a tensor of token ids (samples, length) or images (samples, channels, height, width); a
             mapping of such tensors; or an iterable of batches (a list, a DataLoader), taken as they come. A
             batch that is a pair whose second element is one integer per sample (labels) loses it.
+        device: kind of device that will run them, "cpu" or "cuda": it decides how large they are.
 
     Raises:
         CalibrationError: nothing in it, or something that is no batch.
     """
     if isinstance(calibration, Tensor):
-        batches: list[Any] = list(_split(calibration))
+        batches: list[Any] = list(_split(calibration, device))
     elif isinstance(calibration, Mapping):
-        batches = _split_mapping(calibration)
+        batches = _split_mapping(calibration, device)
     elif isinstance(calibration, Iterable) and not isinstance(calibration, str | bytes):
         batches = [_as_batch(item) for item in calibration]
     else:
@@ -47,20 +48,20 @@ def as_batches(calibration: Any) -> list[Any]:
     return batches
 
 
-def _split(tensor: Tensor) -> tuple[Tensor, ...]:
+def _split(tensor: Tensor, device: str) -> tuple[Tensor, ...]:
     if tensor.ndim < 2 or tensor.shape[0] == 0:
         raise CalibrationError(
             f"calibration has shape {tuple(tensor.shape)}; expected (samples, length) token ids or "
             "(samples, channels, height, width) images."
         )
-    return tensor.split(_batch_size(tensor))
+    return tensor.split(_batch_size(tensor, device))
 
 
-def _split_mapping(mapping: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _split_mapping(mapping: Mapping[str, Any], device: str) -> list[dict[str, Any]]:
     tensors = {key: value for key, value in mapping.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CalibrationError("the calibration mapping holds no tensor.")
-    size = min(_batch_size(value) for value in tensors.values())
+    size = min(_batch_size(value, device) for value in tensors.values())
     count = len(next(iter(tensors.values())))
     return [
         {key: value[start : start + size] if key in tensors else value for key, value in mapping.items()}
@@ -68,8 +69,11 @@ def _split_mapping(mapping: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _batch_size(tensor: Tensor) -> int:
-    return IMAGES_PER_BATCH if tensor.ndim >= 4 else max(TOKENS_PER_BATCH // max(tensor.shape[1], 1), 1)
+def _batch_size(tensor: Tensor, device: str) -> int:
+    if tensor.ndim >= 4:
+        return IMAGES_PER_BATCH.get(device, IMAGES_PER_BATCH["cuda"])
+    tokens = TOKENS_PER_BATCH.get(device, TOKENS_PER_BATCH["cuda"])
+    return max(tokens // max(tensor.shape[1], 1), 1)
 
 
 def _as_batch(item: Any) -> Any:

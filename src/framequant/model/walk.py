@@ -73,7 +73,8 @@ def quantize_(
         NumericalError: NaN or infinity in weights or activations; the linear is named.
     """
     config = config or FrameQuantConfig()
-    walk = _Walk(model, as_batches(calibration), config, progress)
+    batches = as_batches(calibration, next(model.parameters()).device.type)
+    walk = _Walk(model, batches, config, progress)
     with inference_mode(model):
         return walk.run()
 
