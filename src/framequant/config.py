@@ -64,7 +64,8 @@ class FrameQuantConfig:
         zero_point: "symmetric", "float" (row mean) or "integer".
         group_size: columns that share a scale; None for whole rows.
         per_tensor_scale: one scale for the whole matrix instead of one per row.
-        clip_coefficients: clamp coefficients to the grid's range before rounding (the paper's clip).
+        clip_coefficients: clamp coefficients to the grid's range before rounding. Without it they are clamped
+            by the rounding itself, whose error feedback then repairs part of what the clamp took.
         state_bits: log2 of the number of trellis states, 8…16.
         tile_rows: rows of a trellis tile.
         tile_cols: columns of a trellis tile, the panel of block LDLQ.
@@ -271,6 +272,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "residual_targets": (0, 1),
 }
 
+# The paper does not say whether the 2σ clip comes before the feedback or is the range of its grid. Clamping
+# first is the same algorithm with a larger loss (set clip_coefficients), so the preset takes the grid's range.
 #: Every preset as the fields in which it differs from the defaults of ``FrameQuantConfig``.
 PRESETS: dict[str, dict[str, Any]] = {
     "framequant": {},
@@ -279,7 +282,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "two_sided": True,
         "zero_point": "float",
         "clip_sigmas": 2.0,
-        "clip_coefficients": True,
         "refine_sweeps": 0,
         "recapture": False,
         "float_targets": 0.0,
