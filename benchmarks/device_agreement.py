@@ -48,9 +48,8 @@ def main(
         opened = open_model(model, dtype="float32", device=device)
         source = find_calibration(str(calibration))
         batches = calibration_tensor(source, opened, samples, sequence_length, 0, Reporter(False))
-        opened.model.to(getattr(torch, dtype))
         start = time.perf_counter()
-        fq.quantize_(opened.model, batches, fq.preset(preset))
+        fq.quantize_(opened.model, batches, fq.preset(preset, walk_dtype=dtype))
         if device == "cuda":
             torch.cuda.synchronize()
         seconds[device] = time.perf_counter() - start

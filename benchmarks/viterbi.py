@@ -59,7 +59,9 @@ def gpu_rows(state_bits: int, bits: float, tiles: int, repeats: int) -> list[tup
     rates, rows = rate_pattern(bits), []
     values = torch.randn(tiles, 256, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
     constants = codebook(state_bits)
-    levels = constants.levels(torch.arange(1 << state_bits, device="cuda")).to(torch.float32)  # as in encoding
+    levels = constants.levels(torch.arange(1 << state_bits, device="cuda")).to(
+        torch.float32
+    )  # as in encoding
     targets = values / constants.scale
     weights, free = torch.ones_like(values), torch.full((tiles,), -1, device="cuda")
     oracle = search(targets[:2], levels, rates, backend="torch")

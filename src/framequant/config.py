@@ -78,6 +78,8 @@ class FrameQuantConfig:
         recapture: capture each group of linears after the group before it was quantized, not once per block.
         float_targets: α in [0, 1]: how far weights are corrected towards the float model's inputs.
         residual_targets: β in [0, 1]: the same for the residual stream's accumulated deviation.
+        walk_dtype: "float32" or "float64" to run the calibration in, whatever the model's dtype; None for that.
+            In float64 CPU and GPU choose the same codes.
         include: regular expressions of module names to quantize; empty for every linear inside the blocks.
             Linears outside the blocks (heads) are quantized only if named here.
         ignore: regular expressions of module names to leave in float.
@@ -107,6 +109,7 @@ class FrameQuantConfig:
     recapture: bool = True
     float_targets: float = 0.5
     residual_targets: float = 0.5
+    walk_dtype: str | None = None
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -162,6 +165,10 @@ class FrameQuantConfig:
             raise ConfigError(f"seed = {self.seed}: expected a non-negative integer.")
 
     def _check_contradictions(self) -> None:
+        if self.walk_dtype not in (None, "float32", "float64"):
+            raise ConfigError(
+                f"walk_dtype = {self.walk_dtype!r}.{nearest(str(self.walk_dtype), ('float32', 'float64'))}"
+            )
         if self.redundancy > 1 and self.frame is not FrameKind.FUSION:
             raise ConfigError(
                 f"redundancy = {self.redundancy} needs frame = 'fusion'; frame = {self.frame.value!r} has redundancy 1."
@@ -373,7 +380,7 @@ def _check_pattern(pattern: str) -> None:
 
 
 def _check_override(pattern: str, changes: Mapping[str, Any]) -> None:
-    forbidden = {"include", "ignore", "overrides", "seed", "recapture", "skip"}
+    forbidden = {"include", "ignore", "overrides", "seed", "recapture", "walk_dtype", "skip"}
     if not isinstance(changes, Mapping):
         raise ConfigError(f"override {pattern!r}: expected a mapping of settings, found {changes!r}.")
     check_keys({key: value for key, value in changes.items() if key != "skip"})

@@ -176,3 +176,33 @@ def test_progress_ends_at_the_total():
     fq.quantize_(model, data, CONFIG, progress=seen.append)
     assert [p.done for p in seen] == sorted(p.done for p in seen)
     assert seen[-1].done == seen[-1].total == 2 * (48 * 48 * 2 + 48 * 24 * 2 + 3 * 48 * 80)
+
+
+def test_a_walk_in_float64_leaves_the_model_in_its_own_dtype(tmp_path):
+    model, data = make("llama")
+    model.to(torch.bfloat16)
+    report = fq.quantize_(model, data, fq.FrameQuantConfig(walk_dtype="float64"))
+    assert report.environment["dtype"] == "float64"
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.model.rotary_emb.inv_freq.dtype == torch.bfloat16
+    assert torch.isfinite(output(model, data)).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "timm_vit"])
+def test_a_head_is_quantized_when_it_is_named(name, tmp_path):
+    model, data = make(name)
+    head = "head" if name == "timm_vit" else "lm_head"
+    config = fq.FrameQuantConfig(bits=4, include=(f"^{head}$", "blocks|layers"))
+    report = fq.quantize_(model, data, config)
+    assert isinstance(model.get_submodule(head), fq.FrameLinear)
+    assert report.linears[-1].name == head
+    fq.save_pretrained(model, tmp_path / "out")
+    assert torch.equal(output(fq.load(tmp_path / "out"), data), output(model, data))
+
+
+def test_an_embedding_stays_float_when_the_head_it_was_tied_to_is_quantized():
+    model, data = make("llama_tied")
+    before = model.model.embed_tokens.weight.clone()
+    fq.quantize_(model, data, fq.FrameQuantConfig(include=("lm_head",)))
+    assert torch.equal(model.model.embed_tokens.weight, before)
+    assert model.config.tie_word_embeddings is False

@@ -137,6 +137,8 @@ def attach(model: nn.Module, data: dict[str, Any]) -> None:
 def write_config(model: nn.Module, directory: Path) -> None:
     """Write ``config.json`` and, for a model that generates, ``generation_config.json``."""
     model.config.architectures = [type(model).__name__]
+    # Without it transformers would take the dtype of the first tensor of the file, which may be our scales'.
+    model.config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     model.config.save_pretrained(directory)
     generation = getattr(model, "generation_config", None)
     if generation is not None and model.can_generate():

@@ -62,13 +62,38 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     return type(output)((hidden, *output[1:]))
 
 
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch: a mapping of keyword arguments, a tuple of arguments, or one tensor."""
+def as_call(batch: Any) -> Call:
+    """The call that a batch stands for: a mapping of keyword arguments, a tuple of arguments, or one tensor."""
     if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
+        return Call((), dict(batch))
+    return Call(tuple(batch) if isinstance(batch, tuple | list) else (batch,), {})
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch; see ``as_call``."""
+    return as_call(batch).run(model)
+
+
+@contextmanager
+def computed_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Cast a model to a dtype for a while; afterwards every tensor that is still there has its own dtype again.
+
+    Args:
+        model: the model, cast in place.
+        dtype: a dtype that holds the model's own values exactly; None to leave the model as it is.
+    """
+    if dtype is None:
+        yield
+        return
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    dtypes = {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
+    nn.Module.to(model, dtype=dtype)
+    try:
+        yield
+    finally:
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name in dtypes:
+                tensor.data = tensor.data.to(dtypes[name])
 
 
 @contextmanager

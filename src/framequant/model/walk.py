@@ -22,7 +22,7 @@ from framequant.layers import FrameLinear
 from framequant.model import discovery
 from framequant.model.calibration import as_batches, to_device
 from framequant.model.capture import add_moments, observe, token_mask
-from framequant.model.replay import Call, Replay, inference_mode
+from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.model.trace import Group, trace_block
 from framequant.quantizers.hessian import Moments
@@ -74,9 +74,9 @@ def quantize_(
     """
     config = config or FrameQuantConfig()
     batches = as_batches(calibration, next(model.parameters()).device.type)
-    walk = _Walk(model, batches, config, progress)
-    with inference_mode(model):
-        return walk.run()
+    dtype = None if config.walk_dtype is None else getattr(torch, config.walk_dtype)
+    with inference_mode(model), computed_in(model, dtype):
+        return _Walk(model, batches, config, progress).run()
 
 
 class _Walk:
@@ -130,8 +130,23 @@ class _Walk:
                 quantized = [call.run(block) for call in calls]
                 if original is not None:
                     floating = [call.run(original) for call in float_calls or calls]
+        self._quantize_outside(replay)
         self._finish(time.perf_counter() - start)
         return self.report
+
+    def _quantize_outside(self, replay: Replay) -> None:
+        """Quantize linears outside the blocks (heads) that ``include`` names, on what the whole model gives them."""
+        prefixes = tuple(f"{block}." for block in replay.names)
+        for name in self.selected:
+            if name.startswith(prefixes):
+                continue
+            module = self.model.get_submodule(name)
+            group, moments = Group([name]), Moments(discovery.linear_weight(module).shape[1])
+            for batch, mask in zip(self.batches, self.masks, strict=True):
+                seen = observe(self.model, as_call(batch), [group])
+                add_moments({name: moments}, [group], seen, None, mask, use_drift=False, use_residual=False)
+            untie(self.model, module)
+            self._quantize_group("", self.model, group, moments)
 
     def _describe_model(self, chains: dict[str, list[str]]) -> None:
         prefixes = tuple(f"{block}." for names in chains.values() for block in names)
@@ -234,6 +249,14 @@ class _Walk:
             )
         report.seconds = seconds
         self.model.framequant_report = report
+
+
+def untie(model: nn.Module, head: nn.Module) -> None:
+    """Tell a transformers model that its output embedding is no longer the input embedding, if it was."""
+    config = getattr(model, "config", None)
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if output is head and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
 
 
 def _require_finite(moments: Moments, name: str) -> None:
