@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,6 +156,7 @@ def describe_calibration(data: Any) -> str:
 def quantize_model(opened: OpenedModel, data: Any, config: Any, reporter: Reporter) -> QuantizationReport:
     """Run the walk with a progress bar over the weights."""
     from framequant import quantize_
+    from framequant.evaluation.forward import return_freed_memory
 
     with reporter.bar("quantizing", "weights") as update:
 
@@ -166,16 +165,6 @@ def quantize_model(opened: OpenedModel, data: Any, config: Any, reporter: Report
             return_freed_memory()
 
         return quantize_(opened.model, data, config, progress=show)
-
-
-def return_freed_memory() -> None:
-    """Hand freed memory back to the system where the C library offers it (glibc).
-
-    Activations of every block are allocated and freed in other sizes; glibc keeps the holes, and a walk over
-    thirty blocks would hold ten times what it uses.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def save(opened: OpenedModel, out: Path, overwrite: bool, reporter: Reporter) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from framequant.model.calibration import to_device
 
 #: Bytes that the logits of one batch may take.
 LOGIT_BYTES = 1 << 29
+#: Tokens of one batch.
+TOKENS_PER_BATCH = 4096
 #: Rows whose logits are turned to float32 at once.
 ROWS_PER_CHUNK = 256
 
@@ -40,6 +44,16 @@ def logits_of(model: nn.Module, batch: Any) -> Tensor:
     return logits
 
 
+def return_freed_memory() -> None:
+    """Hand freed memory back to the system where the C library offers it (glibc).
+
+    Activations of every layer are allocated and freed in other sizes; glibc keeps the holes, and a walk or an
+    evaluation would come to hold ten times the memory that it uses. Cost: milliseconds.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def vocabulary_size(model: nn.Module) -> int:
     """Number of classes of the output, as far as the config says."""
     config = getattr(model, "config", None)
@@ -47,8 +61,13 @@ def vocabulary_size(model: nn.Module) -> int:
 
 
 def batches(model: nn.Module, windows: Tensor, batch_size: int | None = None) -> Iterator[Tensor]:
-    """Split token windows into batches whose logits stay below ``LOGIT_BYTES``."""
+    """Split windows into batches of few tokens, whose logits stay below ``LOGIT_BYTES``."""
     if batch_size is None:
         per_window = windows.shape[1] * vocabulary_size(model) * next(model.parameters()).element_size()
-        batch_size = max(1, min(32, LOGIT_BYTES // max(per_window, 1)))
-    yield from windows.split(batch_size)
+        most = min(TOKENS_PER_BATCH // windows.shape[1], LOGIT_BYTES // max(per_window, 1))
+        batch_size = max(1, most)
+    logits_of(model, windows[:1, :2])  # builds the frames first, lest they lie between large freed blocks
+    return_freed_memory()
+    for batch in windows.split(batch_size):
+        yield batch
+        return_freed_memory()
