@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "framequant"
 
 #: Layers from the bottom up; a file may import from its own layer and those below.
 LAYERS = [
-    {"errors"},
+    {"errors", "memory"},
     {"frames", "codes"},
     {"config", "spec"},
     {"storage"},
@@ -62,10 +62,8 @@ def test_every_file_has_a_layer():
 
 
 def test_importing_the_package_imports_no_heavy_library():
-    code = (
-        "import sys, framequant; "
-        "print([m for m in ('transformers', 'triton', 'numba', 'timm', 'datasets', 'typer') if m in sys.modules])"
-    )
+    heavy = ("torch", "transformers", "triton", "numba", "timm", "datasets", "typer")
+    code = f"import sys, framequant; print([m for m in {heavy} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -78,3 +76,12 @@ def test_transformers_knows_us_whichever_is_imported_first(order):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("True")
+
+
+def test_every_public_name_is_there():
+    import framequant
+
+    assert all(getattr(framequant, name) is not None for name in framequant.__all__)
+    assert set(framequant.__all__) == set(framequant._HOMES)
+    with pytest.raises(AttributeError, match="quantise_"):
+        _ = framequant.quantise_

@@ -45,7 +45,7 @@ def test_bad_settings_are_explained(settings, message):
 def test_unknown_names_suggest_the_nearest():
     with pytest.raises(ConfigError, match="Did you mean 'framequant-scalar'"):
         preset("framequant-scaler")
-    with pytest.raises(ConfigError, match="unknown setting 'redundency'. Did you mean 'redundancy'"):
+    with pytest.raises(ConfigError, match=r"unknown setting 'redundency'\. Did you mean 'redundancy'"):
         preset("gptq", redundency=1.0)
     with pytest.raises(ConfigError, match="unknown setting"):
         FrameQuantConfig.from_dict({"bit": 2})

@@ -1,26 +1,54 @@
 """framequant: vision transformers and language models at two point something bits, in fusion-frame space.
 
-The public names, and nothing else. Importing this package imports neither transformers nor triton.
+The public names, and nothing else. They are imported when first used, so that importing the package is cheap; it
+imports neither torch nor transformers nor triton.
 """
 
-from framequant.config import PRESETS, FrameQuantConfig, preset
-from framequant.errors import (
-    CalibrationError,
-    CheckpointError,
-    ConfigError,
-    DiscoveryError,
-    FrameError,
-    FrameQuantError,
-    ModelSourceError,
-    NumericalError,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from framequant.integrations.registration import install as _install
-from framequant.layers import FrameLinear
-from framequant.model.report import QuantizationReport
-from framequant.model.walk import Progress, quantize_
-from framequant.pretrained import load, save_pretrained
+
+if TYPE_CHECKING:
+    from framequant.config import PRESETS, FrameQuantConfig, preset
+    from framequant.errors import (
+        CalibrationError,
+        CheckpointError,
+        ConfigError,
+        DiscoveryError,
+        FrameError,
+        FrameQuantError,
+        ModelSourceError,
+        NumericalError,
+    )
+    from framequant.layers import FrameLinear
+    from framequant.model.report import QuantizationReport
+    from framequant.model.walk import Progress, quantize_
+    from framequant.pretrained import load, save_pretrained
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "PRESETS": "config",
+    "CalibrationError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DiscoveryError": "errors",
+    "FrameError": "errors",
+    "FrameLinear": "layers",
+    "FrameQuantConfig": "config",
+    "FrameQuantError": "errors",
+    "ModelSourceError": "errors",
+    "NumericalError": "errors",
+    "Progress": "model.walk",
+    "QuantizationReport": "model.report",
+    "load": "pretrained",
+    "preset": "config",
+    "quantize_": "model.walk",
+    "save_pretrained": "pretrained",
+}
 
 __all__ = [
     "PRESETS",
@@ -41,5 +69,19 @@ __all__ = [
     "quantize_",
     "save_pretrained",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'framequant' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"framequant.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 _install()

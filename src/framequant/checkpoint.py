@@ -150,15 +150,21 @@ def prepare_output(directory: str | Path, overwrite: bool) -> Path:
     """Check that a checkpoint can be written to a directory, before the work is done.
 
     Raises:
-        CheckpointError: it is a file, or not empty and ``overwrite`` is false, or its parent cannot be written.
+        CheckpointError: it is a file; it is not empty and ``overwrite`` is false, or what it holds is no model; or
+            its parent cannot be written.
     """
     path = Path(directory).expanduser().absolute()
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"{path} is a file; give a directory to write the checkpoint to.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise CheckpointError(
-            f"{path} is not empty. Choose another directory or pass overwrite (--overwrite)."
-        )
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise CheckpointError(
+                f"{path} is not empty. Choose another directory, or --overwrite (overwrite=True)."
+            )
+        if not (path / CONFIG_NAME).is_file():
+            raise CheckpointError(
+                f"{path} holds no model, so it is not replaced; choose another directory."
+            )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -117,9 +119,24 @@ def test_a_directory_that_is_not_empty_is_kept(tmp_path):
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(fq.CheckpointError, match=r"not empty.*overwrite"):
         fq.save_pretrained(model, tmp_path / "out")
+    with pytest.raises(fq.CheckpointError, match="not replaced"):
+        fq.save_pretrained(model, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
-    fq.save_pretrained(model, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "thesis.txt").exists()
+    fq.save_pretrained(model, tmp_path / "new")
+    (tmp_path / "new" / "old.txt").write_text("of the old model")
+    fq.save_pretrained(model, tmp_path / "new", overwrite=True)
+    assert not (tmp_path / "new" / "old.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "timm_vit"])
+def test_loading_in_a_fresh_process(name, tmp_path):
+    model, data = make(name)
+    fq.quantize_(model, data)
+    fq.save_pretrained(model, tmp_path / "out")
+    code = f"import framequant as fq; print(type(fq.load({str(tmp_path / 'out')!r})).__name__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == type(model).__name__
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])

@@ -122,10 +122,6 @@ def check_output(out: Path, overwrite: bool, model: str) -> None:
     if out.exists() and Path(model).exists() and out.resolve() == Path(model).resolve():
         raise CheckpointError(f"--out {out} is the model itself; choose another directory.")
     prepare_output(out, overwrite)
-    if out.is_dir() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise CheckpointError(
-            f"--overwrite: {out} holds no model, so it is not replaced; choose another directory."
-        )
 
 
 def open_float(name: str, dtype: str, device: str, reporter: Reporter) -> OpenedModel:
@@ -156,13 +152,11 @@ def describe_calibration(data: Any) -> str:
 def quantize_model(opened: OpenedModel, data: Any, config: Any, reporter: Reporter) -> QuantizationReport:
     """Run the walk with a progress bar over the weights."""
     from framequant import quantize_
-    from framequant.evaluation.forward import return_freed_memory
 
     with reporter.bar("quantizing", "weights") as update:
 
         def show(progress: Any) -> None:
             update(progress.done, progress.total, progress.message)
-            return_freed_memory()
 
         return quantize_(opened.model, data, config, progress=show)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from framequant.errors import CalibrationError, NumericalError
+from framequant.memory import return_freed_memory
 from framequant.model.calibration import to_device
 
 #: Bytes that the logits of one batch may take.
@@ -42,16 +41,6 @@ def logits_of(model: nn.Module, batch: Any) -> Tensor:
     if not torch.isfinite(logits).all():
         raise NumericalError(f"{type(model).__name__} returns NaN or infinite logits.")
     return logits
-
-
-def return_freed_memory() -> None:
-    """Hand freed memory back to the system where the C library offers it (glibc).
-
-    Activations of every layer are allocated and freed in other sizes; glibc keeps the holes, and a walk or an
-    evaluation would come to hold ten times the memory that it uses. Cost: milliseconds.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -48,6 +48,9 @@ def install() -> None:
 
 
 def _register(registry: ModuleType) -> None:
-    from framequant.integrations import transformers as ours
+    ours = sys.modules.get("framequant.integrations.transformers")
+    if ours is not None and not hasattr(ours, "register"):
+        return  # It is being imported right now, and is what imported transformers; it registers itself at its end.
+    from framequant.integrations import transformers
 
-    ours.register(registry)
+    transformers.register(registry)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers import auto as _registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -169,3 +170,6 @@ def load(directory: Path, device: str | torch.device, dtype: torch.dtype | None)
         if keys:
             raise CheckpointError(f"{directory}: {problem.replace('_', ' ')}: {', '.join(keys[:5])}.")
     return model.to(device)
+
+
+register(_registry)

@@ -19,6 +19,7 @@ from torch import nn
 from framequant.config import FrameQuantConfig
 from framequant.errors import DiscoveryError, NumericalError
 from framequant.layers import FrameLinear
+from framequant.memory import return_freed_memory
 from framequant.model import discovery
 from framequant.model.calibration import as_batches, to_device
 from framequant.model.capture import add_moments, observe, token_mask
@@ -222,6 +223,7 @@ class _Walk:
             corrected = name in moments.residual_sum and configs[name].residual_targets > 0
             self.report.linears.append(linear_report(name, result, moments.count, corrected, seconds))
             self.done += result.spec.num_weights
+        return_freed_memory()
         if self.progress:
             self.progress(Progress(self.done, self.total, prefix + group.name))
 
