@@ -162,9 +162,7 @@ def prepare_output(directory: str | Path, overwrite: bool) -> Path:
                 f"{path} is not empty. Choose another directory, or --overwrite (overwrite=True)."
             )
         if not (path / CONFIG_NAME).is_file():
-            raise CheckpointError(
-                f"{path} holds no model, so it is not replaced; choose another directory."
-            )
+            raise CheckpointError(f"{path} holds no model, so it is not replaced; choose another directory.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
