@@ -70,6 +70,20 @@ def gpt2() -> nn.Module:
     )
 
 
+def t5() -> nn.Module:
+    return _transformers(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        vocab_size=64,
+        d_model=48,
+        d_kv=12,
+        d_ff=80,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_heads=4,
+    )
+
+
 def bert() -> nn.Module:
     return _transformers("BertConfig", "BertModel", **_DECODER)
 

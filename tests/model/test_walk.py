@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 import framequant as fq
-from framequant.model.walk import quantized_linears
-from tests.model.architectures import ARCHITECTURES, OwnModel, make, output
+from framequant.model.discovery import find_blocks
+from framequant.model.replay import Replay
+from framequant.model.walk import Stream, quantized_linears
+from tests.model.architectures import ARCHITECTURES, OwnModel, make, output, t5
 
 CONFIG = fq.FrameQuantConfig(bits=4, redundancy=1.25)
 
@@ -206,3 +208,32 @@ def test_an_embedding_stays_float_when_the_head_it_was_tied_to_is_quantized():
     fq.quantize_(model, data, fq.FrameQuantConfig(include=("lm_head",)))
     assert torch.equal(model.model.embed_tokens.weight, before)
     assert model.config.tie_word_embeddings is False
+
+
+def test_a_decoder_is_calibrated_on_its_quantized_encoder(tmp_path):
+    torch.manual_seed(0)
+    model = t5()
+    ids = torch.randint(0, 64, (6, 24), generator=torch.Generator().manual_seed(1))
+    batch = {"input_ids": ids, "decoder_input_ids": ids.flip(1)}
+    seen: dict[str, torch.Tensor] = {}
+
+    def record(module, args):
+        seen["cross"] = args[0]
+
+    chains = find_blocks(model)
+    replay = Replay(model, chains, batch)
+    assert [name.split(".")[0] for name in replay.names] == ["encoder"] * 2 + ["decoder"] * 2
+    with torch.no_grad():
+        stream = Stream(replay, [batch])
+        for index in range(3):
+            stream.advance(index, replay.blocks[index], stream.calls(index))
+        cross = model.decoder.block[1].layer[1].EncDecAttention.k
+        hook = cross.register_forward_pre_hook(record)
+        model(**batch)
+        expected = seen["cross"]
+        stream.calls(3)[0].run(replay.blocks[3])
+        hook.remove()
+    assert torch.equal(seen["cross"], expected)
+    report = fq.quantize_(model, batch, CONFIG)
+    assert len(report.linears) == 2 * 6 + 2 * 10
+    assert report.coverage == 1.0

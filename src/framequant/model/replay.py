@@ -150,8 +150,7 @@ class Replay:
         self.names = self._execution_order(chains, batch)
         self.blocks = [model.get_submodule(name) for name in self.names]
         ends = {names[-1] for names in chains.values()}
-        self._chain_ends = [index for index, name in enumerate(self.names) if name in ends]
-        self._anchors: dict[int, list[Any]] = {}
+        self.chain_ends = [index for index, name in enumerate(self.names) if name in ends]
 
     def _execution_order(self, chains: Mapping[str, Sequence[str]], batch: Any) -> list[str]:
         calls: list[str] = []
@@ -174,13 +173,14 @@ class Replay:
             raise DiscoveryError("no block of the model was called on the calibration data.")
         return calls
 
-    def call(self, index: int, batch: Any, previous: Any) -> Call:
+    def call(self, index: int, batch: Any, previous: Any, ends: Mapping[int, Any] | None = None) -> Call:
         """What block ``index`` is called with.
 
         Args:
             index: position in ``names``.
             batch: the model's input.
             previous: the stored output of block ``index - 1`` on this batch; ignored for the first block.
+            ends: stored outputs of earlier ``chain_ends`` on this batch: what a decoder reads of its encoder.
         """
         caught: list[Call] = []
 
@@ -193,9 +193,14 @@ class Replay:
 
         replacements: dict[nn.Module, Callable[..., Any]] = {self.blocks[index]: catch}
         for earlier in range(index - 1):
-            replacements[self.blocks[earlier]] = pass_through
+            stored = (ends or {}).get(earlier)
+            replacements[self.blocks[earlier]] = pass_through if stored is None else _returning(stored)
         if index:
-            replacements[self.blocks[index - 1]] = lambda *_, **__: previous
+            replacements[self.blocks[index - 1]] = _returning(previous)
         with forwards_replaced(replacements), suppress(EndOfRunError):
             call_model(self.model, batch)
         return caught[0]
+
+
+def _returning(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value

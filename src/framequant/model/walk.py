@@ -80,8 +80,31 @@ def quantize_(
         return _Walk(model, batches, config, progress).run()
 
 
+class Stream:
+    """One chain of activations: the outputs of the block just done, and of the last block of each chain before."""
+
+    def __init__(self, replay: Replay, batches: list[Any]) -> None:
+        self._replay, self._batches = replay, batches
+        self._outputs: list[Any] = [None] * len(batches)
+        self._ends: list[dict[int, Any]] = [{} for _ in batches]
+
+    def calls(self, index: int) -> list[Call]:
+        """What block ``index`` is called with, for every batch."""
+        return [
+            self._replay.call(index, batch, output, ends)
+            for batch, output, ends in zip(self._batches, self._outputs, self._ends, strict=True)
+        ]
+
+    def advance(self, index: int, block: nn.Module, calls: list[Call]) -> None:
+        """Run block ``index`` on its calls and hold the outputs for the next."""
+        self._outputs = [call.run(block) for call in calls]
+        if index in self._replay.chain_ends:
+            for ends, output in zip(self._ends, self._outputs, strict=True):
+                ends[index] = output
+
+
 class _Walk:
-    """State of one walk: the two streams of activations and the report in the making."""
+    """One walk: what it works on, and the report in the making."""
 
     def __init__(
         self,
@@ -111,26 +134,18 @@ class _Walk:
         self.total = sum(modules[name].weight.numel() for name in self.selected)
         self._describe_model(chains)
         replay = Replay(self.model, chains, self.batches[0])
-        quantized: list[Any] = [None] * len(self.batches)
-        floating: list[Any] = [None] * len(self.batches)
+        quantized, floating = Stream(replay, self.batches), Stream(replay, self.batches)
         carry = self.config.carries_float_stream
         for index, name in enumerate(replay.names):
             block = replay.blocks[index]
-            calls = [
-                replay.call(index, batch, out) for batch, out in zip(self.batches, quantized, strict=True)
-            ]
-            float_calls = None
-            if carry and index:
-                float_calls = [
-                    replay.call(index, b, out) for b, out in zip(self.batches, floating, strict=True)
-                ]
+            calls = quantized.calls(index)
+            float_calls = floating.calls(index) if carry and index else calls
             original = copy.deepcopy(block) if carry else None
-            self._quantize_block(name, block, original, calls, float_calls or calls)
-            last = index + 1 == len(replay.names)
-            if not last:
-                quantized = [call.run(block) for call in calls]
+            self._quantize_block(name, block, original, calls, float_calls)
+            if index + 1 < len(replay.names):
+                quantized.advance(index, block, calls)
                 if original is not None:
-                    floating = [call.run(original) for call in float_calls or calls]
+                    floating.advance(index, original, float_calls)
         self._quantize_outside(replay)
         self._finish(time.perf_counter() - start)
         return self.report
