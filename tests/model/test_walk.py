@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import framequant as fq
+from framequant.model import walk
 from framequant.model.discovery import find_blocks
 from framequant.model.replay import Replay
 from framequant.model.walk import Stream, quantized_linears
@@ -226,7 +227,7 @@ def test_a_decoder_is_calibrated_on_its_quantized_encoder(tmp_path):
     with torch.no_grad():
         stream = Stream(replay, [batch])
         for index in range(3):
-            stream.advance(index, replay.blocks[index], stream.calls(index))
+            stream.advance(index, [call.run(replay.blocks[index]) for call in stream.calls(index)])
         cross = model.decoder.block[1].layer[1].EncDecAttention.k
         hook = cross.register_forward_pre_hook(record)
         model(**batch)
@@ -237,3 +238,41 @@ def test_a_decoder_is_calibrated_on_its_quantized_encoder(tmp_path):
     report = fq.quantize_(model, batch, CONFIG)
     assert len(report.linears) == 2 * 6 + 2 * 10
     assert report.coverage == 1.0
+
+
+def test_keeping_the_float_activations_changes_nothing(monkeypatch):
+    codes = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setitem(walk.FLOAT_CACHE_BYTES, "cpu", limit)
+        model, data = make("llama")
+        fq.quantize_(model, data, CONFIG)
+        codes.append({name: layer.packed_codes for name, layer in quantized_linears(model).items()})
+    assert all(torch.equal(codes[0][name], codes[1][name]) for name in codes[0])
+
+
+class OverwritingBlock(nn.Module):
+    """A block that writes to its first linear's input after the linear has read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(20, 20), nn.Linear(20, 20)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = inputs * 1.0
+        out = self.first(hidden)
+        hidden += 3.0
+        return inputs + self.second(torch.relu(out + hidden))
+
+
+def test_activations_that_the_block_overwrites_are_not_kept(monkeypatch):
+    codes = []
+    for limit in (1 << 30, 0):
+        monkeypatch.setitem(walk.FLOAT_CACHE_BYTES, "cpu", limit)
+        torch.manual_seed(0)
+        model = nn.Sequential(OverwritingBlock(), OverwritingBlock())
+        holder = nn.Module()
+        holder.blocks = model
+        holder.forward = model.forward
+        fq.quantize_(holder, torch.randn(64, 20), CONFIG)
+        codes.append([layer.packed_codes for layer in quantized_linears(holder).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*codes, strict=True))

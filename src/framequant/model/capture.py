@@ -29,10 +29,25 @@ class Seen:
     Attributes:
         inputs: for each group, by its name, the tensor it read, once per call, as (tokens, features).
         terms: the residual terms asked for, as (tokens, features).
+        output: what the block returned; None if the run ended early.
+        versions: tensors that were picked up, with torch's count of writes to them.
     """
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     terms: dict[StreamTerm, Tensor] = field(default_factory=dict)
+    output: Any = None
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
+
+    def pick_up(self, tensor: Tensor) -> Tensor:
+        """A tensor as (tokens, features), a view where possible; its version is noted."""
+        flat = tensor.detach().reshape(-1, tensor.shape[-1])
+        self.versions.append((flat, flat._version))
+        return flat
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the block has since written in place to a tensor that was picked up."""
+        return any(tensor._version != version for tensor, version in self.versions)
 
 
 def token_mask(batch: Any) -> Tensor | None:
@@ -43,35 +58,38 @@ def token_mask(batch: Any) -> Tensor | None:
     return mask.reshape(-1).bool()
 
 
-def observe(block: nn.Module, call: Call, groups: Sequence[Group]) -> Seen:
+def observe(block: nn.Module, call: Call, groups: Sequence[Group], to_the_end: bool = False) -> Seen:
     """Run a block until every group has read its input; return what was seen.
 
     Args:
         block: in evaluation mode.
         call: its arguments.
         groups: whose inputs and residual terms to pick up.
+        to_the_end: run the whole block, for its output.
     """
     seen = Seen()
-    with _observers(block, call, groups, seen), torch.no_grad(), suppress(EndOfRunError):
-        call.run(block)
+    with _observers(block, call, groups, seen, to_the_end), torch.no_grad(), suppress(EndOfRunError):
+        seen.output = call.run(block)
     return seen
 
 
 @contextmanager
-def _observers(block: nn.Module, call: Call, groups: Sequence[Group], seen: Seen) -> Iterator[None]:
+def _observers(
+    block: nn.Module, call: Call, groups: Sequence[Group], seen: Seen, to_the_end: bool
+) -> Iterator[None]:
     remaining = {group.name: group.calls for group in groups}
     handles = []
 
     def read(_: nn.Module, args: Any, kwargs: Any, name: str) -> None:
         inputs = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        seen.inputs.setdefault(name, []).append(_flat(inputs))
+        seen.inputs.setdefault(name, []).append(seen.pick_up(inputs))
         remaining[name] -= 1
-        if all(count <= 0 for count in remaining.values()):
+        if not to_the_end and all(count <= 0 for count in remaining.values()):
             raise EndOfRunError
 
     for term in {term for group in groups for terms in group.streams.values() for term in terms}:
         if term.kind == "argument":
-            seen.terms[term] = _flat(call.hidden)
+            seen.terms[term] = seen.pick_up(call.hidden)
         else:
             handles.append(_watch(block.get_submodule(term.module), term, seen))
     for group in groups:
@@ -90,12 +108,12 @@ def _observers(block: nn.Module, call: Call, groups: Sequence[Group], seen: Seen
 
 def _watch(module: nn.Module, term: StreamTerm, seen: Seen) -> Any:
     if term.kind == "output":
-        return module.register_forward_hook(lambda _m, _a, out: seen.terms.__setitem__(term, _flat(out)))
-    return module.register_forward_pre_hook(lambda _m, args: seen.terms.__setitem__(term, _flat(args[0])))
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1, tensor.shape[-1])
+        return module.register_forward_hook(
+            lambda _m, _a, out: seen.terms.__setitem__(term, seen.pick_up(out))
+        )
+    return module.register_forward_pre_hook(
+        lambda _m, args: seen.terms.__setitem__(term, seen.pick_up(args[0]))
+    )
 
 
 def add_moments(

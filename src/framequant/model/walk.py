@@ -22,7 +22,7 @@ from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
 from framequant.model import discovery
 from framequant.model.calibration import as_batches, to_device
-from framequant.model.capture import add_moments, observe, token_mask
+from framequant.model.capture import Seen, add_moments, observe, token_mask
 from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.model.trace import Group, trace_block
@@ -95,12 +95,57 @@ class Stream:
             for batch, output, ends in zip(self._batches, self._outputs, self._ends, strict=True)
         ]
 
-    def advance(self, index: int, block: nn.Module, calls: list[Call]) -> None:
-        """Run block ``index`` on its calls and hold the outputs for the next."""
-        self._outputs = [call.run(block) for call in calls]
+    def advance(self, index: int, outputs: list[Any]) -> None:
+        """Hold the outputs of block ``index`` for the next."""
+        self._outputs = outputs
         if index in self._replay.chain_ends:
             for ends, output in zip(self._ends, self._outputs, strict=True):
                 ends[index] = output
+
+
+#: Bytes of a float block's activations that are kept while its quantized twin is worked on.
+FLOAT_CACHE_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
+
+
+class FloatBlock:
+    """The float model's copy of a block on the float model's own activations.
+
+    Its activations do not change while the linears of its twin are quantized one after another, so one run shows
+    all of them; they are kept where they fit, and shown again by further runs where they do not.
+    """
+
+    def __init__(self, block: nn.Module, calls: list[Call]) -> None:
+        self._block, self._calls = block, calls
+        self._seen: list[Seen] = []
+
+    def remember(self, groups: list[Group]) -> None:
+        """Run the block once for all groups, if what they read fits into ``FLOAT_CACHE_BYTES``.
+
+        A block that goes on to write to these tensors in place is run again for every stage instead.
+        """
+        if not groups:
+            return
+        hidden = self._calls[0].hidden
+        features = sum(
+            group.calls * discovery.linear_weight(self._block.get_submodule(group.name)).shape[1]
+            + hidden.shape[-1] * sum(len(terms) for terms in group.streams.values())
+            for group in groups
+        )
+        tokens = sum(call.hidden.numel() // call.hidden.shape[-1] for call in self._calls)
+        limit = FLOAT_CACHE_BYTES.get(hidden.device.type, FLOAT_CACHE_BYTES["cpu"])
+        if tokens * features * hidden.element_size() <= limit:
+            seen = [observe(self._block, call, groups, to_the_end=True) for call in self._calls]
+            self._seen = [] if any(one.overwritten for one in seen) else seen
+
+    def seen(self, number: int, stage: list[Group]) -> Seen:
+        """What the groups of a stage read, and their residual terms, on batch ``number``."""
+        return self._seen[number] if self._seen else observe(self._block, self._calls[number], stage)
+
+    def outputs(self) -> list[Any]:
+        """The block's outputs on every batch."""
+        if self._seen:
+            return [seen.output for seen in self._seen]
+        return [call.run(self._block) for call in self._calls]
 
 
 class _Walk:
@@ -140,12 +185,12 @@ class _Walk:
             block = replay.blocks[index]
             calls = quantized.calls(index)
             float_calls = floating.calls(index) if carry and index else calls
-            original = copy.deepcopy(block) if carry else None
-            self._quantize_block(name, block, original, calls, float_calls)
+            original = FloatBlock(copy.deepcopy(block), float_calls) if carry else None
+            self._quantize_block(name, block, original, calls)
             if index + 1 < len(replay.names):
-                quantized.advance(index, block, calls)
+                quantized.advance(index, [call.run(block) for call in calls])
                 if original is not None:
-                    floating.advance(index, original, float_calls)
+                    floating.advance(index, original.outputs())
         self._quantize_outside(replay)
         self._finish(time.perf_counter() - start)
         return self.report
@@ -155,6 +200,9 @@ class _Walk:
         prefixes = tuple(f"{block}." for block in replay.names)
         for name in self.selected:
             if name.startswith(prefixes):
+                continue
+            if name in self.block_linears:
+                self.report.skipped[name] = "its block was not run on the calibration data"
                 continue
             module = self.model.get_submodule(name)
             group, moments = Group([name]), Moments(discovery.linear_weight(module).shape[1])
@@ -177,12 +225,7 @@ class _Walk:
         }
 
     def _quantize_block(
-        self,
-        name: str,
-        block: nn.Module,
-        original: nn.Module | None,
-        calls: list[Call],
-        float_calls: list[Call],
+        self, name: str, block: nn.Module, original: FloatBlock | None, calls: list[Call]
     ) -> None:
         prefix = f"{name}."
         inner = [full.removeprefix(prefix) for full in self.selected if full.startswith(prefix)]
@@ -191,32 +234,31 @@ class _Walk:
         for linear in inner:
             if linear not in called:
                 self.report.skipped[prefix + linear] = "its forward was not called on the calibration data"
+        if original is not None:
+            original.remember(groups)
         stages = [[group] for group in groups] if self.config.recapture else [groups]
         for stage in stages:
-            moments = self._capture(block, original, calls, float_calls, stage)
+            moments = self._capture(block, original, calls, stage)
             for group in stage:
                 self._quantize_group(prefix, block, group, moments[group.name])
 
     def _capture(
         self,
         block: nn.Module,
-        original: nn.Module | None,
+        original: FloatBlock | None,
         calls: list[Call],
-        float_calls: list[Call],
         stage: list[Group],
     ) -> dict[str, Moments]:
         features = {
             group.name: discovery.linear_weight(block.get_submodule(group.name)).shape[1] for group in stage
         }
         totals = {name: Moments(count) for name, count in features.items()}
-        for call, float_call, mask in zip(calls, float_calls, self.masks, strict=True):
-            floating = observe(original, float_call, stage) if original is not None else None
-            quantized = observe(block, call, stage)
+        for number, (call, mask) in enumerate(zip(calls, self.masks, strict=True)):
             add_moments(
                 totals,
                 stage,
-                quantized,
-                floating,
+                observe(block, call, stage),
+                None if original is None else original.seen(number, stage),
                 mask,
                 use_drift=self.config.float_targets > 0,
                 use_residual=self.config.residual_targets > 0,
