@@ -187,6 +187,7 @@ class _Walk:
             float_calls = floating.calls(index) if carry and index else calls
             original = FloatBlock(copy.deepcopy(block), float_calls) if carry else None
             self._quantize_block(name, block, original, calls)
+            return_freed_memory()
             if index + 1 < len(replay.names):
                 quantized.advance(index, [call.run(block) for call in calls])
                 if original is not None:
@@ -280,7 +281,6 @@ class _Walk:
             corrected = name in moments.residual_sum and configs[name].residual_targets > 0
             self.report.linears.append(linear_report(name, result, moments.count, corrected, seconds))
             self.done += result.spec.num_weights
-        return_freed_memory()
         if self.progress:
             self.progress(Progress(self.done, self.total, prefix + group.name))
 
