@@ -9,13 +9,13 @@ float32 agreement falls with depth; rounding itself is float64, and with ``--dty
 from __future__ import annotations
 
 import csv
-import subprocess
 import time
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from measure import commit
 
 import framequant as fq
 from framequant.cli.console import Reporter
@@ -57,9 +57,6 @@ def main(
     equal = sum(int((found["cpu"][name] == found["cuda"][name]).sum()) for name in found["cpu"])
     total = sum(values.numel() for values in found["cpu"].values())
     worst = min((found["cpu"][name] == found["cuda"][name]).float().mean().item() for name in found["cpu"])
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     row = {
         "model": model,
         "preset": preset,
@@ -70,7 +67,7 @@ def main(
         "cpu_seconds": f"{seconds['cpu']:.1f}",
         "cuda_seconds": f"{seconds['cuda']:.1f}",
         "device": torch.cuda.get_device_name(),
-        "commit": commit,
+        "commit": commit(),
     }
     print(row)
     if csv_file:

@@ -14,12 +14,10 @@ import argparse
 import csv
 import os
 import platform
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import best_seconds, commit
 
 from framequant.codes.grid import GridKind, GridSpec, ZeroPoint
 from framequant.quantizers.coders import ScalarCoder
@@ -37,20 +35,6 @@ GRIDS = {
     "lloyd_max": GridSpec(GridKind.LLOYD_MAX, 4, ZeroPoint.SYMMETRIC),
     "group_64": GridSpec(GridKind.MIN_MAX, 16, ZeroPoint.INTEGER, group_size=64),
 }
-
-
-def best_seconds(run: Callable[[], object], cuda: bool, repeats: int) -> float:
-    run()
-    seconds = []
-    for _ in range(repeats):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def problem(rows: int, columns: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,11 +111,10 @@ def main() -> None:
             height, width = (int(size) for size in shape.split("x"))
             rows += measure(height, width, grid, backends, arguments.device, arguments.repeats)
     if arguments.csv:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         with arguments.csv.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
-            writer.writerows((*row, where, commit.stdout.strip()) for row in rows)
+            writer.writerows((*row, where, commit()) for row in rows)
 
 
 if __name__ == "__main__":

@@ -15,32 +15,16 @@ import argparse
 import csv
 import os
 import platform
-import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measure import best_seconds, commit
 
 from framequant.codes.trellis import TrellisSpec, codebook_values, decode_states, rate_pattern
 from framequant.codes.trellis_codebook import codebook
 from framequant.kernels.viterbi import encode_tiles, search
 
 COLUMNS = ("what", "state_bits", "bits", "variant", "tiles", "weights_per_second", "mse", "device", "commit")
-
-
-def best_seconds(run: Callable[[], object], cuda: bool, repeats: int) -> float:
-    run()
-    seconds = []
-    for _ in range(repeats):
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 def variants(state_bits: int) -> list[dict[str, int | bool]]:
@@ -109,10 +93,7 @@ def provenance(device: str) -> tuple[str, str]:
     name = (
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} {os.cpu_count()} cores"
     )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return name, commit.stdout.strip() or "unknown"
+    return name, commit()
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ from framequant import storage
 from framequant.config import FrameQuantConfig
 from framequant.errors import CheckpointError, FrameQuantError
 from framequant.layers import FrameLinear
+from framequant.model.discovery import is_linear, linear_weight
 from framequant.model.report import config_entry
 from framequant.spec import LinearSpec
 
@@ -403,14 +404,11 @@ def install_linears(model: nn.Module, entry: QuantizationEntry) -> None:
     modules = dict(model.named_modules())
     for name, spec in entry.linears.items():
         module = modules.get(name)
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.ndim != 2:
+        if module is None or not is_linear(module):
             raise CheckpointError(
                 f"{name} is quantized in the checkpoint, but {type(model).__name__} has no such linear."
             )
-        shape = (spec.out_features, spec.in_features)
-        if type(module).__name__ == "Conv1D":
-            shape = shape[::-1]
+        weight, shape = linear_weight(module), (spec.out_features, spec.in_features)
         if tuple(weight.shape) != shape:
             raise CheckpointError(f"{name}: the checkpoint has {shape}, the model {tuple(weight.shape)}.")
         has_bias = getattr(module, "bias", None) is not None
@@ -444,3 +442,19 @@ def load_tensors(
                 f"{key}: the model has shape {tuple(expected[key].shape)}, the checkpoint {tuple(state[key].shape)}."
             )
     model.load_state_dict(state, strict=True, assign=True)
+
+
+def load_into(
+    skeleton: nn.Module, directory: Path, config: dict[str, Any], device: str | torch.device
+) -> nn.Module:
+    """Install the quantized linears in a float skeleton and load the tensors; evaluation mode.
+
+    Raises:
+        CheckpointError: config, shapes and tensors do not fit each other; the key is named.
+    """
+    entry = parse_quantization(config.get("quantization_config"))
+    files = weight_files(directory)
+    check_header(entry, read_header(files))
+    install_linears(skeleton, entry)
+    load_tensors(skeleton, files, entry.aliases, device)
+    return skeleton.to(device).eval()

@@ -45,7 +45,9 @@ class FrameLinear(nn.Module):
         self.spec = spec
         self.in_features = spec.in_features
         self.out_features = spec.out_features
-        for name, (shape, stored) in storage.layout(spec).items():
+        layout = storage.layout(spec)
+        self._stored = tuple(layout)
+        for name, (shape, stored) in layout.items():
             self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
         if bias:
             empty = torch.empty(spec.out_features, dtype=dtype, device=device)
@@ -70,7 +72,7 @@ class FrameLinear(nn.Module):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name, without the bias."""
-        return {name: getattr(self, name) for name in storage.layout(self.spec)}
+        return {name: getattr(self, name) for name in self._stored}
 
     @property
     def frames(self) -> tuple[FrameOperator, FrameOperator]:

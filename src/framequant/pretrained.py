@@ -93,9 +93,7 @@ def load(
         raise CheckpointError(f"{path / checkpoint.CONFIG_NAME} holds no mapping.")
     checkpoint.parse_quantization(config.get("quantization_config"))
     if model is not None:
-        from framequant.integrations.timm import fill
-
-        loaded = fill(model, path, config, device)
+        loaded = checkpoint.load_into(model, path, config, device)
         loaded = loaded.to(dtype) if dtype is not None else loaded
     elif "architecture" in config:
         from framequant.integrations import timm

@@ -29,11 +29,6 @@ def import_timm() -> Any:
     return timm
 
 
-def is_timm_model(model: nn.Module) -> bool:
-    """Whether a model was made by timm."""
-    return isinstance(getattr(model, "pretrained_cfg", None), dict)
-
-
 def config_dict(model: nn.Module, model_args: dict[str, Any] | None) -> dict[str, Any]:
     """Timm's description of a model: architecture, arguments, data config."""
     import json
@@ -66,21 +61,5 @@ def load(directory: Path, device: str | torch.device, dtype: torch.dtype | None)
     skeleton = timm.create_model(
         name, pretrained=False, num_classes=config.get("num_classes"), pretrained_cfg_overlay=overlay, **args
     )
-    model = fill(skeleton, directory, config, device)
+    model = checkpoint.load_into(skeleton, directory, config, device)
     return model.to(dtype) if dtype is not None else model
-
-
-def fill(
-    skeleton: nn.Module, directory: Path, config: dict[str, Any], device: str | torch.device
-) -> nn.Module:
-    """Install the quantized linears in a float skeleton and load the tensors; evaluation mode.
-
-    Raises:
-        CheckpointError: config, shapes and tensors do not fit each other; the key is named.
-    """
-    entry = checkpoint.parse_quantization(config.get("quantization_config"))
-    files = checkpoint.weight_files(directory)
-    checkpoint.check_header(entry, checkpoint.read_header(files))
-    checkpoint.install_linears(skeleton, entry)
-    checkpoint.load_tensors(skeleton, files, entry.aliases, device)
-    return skeleton.to(device).eval()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from framequant.model.replay import Call, first_tensor
+from framequant.model.replay import Call
 
 _VIEWS = {
     "aten::view",
@@ -198,6 +198,3 @@ def _hooks(
     finally:
         for handle in handles:
             handle.remove()
-
-
-__all__ = ["Group", "StreamTerm", "first_tensor", "trace_block"]
