@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int
@@ -65,7 +66,7 @@ def search(
 
     Args:
         values: float32; the number of steps is a multiple of ``len(rates)``.
-        codebook: value of each state, float32, on the same device.
+        codebook: value of each state, float32, or float16 where that is exact, on the same device.
         rates: new bits of each step, 1..8 and at most L.
         overlap: the ``L - k_0`` bits of ``s_0`` above its new ones, which also end ``s_{T-1}``, so the path
             is a ring. Without it both ends are free.
@@ -168,9 +169,8 @@ def encode_tiles(
     for name, tensor in (("values", values), ("weights", weights)):
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise NumericalError(f"trellis encoding got {name} that are not finite")
-    constants = codebook_constants(spec.state_bits)
-    levels = constants.levels(torch.arange(1 << spec.state_bits, device=values.device)).to(torch.float32)
-    targets = values.to(torch.float32) / constants.scale  # in units of levels, which are small integers
+    levels = _levels(spec.state_bits, values.device)
+    targets = values.to(torch.float32) / codebook_constants(spec.state_bits).scale
     overlap = _propose_overlap(targets, weights, levels, spec, backend)
     states = search(targets, levels, spec.rates, overlap=overlap, weights=weights, backend=backend)
     half = spec.steps // (2 * len(spec.rates)) * len(spec.rates)
@@ -180,6 +180,14 @@ def encode_tiles(
         overlap = states[:, 0] >> spec.rates[0]
         states = search(targets, levels, spec.rates, overlap=overlap, weights=weights, backend=backend)
     return states.roll(half * refine, 1)
+
+
+@lru_cache(maxsize=16)
+def _levels(state_bits: int, device: torch.device) -> Tensor:
+    """Return the codebook's levels, integers up to 510: float16, exact, and half the traffic."""
+    return (
+        codebook_constants(state_bits).levels(torch.arange(1 << state_bits, device=device)).to(torch.float16)
+    )
 
 
 def _propose_overlap(
