@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from framequant.codes.trellis import (
@@ -38,7 +38,12 @@ class TrellisCoder:
         self._spec = spec
         self._rows = [matrix.shape[0] for matrix in matrices]
         self._scales = [_scale(matrix, spec) for matrix in matrices]
-        self._states: dict[int, list[Tensor]] = {}
+        grids = [spec.grid(*matrix.shape) for matrix in matrices]
+        self._tile_rows = [down for down, _ in grids]
+        #: Paths found so far: (rows of tiles of all matrices, panels, steps).
+        self._states = torch.zeros(
+            (sum(self._tile_rows), grids[0][1], spec.steps), dtype=torch.int32, device=matrices[0].device
+        )
 
     def clip(self, coefficients: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """Return the coefficients as they are: a trellis has no range to clamp to."""
@@ -51,10 +56,9 @@ class TrellisCoder:
             for part, scale in zip(columns.split(self._rows), self._scales, strict=True)
         ]
         tiles = [tiles_from_matrix(part, self._spec) for part in scaled]
-        counts = [len(part) for part in tiles]
         states = encode_tiles(torch.cat(tiles), self._spec)
-        self._states[first] = list(states.split(counts))
-        values = decode_states(states, self._spec.state_bits, torch.float32).split(counts)
+        self._states[:, first // self.panel] = states
+        values = decode_states(states, self._spec.state_bits, torch.float32).split(self._tile_rows)
         restored = [
             matrix_from_tiles(value, rows, columns.shape[1], self._spec).to(columns.dtype)
             * scale.to(columns.dtype)
@@ -62,15 +66,36 @@ class TrellisCoder:
         ]
         return torch.cat(restored)
 
+    def quantize_cells(
+        self,
+        values: Float[Tensor, "cells rows cols"],
+        linear: Int[Tensor, " cells"],
+        block_rows: Int[Tensor, " cells"],
+        panels: Int[Tensor, " cells"],
+    ) -> Float[Tensor, "cells rows cols"]:
+        """Search the paths of cells, each some tiles high and one panel wide; see ``two_sided.CellCoder``.
+
+        Tiles of a cell below a matrix's last tile are padding and are not recorded.
+        """
+        cells, height, width = values.shape
+        high = height // self._spec.tile_rows
+        scale = torch.cat(self._scales).to(values.dtype)[linear].reshape(cells, 1, 1)
+        tiles = (values / scale).float().reshape(cells * high, self._spec.steps)
+        states = encode_tiles(tiles, self._spec)
+        limits = torch.tensor(self._tile_rows, device=values.device)
+        rows = block_rows[:, None] * high + torch.arange(high, device=values.device)
+        real = (rows < limits[linear][:, None]).flatten()
+        places = (rows + (limits.cumsum(0) - limits)[linear][:, None]).flatten()
+        self._states[places[real], panels.repeat_interleave(high)[real]] = states[real]
+        decoded = decode_states(states, self._spec.state_bits, torch.float32).to(values.dtype)
+        return decoded.reshape(cells, height, width) * scale
+
     def tensors(self) -> list[dict[str, Tensor]]:
         """The stored tensors of each linear, in the order in which the matrices were given."""
-        panels = [self._states[first] for first in sorted(self._states)]
         result = []
-        for index, rows in enumerate(self._rows):
-            down = self._spec.grid(rows, 1)[0]
-            states = torch.stack([panel[index] for panel in panels], dim=1)
+        for states, scale in zip(self._states.split(self._tile_rows), self._scales, strict=True):
             packed = pack_states(states.flatten(0, 1), self._spec)
-            result.append({"packed_codes": packed.reshape(down, -1), "scales": self._scales[index]})
+            result.append({"packed_codes": packed.reshape(len(states), -1), "scales": scale})
         return result
 
 
