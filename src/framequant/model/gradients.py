@@ -27,6 +27,11 @@ from framequant.model.capture import token_mask
 from framequant.model.replay import call_model, first_tensor
 
 
+#: Tokens, or samples other than token sequences, of one backward pass.
+TOKENS_PER_PIECE = 4096
+SAMPLES_PER_PIECE = 32
+
+
 @dataclass
 class OutputGradients:
     """Sums over tokens of one linear's output gradients.
@@ -35,13 +40,13 @@ class OutputGradients:
         gram_sum: Σ g gᵀ, (out_features, out_features), float32.
         input_sum: Σ x xᵀ of the linear's inputs, (in_features, in_features), float32; linears that read one
             tensor share it. None unless asked for.
-        squares: ‖g‖² of each token, a tensor per batch.
+        squares: ‖g‖² of each real token, by number of the batch.
         count: number of tokens.
     """
 
     gram_sum: Tensor | None = None
     input_sum: Tensor | None = None
-    squares: list[Tensor] = field(default_factory=list)
+    squares: dict[int, Tensor] = field(default_factory=dict)
     count: int = 0
 
     def gram(self) -> Float[Tensor, "o o"]:
@@ -60,6 +65,7 @@ class _Pass:
     """One pass in progress: the sums, and the mask of the batch that is running."""
 
     inputs: bool
+    number: int = 0
     totals: dict[str, OutputGradients] = field(default_factory=dict)
     mask: Tensor | None = None
     read: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
@@ -74,7 +80,9 @@ class _Pass:
         flat = self.flat(gradient)
         total = self.totals.setdefault(name, OutputGradients())
         total.count += flat.shape[0]
-        total.squares.append(flat.square().sum(dim=1))
+        squares = flat.square().sum(dim=1)
+        before = total.squares.get(self.number)
+        total.squares[self.number] = squares if before is None else torch.cat([before, squares])
         gram = flat.T @ flat
         total.gram_sum = gram if total.gram_sum is None else total.gram_sum.add_(gram)
 
@@ -111,7 +119,7 @@ def output_gradients(
     state = _Pass(inputs)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     with _watched(model, names, state), torch.enable_grad():
-        for batch in batches:
+        for state.number, batch in ((i, piece) for i, whole in enumerate(batches) for piece in _pieces(whole)):
             state.mask = token_mask(batch)
             state.read.clear()
             loss = sampled_loss(model, call_model(model, batch), state.mask, generator)
@@ -121,6 +129,27 @@ def output_gradients(
                 )
             loss.backward()
     return state.totals
+
+
+def _pieces(batch: Any) -> list[Any]:
+    """A batch cut into smaller ones: a backward pass keeps every activation, and logits are wide."""
+    tensors = [value for value in (batch.values() if isinstance(batch, dict) else [batch]) if isinstance(value, Tensor)]
+    if len(tensors) == 0 or not isinstance(batch, dict | Tensor):
+        return [batch]
+    count = len(tensors[0])
+    tokens = max(tensor.numel() // count for tensor in tensors if tensor.ndim == 2) if any(
+        tensor.ndim == 2 for tensor in tensors
+    ) else TOKENS_PER_PIECE // SAMPLES_PER_PIECE
+    size = max(TOKENS_PER_PIECE // max(tokens, 1), 1)
+    if isinstance(batch, Tensor):
+        return list(batch.split(size))
+    return [
+        {
+            key: value[first : first + size] if isinstance(value, Tensor) and len(value) == count else value
+            for key, value in batch.items()
+        }
+        for first in range(0, count, size)
+    ]
 
 
 @contextmanager

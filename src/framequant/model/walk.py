@@ -214,6 +214,7 @@ class _Walk:
             self.choices = allocate_bits(self.model, self.selected, self.gradients, self.config)
         for found in self.gradients.values():
             found.input_sum = None
+        return_freed_memory()
 
     def _config_of(self, name: str) -> FrameQuantConfig:
         """Settings of one linear: those of the run, its overrides, and the rate that was chosen for it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from framequant.codes.trellis import (
@@ -22,7 +22,9 @@ from framequant.codes.trellis import (
     tiles_from_matrix,
 )
 from framequant.codes.trellis_storage import SCALE_DTYPE
+from framequant.errors import ConfigError
 from framequant.kernels.viterbi import encode_tiles
+from framequant.quantizers.two_sided import Wave
 
 
 class TrellisCoder:
@@ -44,6 +46,8 @@ class TrellisCoder:
         self._states = torch.zeros(
             (sum(self._tile_rows), grids[0][1], spec.steps), dtype=torch.int32, device=matrices[0].device
         )
+        #: The same by matrix and block row, (blocks, tiles of a block row, panels, steps), when cells are rounded.
+        self._blocks: list[Tensor] = []
 
     def clip(self, coefficients: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """Return the coefficients as they are: a trellis has no range to clamp to."""
@@ -66,34 +70,45 @@ class TrellisCoder:
         ]
         return torch.cat(restored)
 
-    def quantize_cells(
-        self,
-        values: Float[Tensor, "cells rows cols"],
-        linear: Int[Tensor, " cells"],
-        block_rows: Int[Tensor, " cells"],
-        panels: Int[Tensor, " cells"],
-    ) -> Float[Tensor, "cells rows cols"]:
-        """Search the paths of cells, each some tiles high and one panel wide; see ``two_sided.CellCoder``.
+    def open_blocks(self, height: int) -> None:
+        """Prepare to record block rows of ``height`` rows, whole tiles; see ``two_sided.CellCoder``.
 
-        Tiles of a cell below a matrix's last tile are padding and are not recorded.
+        Raises:
+            ConfigError: the height is no multiple of the tiles' height.
         """
-        cells, height, width = values.shape
+        if height % self._spec.tile_rows:
+            raise ConfigError(
+                f"output_block = {height}: expected a multiple of tile_rows = {self._spec.tile_rows}."
+            )
         high = height // self._spec.tile_rows
-        scale = torch.cat(self._scales).to(values.dtype)[linear].reshape(cells, 1, 1)
-        tiles = (values / scale).float().reshape(cells * high, self._spec.steps)
-        states = encode_tiles(tiles, self._spec)
-        limits = torch.tensor(self._tile_rows, device=values.device)
-        rows = block_rows[:, None] * high + torch.arange(high, device=values.device)
-        real = (rows < limits[linear][:, None]).flatten()
-        places = (rows + (limits.cumsum(0) - limits)[linear][:, None]).flatten()
-        self._states[places[real], panels.repeat_interleave(high)[real]] = states[real]
-        decoded = decode_states(states, self._spec.state_bits, torch.float32).to(values.dtype)
-        return decoded.reshape(cells, height, width) * scale
+        shapes = [(-(-rows // high), high, *self._states.shape[1:]) for rows in self._tile_rows]
+        self._blocks = [torch.zeros(shape, dtype=torch.int32, device=self._states.device) for shape in shapes]
+
+    def quantize_cells(self, waves: Sequence[Wave], values: Sequence[Tensor]) -> list[Tensor]:
+        """Search the paths of cells, each some tiles high and one panel wide; see ``two_sided.CellCoder``."""
+        scales = [self._scales[wave.linear].to(value.dtype) for wave, value in zip(waves, values, strict=True)]
+        tiles = [
+            (value / scale).float().reshape(-1, self._spec.steps)
+            for value, scale in zip(values, scales, strict=True)
+        ]
+        states = encode_tiles(torch.cat(tiles), self._spec, check=False)
+        decoded = decode_states(states, self._spec.state_bits, torch.float32)
+        counts = [len(part) for part in tiles]
+        for wave, found in zip(waves, states.split(counts), strict=True):
+            place = wave.cells(self._blocks[wave.linear])
+            place.copy_(found.reshape(place.shape))
+        return [
+            part.to(value.dtype).reshape(value.shape) * scale
+            for part, value, scale in zip(decoded.split(counts), values, scales, strict=True)
+        ]
 
     def tensors(self) -> list[dict[str, Tensor]]:
         """The stored tensors of each linear, in the order in which the matrices were given."""
         result = []
-        for states, scale in zip(self._states.split(self._tile_rows), self._scales, strict=True):
+        found = list(self._states.split(self._tile_rows))
+        if self._blocks:
+            found = [b.flatten(0, 1)[:rows] for b, rows in zip(self._blocks, self._tile_rows, strict=True)]
+        for states, scale in zip(found, self._scales, strict=True):
             packed = pack_states(states.flatten(0, 1), self._spec)
             result.append({"packed_codes": packed.reshape(len(states), -1), "scales": scale})
         return result

@@ -21,26 +21,53 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
 from framequant.errors import NumericalError
 
 
+@dataclass(frozen=True)
+class Wave:
+    """The cells of one matrix that are rounded at one step: block row I at panel ``tick - I``.
+
+    Attributes:
+        linear: number of the matrix.
+        tick: the step.
+        first, last: the block rows, the last one included.
+    """
+
+    linear: int
+    tick: int
+    first: int
+    last: int
+
+    def cells(self, blocks: Tensor) -> Tensor:
+        """View of the wave's cells, (cells, height, width), in a contiguous (blocks, height, panels, width)."""
+        _, height, panels, width = blocks.shape
+        stride = height * panels * width
+        start = self.first * stride + (self.tick - self.first) * width
+        shape = (self.last - self.first + 1, height, width)
+        return blocks.as_strided(shape, (stride - width, panels * width, 1), blocks.storage_offset() + start)
+
+    def panels(self, tensor: Tensor, dim: int) -> Tensor:
+        """The wave's panels along a dimension, in the order of its block rows."""
+        first, last = self.tick - self.last, self.tick - self.first
+        return tensor.narrow(dim, first, last - first + 1).flip(dim)
+
+
 class CellCoder(Protocol):
-    """A coder that rounds cells, pieces of block rows and panels, anywhere in its stacked matrices."""
+    """A coder that rounds cells: the pieces in which block rows and panels of columns cross."""
 
     panel: int
 
-    def quantize_cells(
-        self,
-        values: Float[Tensor, "cells rows cols"],
-        linear: Int[Tensor, " cells"],
-        block_rows: Int[Tensor, " cells"],
-        panels: Int[Tensor, " cells"],
-    ) -> Float[Tensor, "cells rows cols"]:
-        """Round cells of one height, record their codes, return the values."""
+    def open_blocks(self, height: int) -> None:
+        """Prepare to record block rows of ``height`` rows."""
+        ...
+
+    def quantize_cells(self, waves: Sequence[Wave], values: Sequence[Tensor]) -> list[Tensor]:
+        """Round the cells of some waves, (cells, height, panel) each, record their codes, return the values."""
         ...
 
 
@@ -50,70 +77,68 @@ class BlockRows:
 
     Attributes:
         coefficients: D, padded to whole block rows and panels, (blocks, height, panels, width).
-        row_factor: M_G transposed without its diagonal: (blocks, height, blocks · height).
-        errors: D̃ - D, (blocks · height, panels, width).
-        aimed_errors: D̃ - W', (blocks, height, panels · width).
+        above: transposed M_G above its diagonal blocks, (blocks, height, blocks · height); None without G.
+        errors: D̃ - D, of the shape of ``coefficients``.
+        aimed_errors: D̃ - W', likewise.
     """
 
     coefficients: Tensor
-    row_factor: Tensor
+    above: Tensor | None
     errors: Tensor = field(init=False)
     aimed_errors: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        blocks, height, panels, width = self.coefficients.shape
-        self.errors = self.coefficients.new_zeros((blocks * height, panels, width))
-        self.aimed_errors = self.coefficients.new_zeros((blocks, height, panels * width))
+        self.errors = torch.zeros_like(self.coefficients)
+        self.aimed_errors = torch.zeros_like(self.coefficients)
 
     @classmethod
     def of(
-        cls, matrix: Float[Tensor, "m n"], row_factor: Float[Tensor, "m m"], height: int, width: int
+        cls, matrix: Float[Tensor, "m n"], row_upper: Float[Tensor, "m m"] | None, height: int, width: int
     ) -> BlockRows:
         """Cut a matrix into block rows of ``height`` and panels of ``width``, padding with zeros."""
         rows, cols = matrix.shape
         more_rows, more_cols = -rows % height, -cols % width
         padded = functional.pad(matrix, (0, more_cols, 0, more_rows))
-        factor = functional.pad(row_factor, (0, more_rows, 0, more_rows))
-        blocks = len(padded) // height
-        above = factor.T.reshape(blocks, height, -1).clone()
-        for block in range(blocks):
-            above[block, :, block * height : (block + 1) * height] = 0
-        return cls(padded.reshape(blocks, height, -1, width), above)
+        cells = padded.reshape(len(padded) // height, height, -1, width).contiguous()
+        if row_upper is None:
+            return cls(cells, None)
+        factor = functional.pad(_strict(unit_factor(row_upper, height), height), (0, more_rows, 0, more_rows))
+        return cls(cells, factor.T.reshape(len(cells), height, -1).contiguous())
 
-    def active(self, tick: int) -> Int[Tensor, " cells"]:
-        """Block rows that have a panel to round at this step; block I is at panel ``tick - I``."""
+    def wave(self, linear: int, tick: int) -> Wave | None:
+        """The cells to round at a step, or None when there are none."""
         blocks, _, panels, _ = self.coefficients.shape
         first, last = max(0, tick - panels + 1), min(tick, blocks - 1)
-        return torch.arange(first, max(last + 1, first), device=self.coefficients.device)
+        return Wave(linear, tick, first, last) if first <= last else None
 
-    def targets(
-        self, rows: Int[Tensor, " cells"], panels: Int[Tensor, " cells"], columns: Float[Tensor, "p n w"]
-    ) -> tuple[Tensor, Tensor]:
-        """W' of cells, and W' with the feedback of the columns before: what is to be rounded."""
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
-        above = torch.bmm(self.row_factor[part], self.errors[:, panels].transpose(0, 1))
-        aimed = self.coefficients[rows, :, panels] - above
-        return aimed, aimed - torch.bmm(self.aimed_errors[part], columns[panels])
+    def targets(self, wave: Wave, columns: Float[Tensor, "p n w"]) -> tuple[Tensor, Tensor]:
+        """W' of a wave's cells, and W' with the feedback of the columns before: what is to be rounded."""
+        aimed = wave.cells(self.coefficients)
+        blocks, height, panels, width = self.coefficients.shape
+        rows = slice(wave.first, wave.last + 1)
+        if self.above is not None:
+            others = wave.panels(self.errors.view(blocks * height, panels, width), 1).transpose(0, 1)
+            aimed = aimed - torch.bmm(self.above[rows], others)
+        done = self.aimed_errors.view(blocks, height, panels * width)[rows]
+        return aimed, aimed - torch.bmm(done, wave.panels(columns, 0))
 
-    def record(
-        self,
-        rows: Int[Tensor, " cells"],
-        panels: Int[Tensor, " cells"],
-        aimed: Float[Tensor, "cells h w"],
-        values: Float[Tensor, "cells h w"],
-    ) -> None:
+    def record(self, wave: Wave, aimed: Tensor, values: Tensor) -> None:
         """Keep the errors of rounded cells."""
-        blocks, height, count, width = self.coefficients.shape
-        self.errors.view(blocks, height, count, width)[rows, :, panels] = (
-            values - self.coefficients[rows, :, panels]
-        )
-        self.aimed_errors.view(blocks, height, count, width)[rows, :, panels] = values - aimed
+        wave.cells(self.errors).copy_(values - wave.cells(self.coefficients))
+        wave.cells(self.aimed_errors).copy_(values - aimed)
 
     def rounded(self, rows: int, cols: int) -> Float[Tensor, "rows cols"]:
         """D̃ without the padding."""
-        blocks, height, count, width = self.coefficients.shape
-        matrix = self.errors.view(blocks, height, count, width) + self.coefficients
-        return matrix.reshape(blocks * height, count * width)[:rows, :cols]
+        blocks, height, panels, width = self.coefficients.shape
+        matrix = (self.errors + self.coefficients).reshape(blocks * height, panels * width)
+        return matrix[:rows, :cols]
+
+
+def _strict(factor: Tensor, block: int) -> Tensor:
+    """A block triangular factor with its diagonal blocks set to zero, in place."""
+    for first in range(0, len(factor), block):
+        factor[first : first + block, first : first + block] = 0
+    return factor
 
 
 def unit_factor(upper: Float[Tensor, "n n"], block: int) -> Float[Tensor, "n n"]:
@@ -159,48 +184,32 @@ def round_two_sided(
         NumericalError: a rounded value is not finite.
 
     Cost:
-        About m n² + n m² multiply-adds.
+        About 2 m n² + 2 n m² multiply-adds in ``panels + blocks`` steps.
     """
-    n, width = upper.shape[0], coder.panel
+    width = coder.panel
     parts = [
-        BlockRows.of(matrix, unit_factor(row_upper, height), height, width)
+        BlockRows.of(matrix, row_upper, height, width)
         for matrix, row_upper in zip(matrices, row_uppers, strict=True)
     ]
     columns = _panel_columns(upper, width)
-    ticks = max(sum(part.coefficients.shape[0:3:2]) for part in parts) - 1
-    for tick in range(ticks):
+    coder.open_blocks(height)
+    for tick in range(max(sum(part.coefficients.shape[0:3:2]) for part in parts) - 1):
         _round_tick(parts, columns, coder, tick)
-    rounded = torch.cat([part.rounded(len(matrix), n) for part, matrix in zip(parts, matrices, strict=True)])
-    if not bool(torch.isfinite(rounded).all()):
+    if not all(bool(torch.isfinite(part.aimed_errors).all()) for part in parts):
         raise NumericalError("rounding produced NaN or infinity; raise the damping or check the weights.")
-    return rounded
+    return torch.cat([part.rounded(*matrix.shape) for part, matrix in zip(parts, matrices, strict=True)])
 
 
 def _panel_columns(upper: Tensor, width: int) -> Float[Tensor, "panels n width"]:
-    """M_H without its diagonal blocks, by panel of its columns, padded to whole panels."""
-    n = upper.shape[0]
-    factor = unit_factor(upper, width)
-    for first in range(0, n, width):
-        factor[first : first + width, first : first + width] = 0
-    more = -n % width
-    padded = functional.pad(factor, (0, more, 0, more))
-    return padded.reshape(n + more, -1, width).transpose(0, 1).contiguous()
+    """M_H above its diagonal blocks, by panel of its columns, padded to whole panels."""
+    more = -len(upper) % width
+    padded = functional.pad(_strict(unit_factor(upper, width), width), (0, more, 0, more))
+    return padded.reshape(len(padded), -1, width).transpose(0, 1).contiguous()
 
 
 def _round_tick(parts: list[BlockRows], columns: Tensor, coder: CellCoder, tick: int) -> None:
-    cells = []
-    for number, part in enumerate(parts):
-        rows = part.active(tick)
-        if len(rows):
-            panels = tick - rows
-            cells.append((number, rows, panels, *part.targets(rows, panels, columns)))
-    linear = torch.cat([torch.full_like(rows, number) for number, rows, *_ in cells])
-    values = coder.quantize_cells(
-        torch.cat([cell[4] for cell in cells]),
-        linear,
-        torch.cat([cell[1] for cell in cells]),
-        torch.cat([cell[2] for cell in cells]),
-    )
-    pieces = values.split([len(cell[1]) for cell in cells])
-    for (number, rows, panels, aimed, _), piece in zip(cells, pieces, strict=True):
-        parts[number].record(rows, panels, aimed, piece)
+    waves = [wave for wave in (part.wave(i, tick) for i, part in enumerate(parts)) if wave is not None]
+    pairs = [parts[wave.linear].targets(wave, columns) for wave in waves]
+    values = coder.quantize_cells(waves, [target for _, target in pairs])
+    for wave, (aimed, _), value in zip(waves, pairs, values, strict=True):
+        parts[wave.linear].record(wave, aimed, value)
