@@ -134,6 +134,7 @@ def encode_tiles(
     backend: str = "auto",
     weights: Float[Tensor, "tiles steps"] | None = None,
     refine: int = 0,
+    check: bool = True,
 ) -> Int[Tensor, "tiles steps"]:
     """Encode tiles as rings of states, least squares (the seam by a heuristic, the rest exactly).
 
@@ -144,6 +145,7 @@ def encode_tiles(
         weights: importance of each element, not negative, any scale.
         refine: further passes; each moves the seam by half a tile, where the path found so far fixes the
             shared bits. It cannot make a tile worse; one brings 0.02 % at L = 12, 2 bits, tiles of 256.
+        check: whether to look for NaN and infinity, which on a GPU waits for it.
 
     Returns:
         ``(B, T)`` int32 states, a tail-biting path each.
@@ -167,9 +169,10 @@ def encode_tiles(
             raise ConfigError("importance weights must not be negative")
         weights = weights / weights.mean(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     for name, tensor in (("values", values), ("weights", weights)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        if check and tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise NumericalError(f"trellis encoding got {name} that are not finite")
     levels = _levels(spec.state_bits, values.device)
+    # In units of levels, which are small integers.
     targets = values.to(torch.float32) / codebook_constants(spec.state_bits).scale
     overlap = _propose_overlap(targets, weights, levels, spec, backend)
     states = search(targets, levels, spec.rates, overlap=overlap, weights=weights, backend=backend)
@@ -184,10 +187,9 @@ def encode_tiles(
 
 @lru_cache(maxsize=16)
 def _levels(state_bits: int, device: torch.device) -> Tensor:
-    """Return the codebook's levels, integers up to 510: float16, exact, and half the traffic."""
-    return (
-        codebook_constants(state_bits).levels(torch.arange(1 << state_bits, device=device)).to(torch.float16)
-    )
+    """The codebook in units of its levels, integers up to 510: exact in float16, and half the traffic."""
+    states = torch.arange(1 << state_bits, device=device)
+    return codebook_constants(state_bits).levels(states).to(torch.float16)
 
 
 def _propose_overlap(

@@ -29,6 +29,8 @@ from framequant.quantizers.coders import make_coder
 from framequant.quantizers.hessian import FeedbackFactor, Moments, damped, feedback_factor
 from framequant.quantizers.refine import refine_codes
 from framequant.quantizers.rounding import Coder, FeedbackCoder, proxy_loss, round_ldlq, round_nearest
+from framequant.quantizers.trellis_coder import TrellisCoder
+from framequant.quantizers.two_sided import round_two_sided
 from framequant.quantizers.targets import float_target
 from framequant.spec import LinearSpec
 
@@ -151,7 +153,15 @@ def _quantize_alike(
     coder = make_coder(matrices, specs[first].code)
     stacked = torch.cat(matrices)
     clipped = coder.clip(stacked) if config.clip_coefficients else stacked
-    rounded, factor = _round(clipped, coefficient_hessian, coder, config, first)
+    grams = [
+        frames_out[name].analysis(frames_out[name].analysis(moments.output_gram[name].to(hessian)).T)
+        for name in weights
+        if name in moments.output_gram
+    ]
+    if len(grams) == len(matrices) and isinstance(coder, TrellisCoder):
+        rounded, factor = _round_two_sided(matrices, coefficient_hessian, grams, coder, config, first)
+    else:
+        rounded, factor = _round(clipped, coefficient_hessian, coder, config, first)
     if factor is not None and isinstance(coder, FeedbackCoder):
         smooth = damped(coefficient_hessian, factor.damping)
         rounded = refine_codes(stacked, rounded, smooth, coder, config.sweeps)
@@ -196,6 +206,19 @@ def _round(
         hessian = hessian[order][:, order]
     factor = feedback_factor(hessian, config.damping, name)
     return round_ldlq(coefficients, factor.upper, coder, order), factor
+
+
+def _round_two_sided(
+    matrices: list[Tensor],
+    hessian: Tensor,
+    grams: list[Tensor],
+    coder: TrellisCoder,
+    config: FrameQuantConfig,
+    name: str,
+) -> tuple[Tensor, FeedbackFactor]:
+    factor = feedback_factor(hessian, config.damping, name)
+    rows = [feedback_factor(gram, config.output_damping, name).upper for gram in grams]
+    return round_two_sided(matrices, factor.upper, rows, coder, config.output_block), factor
 
 
 def _reconstruct(coefficients: Tensor, frame_in: FrameOperator, frame_out: FrameOperator) -> Tensor:
