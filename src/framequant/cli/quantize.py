@@ -10,6 +10,7 @@ import typer
 from framequant.cli.console import Reporter, count, facts, seconds, size
 from framequant.cli.inputs import calibration_tensor, find_calibration
 from framequant.cli.options import DeviceOption, DtypeOption, JsonOption, build_config, choose_device
+from framequant.cli.tuning import Tuning, describe_tuning, request_of, tune_settings
 
 if TYPE_CHECKING:
     from framequant.integrations.sources import OpenedModel
@@ -21,6 +22,7 @@ EXAMPLES = (
     "framequant quantize smollm2 --out smol-2bit\n\n"
     "framequant quantize timm/deit_tiny_patch16_224 --calibration train/ --out deit-2bit\n\n"
     "framequant quantize HuggingFaceTB/SmolLM2-135M --calibration wiki.txt --redundancy 1.25 --out smol\n\n"
+    "framequant quantize smollm2 --calibration wiki.txt --tune 250 --out smol-tuned\n\n"
     "framequant quantize model.gguf --preset gptq --bits 3 --ignore down_proj --out gptq-3bit"
 )
 
@@ -80,6 +82,14 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting by name; repeatable.")
     ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS", help="Afterwards train scales, norms and biases towards the float model."
+        ),
+    ] = None,
+    tune_lr: Annotated[float | None, typer.Option(help="Learning rate of --tune; 0.001.")] = None,
+    tune_batch: Annotated[int | None, typer.Option(help="Samples of a step of --tune; 8.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what lies in the output directory.")
     ] = False,
@@ -100,14 +110,23 @@ def run(
     chosen = build_config(preset, config, settings or [], flags)
     check_output(out, overwrite, model)
     place = choose_device(device)
+    tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed)
+    request = request_of(model, chosen, calibration, samples, sequence_length, dtype)
+    tuning = None if tune_config is None else Tuning(out, tune_config, request)
     source = find_calibration(calibration)
     opened = open_float(model, dtype, place, reporter)
     float_parameters = sum(parameter.numel() for parameter in opened.model.parameters())
     with reporter.stage("reading the calibration data"):
         data = calibration_tensor(source, opened, samples, sequence_length, chosen.seed, reporter)
     reporter.err.print(f"  {describe_calibration(data)}")
-    report = quantize_model(opened, data, chosen, reporter)
+    if tuning is None:
+        report = quantize_model(opened, data, chosen, reporter)
+    else:
+        opened = quantize_and_tune(opened, data, chosen, tuning, reporter)
+        report = opened.model.framequant_report
     save(opened, out, overwrite, reporter)
+    if tuning is not None:
+        tuning.finish()
     summary = summarize(report, opened, out, float_parameters)
     summary["calibration"] = describe_calibration(data)
     print_summary(summary, report, reporter)
@@ -169,6 +188,28 @@ def quantize_model(opened: OpenedModel, data: Any, config: Any, reporter: Report
         return quantize_(opened.model, data, config, progress=show)
 
 
+def quantize_and_tune(
+    opened: OpenedModel, data: Any, config: Any, tuning: Tuning, reporter: Reporter
+) -> OpenedModel:
+    """Quantize, or take the untuned model of a run that was begun, and tune it against the float model.
+
+    Raises:
+        CalibrationError: too few samples for the steps asked for.
+    """
+    tuning.check(data)
+    parameter = next(opened.model.parameters())
+    dtype, device = str(parameter.dtype).removeprefix("torch."), str(parameter.device)
+    if tuning.begun:
+        student, teacher = tuning.reopen(device, reporter), opened
+        student.name = opened.name
+    else:
+        quantize_model(opened, data, config, reporter)
+        tuning.keep(opened, reporter)
+        student, teacher = opened, open_float(opened.name, dtype, device, reporter)
+    tuning.tune(student, teacher, data, reporter)
+    return student
+
+
 def save(opened: OpenedModel, out: Path, overwrite: bool, reporter: Reporter) -> None:
     """Save a quantized model with its tokenizer or image processor."""
     from framequant import save_pretrained
@@ -216,6 +257,7 @@ def summarize(
         "seconds": report.seconds,
         "environment": report.environment,
         "warnings": report.warnings,
+        **({"tuning": report.tuning} if report.tuning else {}),
         "config": report.config,
     }
 
@@ -235,6 +277,7 @@ def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter:
         "whole model": f"{size(sizes['model_float16'])} in 16 bits → {size(sizes['model_on_disk'])} on disk "
         f"(the rest is kept in {report.environment['dtype']})",
         "largest relative loss": "\n".join(worst),
+        **({"tuned": describe_tuning(report.tuning)} if report.tuning else {}),
         "time": f"{seconds(summary['seconds'])} on {report.environment['device']}",
         "saved in": summary["out"],
     }
