@@ -62,8 +62,8 @@ class CellCoder(Protocol):
 
     panel: int
 
-    def open_blocks(self, height: int) -> None:
-        """Prepare to record block rows of ``height`` rows."""
+    def open_blocks(self, heights: Sequence[int]) -> None:
+        """Prepare to record block rows of this many rows, for each matrix."""
         ...
 
     def quantize_cells(self, waves: Sequence[Wave], values: Sequence[Tensor]) -> list[Tensor]:
@@ -164,7 +164,7 @@ def unit_factor(upper: Float[Tensor, "n n"], block: int) -> Float[Tensor, "n n"]
 def round_two_sided(
     matrices: Sequence[Float[Tensor, "m n"]],
     upper: Float[Tensor, "n n"],
-    row_uppers: Sequence[Float[Tensor, "m m"]],
+    row_uppers: Sequence[Float[Tensor, "m m"] | None],
     coder: CellCoder,
     height: int,
 ) -> Float[Tensor, "m_total n"]:
@@ -173,9 +173,9 @@ def round_two_sided(
     Args:
         matrices: D of each linear, float64.
         upper: U of the damped H, see ``feedback_factor``.
-        row_uppers: U of each linear's damped G.
+        row_uppers: U of each linear's damped G; None for no feedback between its rows.
         coder: rounds cells of whole tiles.
-        height: rows of a block row, a multiple of the tiles' height.
+        height: rows of a block row, a multiple of the tiles' height; without G all rows are one.
 
     Returns:
         The rounded values, stacked.
@@ -187,12 +187,16 @@ def round_two_sided(
         About 2 m n² + 2 n m² multiply-adds in ``panels + blocks`` steps.
     """
     width = coder.panel
-    parts = [
-        BlockRows.of(matrix, row_upper, height, width)
+    heights = [
+        -(-len(matrix) // height) * height if row_upper is None else height
         for matrix, row_upper in zip(matrices, row_uppers, strict=True)
     ]
+    parts = [
+        BlockRows.of(matrix, row_upper, high, width)
+        for matrix, row_upper, high in zip(matrices, row_uppers, heights, strict=True)
+    ]
     columns = _panel_columns(upper, width)
-    coder.open_blocks(height)
+    coder.open_blocks(heights)
     for tick in range(max(sum(part.coefficients.shape[0:3:2]) for part in parts) - 1):
         _round_tick(parts, columns, coder, tick)
     if not all(bool(torch.isfinite(part.aimed_errors).all()) for part in parts):
