@@ -154,11 +154,32 @@ def unit_factor(upper: Float[Tensor, "n n"], block: int) -> Float[Tensor, "n n"]
     n = upper.shape[0]
     eye = torch.eye(n, dtype=upper.dtype, device=upper.device)
     factor = torch.linalg.solve_triangular(upper, eye, upper=True)
-    for first in range(0, n, block):
-        part = slice(first, min(first + block, n))
-        factor[:, part] = factor[:, part] @ upper[part, part]
-        factor[part, part] = eye[part, part]
-    return factor
+    blocks = diagonal_blocks(upper, block)
+    columns = functional.pad(factor, (0, -n % block)).reshape(n, -1, block)
+    return torch.bmm(columns.transpose(0, 1), blocks).transpose(0, 1).reshape(n, -1)[:, :n].contiguous()
+
+
+def diagonal_blocks(matrix: Float[Tensor, "n n"], block: int) -> Float[Tensor, "blocks b b"]:
+    """The square blocks on the diagonal; the last one is filled up with the identity."""
+    n = matrix.shape[0]
+    more = -n % block
+    padded = functional.pad(matrix, (0, more, 0, more))
+    padded.diagonal()[n:] = 1
+    count = len(padded) // block
+    return padded.reshape(count, block, count, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def feedback_loss(upper: Float[Tensor, "n n"], block: int) -> float:
+    """Sum of the traces of the block LDL factorisation's diagonal: the loss of unit errors under feedback.
+
+    Args:
+        upper: U of ``feedback_factor``.
+        block: columns that are rounded without feedback among them.
+    """
+    blocks = diagonal_blocks(upper, block)
+    eye = torch.eye(block, dtype=upper.dtype, device=upper.device).expand_as(blocks)
+    inverse = torch.linalg.solve_triangular(blocks, eye, upper=True)
+    return float(inverse.square().sum()) - (-len(upper) % block)
 
 
 def round_two_sided(
