@@ -202,6 +202,12 @@ class FrameQuantConfig:
             raise ConfigError(
                 "column_order = 'descending' needs code = 'scalar': trellis tiles are adjacent columns."
             )
+        if self.output_block % self.tile_rows or self.output_block < 1:
+            raise ConfigError(
+                f"output_block = {self.output_block}: expected a multiple of tile_rows = {self.tile_rows}."
+            )
+        if self.code is CodeKind.SCALAR and (self.output_feedback or self.allocation is Allocation.SENSITIVITY):
+            raise ConfigError("output_feedback and allocation = 'sensitivity' need code = 'trellis'.")
         if self.refine_sweeps and self.code is CodeKind.TRELLIS:
             raise ConfigError(
                 f"refine_sweeps = {self.refine_sweeps} needs code = 'scalar': sweeps move single columns."

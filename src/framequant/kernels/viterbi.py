@@ -172,7 +172,6 @@ def encode_tiles(
         if check and tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise NumericalError(f"trellis encoding got {name} that are not finite")
     levels = _levels(spec.state_bits, values.device)
-    # In units of levels, which are small integers.
     targets = values.to(torch.float32) / codebook_constants(spec.state_bits).scale
     overlap = _propose_overlap(targets, weights, levels, spec, backend)
     states = search(targets, levels, spec.rates, overlap=overlap, weights=weights, backend=backend)
@@ -187,9 +186,10 @@ def encode_tiles(
 
 @lru_cache(maxsize=16)
 def _levels(state_bits: int, device: torch.device) -> Tensor:
-    """The codebook in units of its levels, integers up to 510: exact in float16, and half the traffic."""
-    states = torch.arange(1 << state_bits, device=device)
-    return codebook_constants(state_bits).levels(states).to(torch.float16)
+    """Return the codebook's levels, integers up to 510: float16, exact, and half the traffic."""
+    return (
+        codebook_constants(state_bits).levels(torch.arange(1 << state_bits, device=device)).to(torch.float16)
+    )
 
 
 def _propose_overlap(

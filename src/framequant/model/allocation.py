@@ -11,22 +11,22 @@ Must not import layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
-from framequant.codes.trellis import gaussian_error
-from framequant.config import FrameQuantConfig
+from framequant.codes import trellis_storage
+from framequant.codes.trellis import TrellisSpec, gaussian_error, rate_pattern
+from framequant.config import Allocation, FrameQuantConfig
 from framequant.frames import FrameSpec, build_frame
 from framequant.model import discovery
 from framequant.model.gradients import OutputGradients
 from framequant.quantizers.budget import Option, share_out
 from framequant.quantizers.hessian import feedback_factor
+from framequant.quantizers.two_sided import feedback_loss
 from framequant.quantizers.weight import frame_specs
-from framequant.spec import LinearSpec
-from framequant.storage import layout
 
 #: Rates that are tried: the code's multiples of 1/8 bit.
 RATES = tuple(step / 8 for step in range(8, 65))
@@ -67,42 +67,36 @@ def allocate_bits(
 
 
 def _options(weight: Tensor, sensitivity: float, settings: FrameQuantConfig, name: str) -> list[Option]:
+    """What each rate costs and loses."""
+    out_features, in_features = weight.shape
+    plain = replace(settings, allocation=Allocation.UNIFORM, bits=RATES[0])
+    frame_in, frame_out = frame_specs(plain, in_features, out_features, name, name)
+    rows, cols = frame_out.num_coefficients, frame_in.num_coefficients
     result = []
     for rate in RATES:
-        size = stored_bytes(weight.shape, replace(settings, allocation="uniform", bits=rate), name)
+        spec = TrellisSpec(plain.state_bits, rate_pattern(rate), plain.tile_rows, plain.tile_cols)
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in trellis_storage.layout(spec, rows, cols).values()]
+        size = sum(sizes) + ENTRY_BYTES + len(name)
         result.append(Option(rate, settings.redundancy, size, sensitivity * gaussian_error(rate)))
     return result
 
 
-def stored_bytes(shape: Sequence[int], config: FrameQuantConfig, name: str) -> int:
-    """Bytes on disk of a linear under some settings."""
-    out_features, in_features = shape
-    frame_in, frame_out = frame_specs(config, in_features, out_features, name, name)
-    spec = LinearSpec(in_features, out_features, frame_in, frame_out, config.code_spec())
-    sizes = [torch.Size(size).numel() * dtype.itemsize for size, dtype in layout(spec).values()]
-    return sum(sizes) + ENTRY_BYTES + len(name)
-
-
 def _sensitivity(weight: Tensor, found: OutputGradients, settings: FrameQuantConfig, name: str) -> float:
+    """Loss of unit errors, in nats per token and unit of the code's relative error."""
     out_features, in_features = weight.shape
-    frame_in, frame_out = frame_specs(settings, in_features, out_features, name, name)
-    columns = _feedback_sum(found.hessian(), frame_in, settings.damping, settings.tile_cols, name)
+    frame_in, frame_out = frame_specs(
+        replace(settings, allocation=Allocation.UNIFORM, bits=RATES[0]), in_features, out_features, name, name
+    )
+    upper = feedback_factor(_rotated(found.hessian(), frame_in), settings.damping, name).upper
     gram = found.gram()
     rows = float(gram.diagonal().sum())
     if settings.output_feedback:
-        rows = _feedback_sum(gram, frame_out, settings.output_damping, settings.output_block, name)
+        row_upper = feedback_factor(_rotated(gram, frame_out), settings.output_damping, name).upper
+        rows = feedback_loss(row_upper, settings.output_block)
     variance = float(weight.double().square().mean()) / (frame_in.num_coefficients / in_features)
-    return 0.5 * variance * columns * rows
+    return 0.5 * variance * feedback_loss(upper, settings.tile_cols) * rows
 
 
-def _feedback_sum(matrix: Tensor, frame: FrameSpec, damping: float, block: int, name: str) -> float:
-    """Σ of the traces of the diagonal blocks of the block LDL factorisation of T M Tᵀ."""
+def _rotated(matrix: Tensor, frame: FrameSpec) -> Tensor:
     operator = build_frame(frame)
-    rotated = operator.analysis(operator.analysis(matrix).T)
-    upper = feedback_factor(rotated, damping, name).upper
-    total = 0.0
-    for first in range(0, len(upper), block):
-        part = upper[first : first + block, first : first + block]
-        eye = torch.eye(len(part), dtype=part.dtype, device=part.device)
-        total += float(torch.linalg.solve_triangular(part, eye, upper=True).square().sum())
-    return total
+    return operator.analysis(operator.analysis(matrix).T)

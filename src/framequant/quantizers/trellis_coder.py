@@ -22,7 +22,6 @@ from framequant.codes.trellis import (
     tiles_from_matrix,
 )
 from framequant.codes.trellis_storage import SCALE_DTYPE
-from framequant.errors import ConfigError
 from framequant.kernels.viterbi import encode_tiles
 from framequant.quantizers.two_sided import Wave
 
@@ -70,18 +69,13 @@ class TrellisCoder:
         ]
         return torch.cat(restored)
 
-    def open_blocks(self, height: int) -> None:
-        """Prepare to record block rows of ``height`` rows, whole tiles; see ``two_sided.CellCoder``.
-
-        Raises:
-            ConfigError: the height is no multiple of the tiles' height.
-        """
-        if height % self._spec.tile_rows:
-            raise ConfigError(
-                f"output_block = {height}: expected a multiple of tile_rows = {self._spec.tile_rows}."
-            )
-        high = height // self._spec.tile_rows
-        shapes = [(-(-rows // high), high, *self._states.shape[1:]) for rows in self._tile_rows]
+    def open_blocks(self, heights: Sequence[int]) -> None:
+        """Prepare to record block rows of this many rows, whole tiles; see ``two_sided.CellCoder``."""
+        highs = [height // self._spec.tile_rows for height in heights]
+        shapes = [
+            (-(-rows // high), high, *self._states.shape[1:])
+            for rows, high in zip(self._tile_rows, highs, strict=True)
+        ]
         self._blocks = [torch.zeros(shape, dtype=torch.int32, device=self._states.device) for shape in shapes]
 
     def quantize_cells(self, waves: Sequence[Wave], values: Sequence[Tensor]) -> list[Tensor]:

@@ -62,8 +62,8 @@ class CellCoder(Protocol):
 
     panel: int
 
-    def open_blocks(self, height: int) -> None:
-        """Prepare to record block rows of ``height`` rows."""
+    def open_blocks(self, heights: Sequence[int]) -> None:
+        """Prepare to record block rows of this many rows, for each matrix."""
         ...
 
     def quantize_cells(self, waves: Sequence[Wave], values: Sequence[Tensor]) -> list[Tensor]:
@@ -154,17 +154,38 @@ def unit_factor(upper: Float[Tensor, "n n"], block: int) -> Float[Tensor, "n n"]
     n = upper.shape[0]
     eye = torch.eye(n, dtype=upper.dtype, device=upper.device)
     factor = torch.linalg.solve_triangular(upper, eye, upper=True)
-    for first in range(0, n, block):
-        part = slice(first, min(first + block, n))
-        factor[:, part] = factor[:, part] @ upper[part, part]
-        factor[part, part] = eye[part, part]
-    return factor
+    blocks = diagonal_blocks(upper, block)
+    columns = functional.pad(factor, (0, -n % block)).reshape(n, -1, block)
+    return torch.bmm(columns.transpose(0, 1), blocks).transpose(0, 1).reshape(n, -1)[:, :n].contiguous()
+
+
+def diagonal_blocks(matrix: Float[Tensor, "n n"], block: int) -> Float[Tensor, "blocks b b"]:
+    """The square blocks on the diagonal; the last one is filled up with the identity."""
+    n = matrix.shape[0]
+    more = -n % block
+    padded = functional.pad(matrix, (0, more, 0, more))
+    padded.diagonal()[n:] = 1
+    count = len(padded) // block
+    return padded.reshape(count, block, count, block).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def feedback_loss(upper: Float[Tensor, "n n"], block: int) -> float:
+    """Sum of the traces of the block LDL factorisation's diagonal: the loss of unit errors under feedback.
+
+    Args:
+        upper: U of ``feedback_factor``.
+        block: columns that are rounded without feedback among them.
+    """
+    blocks = diagonal_blocks(upper, block)
+    eye = torch.eye(block, dtype=upper.dtype, device=upper.device).expand_as(blocks)
+    inverse = torch.linalg.solve_triangular(blocks, eye, upper=True)
+    return float(inverse.square().sum()) - (-len(upper) % block)
 
 
 def round_two_sided(
     matrices: Sequence[Float[Tensor, "m n"]],
     upper: Float[Tensor, "n n"],
-    row_uppers: Sequence[Float[Tensor, "m m"]],
+    row_uppers: Sequence[Float[Tensor, "m m"] | None],
     coder: CellCoder,
     height: int,
 ) -> Float[Tensor, "m_total n"]:
@@ -173,9 +194,9 @@ def round_two_sided(
     Args:
         matrices: D of each linear, float64.
         upper: U of the damped H, see ``feedback_factor``.
-        row_uppers: U of each linear's damped G.
+        row_uppers: U of each linear's damped G; None for no feedback between its rows.
         coder: rounds cells of whole tiles.
-        height: rows of a block row, a multiple of the tiles' height.
+        height: rows of a block row, a multiple of the tiles' height; without G all rows are one.
 
     Returns:
         The rounded values, stacked.
@@ -187,12 +208,16 @@ def round_two_sided(
         About 2 m n² + 2 n m² multiply-adds in ``panels + blocks`` steps.
     """
     width = coder.panel
-    parts = [
-        BlockRows.of(matrix, row_upper, height, width)
+    heights = [
+        -(-len(matrix) // height) * height if row_upper is None else height
         for matrix, row_upper in zip(matrices, row_uppers, strict=True)
     ]
+    parts = [
+        BlockRows.of(matrix, row_upper, high, width)
+        for matrix, row_upper, high in zip(matrices, row_uppers, heights, strict=True)
+    ]
     columns = _panel_columns(upper, width)
-    coder.open_blocks(height)
+    coder.open_blocks(heights)
     for tick in range(max(sum(part.coefficients.shape[0:3:2]) for part in parts) - 1):
         _round_tick(parts, columns, coder, tick)
     if not all(bool(torch.isfinite(part.aimed_errors).all()) for part in parts):

@@ -153,13 +153,8 @@ def _quantize_alike(
     coder = make_coder(matrices, specs[first].code)
     stacked = torch.cat(matrices)
     clipped = coder.clip(stacked) if config.clip_coefficients else stacked
-    grams = [
-        frames_out[name].analysis(frames_out[name].analysis(moments.output_gram[name].to(hessian)).T)
-        for name in weights
-        if name in moments.output_gram
-    ]
-    if len(grams) == len(matrices) and isinstance(coder, TrellisCoder):
-        rounded, factor = _round_two_sided(matrices, coefficient_hessian, grams, coder, config, first)
+    if isinstance(coder, TrellisCoder) and config.rounding is Rounding.LDLQ:
+        rounded, factor = _round_tiles(matrices, coefficient_hessian, frames_out, coder, moments, config)
     else:
         rounded, factor = _round(clipped, coefficient_hessian, coder, config, first)
     if factor is not None and isinstance(coder, FeedbackCoder):
@@ -208,16 +203,24 @@ def _round(
     return round_ldlq(coefficients, factor.upper, coder, order), factor
 
 
-def _round_two_sided(
+def _round_tiles(
     matrices: list[Tensor],
     hessian: Tensor,
-    grams: list[Tensor],
+    frames_out: Mapping[str, FrameOperator],
     coder: TrellisCoder,
+    moments: Moments,
     config: FrameQuantConfig,
-    name: str,
 ) -> tuple[Tensor, FeedbackFactor]:
-    factor = feedback_factor(hessian, config.damping, name)
-    rows = [feedback_factor(gram, config.output_damping, name).upper for gram in grams]
+    """Round with feedback from panel to panel, and from row to row where output gradients are known."""
+    factor = feedback_factor(hessian, config.damping, next(iter(frames_out)))
+    rows: list[Tensor | None] = []
+    for name, frame in frames_out.items():
+        gram = moments.output_gram.get(name)
+        if gram is not None:
+            rotated = frame.analysis(frame.analysis(gram.to(hessian)).T)
+            rows.append(feedback_factor(rotated, config.output_damping, name).upper)
+        else:
+            rows.append(None)
     return round_two_sided(matrices, factor.upper, rows, coder, config.output_block), factor
 
 
