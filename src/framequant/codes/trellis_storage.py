@@ -25,11 +25,13 @@ FACTOR_LIMIT = 127
 def layout(spec: TrellisSpec, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of every stored tensor of a coefficient matrix (rows, cols)."""
     down, across = spec.grid(rows, cols)
-    tensors = {
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "packed_codes": ((down, across * spec.bytes_per_tile), torch.uint8),
         "scales": ((1, 1), SCALE_DTYPE),
     }
-    return {**tensors, "row_factors": ((rows, 1), torch.int8)} if spec.row_factors else tensors
+    if spec.row_factors:
+        tensors["row_factors"] = ((rows, 1), torch.int8)
+    return tensors
 
 
 def encode_factors(factors: Float[Tensor, "rows 1"]) -> Int[Tensor, "rows 1"]:
