@@ -76,6 +76,7 @@ class QuantizationReport:
         skipped: linears inside the blocks that stayed float, with the reason.
         model: class name and parameter counts.
         environment: versions, device, dtype, threads.
+        allocation: what each linear was given of a bit budget, see ``allocation.Shares``; empty without one.
         warnings: what a reader should know.
         seconds: wall-clock time of the walk.
     """
@@ -85,6 +86,7 @@ class QuantizationReport:
     skipped: dict[str, str] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
