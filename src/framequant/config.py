@@ -250,6 +250,11 @@ class FrameQuantConfig:
                 config = replace(config, **{key: value for key, value in changes.items() if key != "skip"})
         return config
 
+    def fixes_code(self, name: str) -> bool:
+        """Whether an override says which code or rate a linear has, so that no allocation chooses it."""
+        keys = {"bits", "code", "levels", "allocation"}
+        return any(re.search(pattern, name) and keys & set(changes) for pattern, changes in self.overrides.items())
+
     @property
     def sweeps(self) -> int:
         """How many refining sweeps are made; see ``refine_sweeps``."""
@@ -320,7 +325,14 @@ _RANGES: dict[str, tuple[float, float]] = {
 # first is the same algorithm with a larger loss (set clip_coefficients), so the preset takes the grid's range.
 #: Every preset as the fields in which it differs from the defaults of ``FrameQuantConfig``.
 PRESETS: dict[str, dict[str, Any]] = {
-    "framequant": {},
+    "framequant": {
+        "code": "trellis",
+        "bits": 2.25,
+        "redundancy": 1.0,
+        "allocation": "sensitivity",
+        "output_feedback": True,
+        "token_weights": 0.5,
+    },
     "framequant-scalar": {},
     "framequant-paper": {
         "two_sided": True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from framequant.cli.console import Reporter, count, facts, seconds, size
-from framequant.cli.inputs import calibration_tensor, find_calibration
+from framequant.cli.inputs import DEFAULT_SHARE, calibration_tensor, find_calibration
 from framequant.cli.options import DeviceOption, DtypeOption, JsonOption, build_config, choose_device
 from framequant.cli.tuning import Tuning, describe_tuning, request_of, tune_settings
 
@@ -59,6 +59,12 @@ def run(
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of a calibration window; 1024, or what the model reads.")
     ] = None,
+    word_tokenized: Annotated[
+        float,
+        typer.Option(
+            help="Share of a text's windows that is written with its punctuation apart, as many test texts are."
+        ),
+    ] = DEFAULT_SHARE,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: Annotated[
@@ -117,7 +123,7 @@ def run(
     opened = open_float(model, dtype, place, reporter)
     float_parameters = sum(parameter.numel() for parameter in opened.model.parameters())
     with reporter.stage("reading the calibration data"):
-        data = calibration_tensor(source, opened, samples, sequence_length, chosen.seed, reporter)
+        data = calibration_tensor(source, opened, samples, sequence_length, chosen.seed, reporter, word_tokenized)
     reporter.err.print(f"  {describe_calibration(data)}")
     if tuning is None:
         report = quantize_model(opened, data, chosen, reporter)

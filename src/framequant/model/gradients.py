@@ -12,7 +12,7 @@ Must not import layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,13 +41,15 @@ class OutputGradients:
         input_sum: Σ x xᵀ of the linear's inputs, (in_features, in_features), float32; linears that read one
             tensor share it. None unless asked for.
         squares: ‖g‖² of each real token, by number of the batch.
-        count: number of tokens.
+        count: number of tokens with a gradient.
+        inputs: number of tokens that were read.
     """
 
     gram_sum: Tensor | None = None
     input_sum: Tensor | None = None
     squares: dict[int, Tensor] = field(default_factory=dict)
     count: int = 0
+    inputs: int = 0
 
     def gram(self) -> Float[Tensor, "o o"]:
         """Mean of g gᵀ in float64."""
@@ -57,7 +59,7 @@ class OutputGradients:
     def hessian(self) -> Float[Tensor, "n n"]:
         """Mean of x xᵀ in float64."""
         assert self.input_sum is not None
-        return self.input_sum.double() / max(self.count, 1)
+        return self.input_sum.double() / max(self.inputs, 1)
 
 
 @dataclass
@@ -91,9 +93,10 @@ class _Pass:
         first, _ = self.read.setdefault(id(tensor), (name, tensor))
         total = self.totals.setdefault(name, OutputGradients())
         if first != name:
-            total.input_sum = self.totals[first].input_sum
+            total.input_sum, total.inputs = self.totals[first].input_sum, self.totals[first].inputs
             return
         flat = self.flat(tensor)
+        total.inputs += flat.shape[0]
         gram = flat.T @ flat
         total.input_sum = gram if total.input_sum is None else total.input_sum.add_(gram)
 
@@ -152,8 +155,34 @@ def _pieces(batch: Any) -> list[Any]:
     ]
 
 
+def gradients_or_inputs(
+    model: nn.Module, batches: Sequence[Any], names: Sequence[str], seed: int, inputs: bool
+) -> tuple[dict[str, OutputGradients], str]:
+    """``output_gradients``, or the inputs alone where a backward pass is impossible.
+
+    Returns:
+        Sums by name, without gradients in the second case, and then a note that says why.
+    """
+    try:
+        return output_gradients(model, batches, names, seed, inputs), ""
+    except (RuntimeError, DiscoveryError) as error:
+        reason = str(error).splitlines()[0]
+    state = _Pass(inputs)
+    with _watched(model, names, state, gradients=False), torch.no_grad():
+        for batch in batches if inputs else []:
+            state.mask = token_mask(batch)
+            state.read.clear()
+            call_model(model, batch)
+    return state.totals, (
+        "no backward pass through the float model, so errors are weighed layer by layer and not fed from row to "
+        f"row: {reason}"
+    )
+
+
 @contextmanager
-def _watched(model: nn.Module, names: Sequence[str], state: _Pass) -> Iterator[None]:
+def _watched(
+    model: nn.Module, names: Sequence[str], state: _Pass, gradients: bool = True
+) -> Iterator[None]:
     """Freeze the parameters and hook the linears; the first ones reached start the graph."""
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
@@ -162,6 +191,8 @@ def _watched(model: nn.Module, names: Sequence[str], state: _Pass) -> Iterator[N
     def after(_module: nn.Module, args: Any, output: Tensor, name: str) -> Tensor:
         if state.inputs:
             state.add_input(name, args[0])
+        if not gradients:
+            return output
         if not output.requires_grad:
             output = output.detach().requires_grad_(True)
         output.register_hook(lambda gradient: state.add(name, gradient))
@@ -192,7 +223,7 @@ def sampled_loss(
         return sum(
             (_label_loss(rows, generator) for rows in flat.split(4096)), start=flat.new_zeros(()).float()
         )
-    hidden = first_tensor(list(output.values()) if hasattr(output, "values") else [output])
+    hidden = first_tensor(list(output.values()) if isinstance(output, Mapping) else [output])
     cotangent = torch.randn(hidden.shape, generator=generator).to(hidden)
     return (hidden * cotangent).float().sum()
 

@@ -78,6 +78,7 @@ class QuantizationReport:
         skipped: linears inside the blocks that stayed float, with the reason.
         model: class name and parameter counts.
         environment: versions, device, dtype, threads.
+        allocation: what each linear was given of a bit budget, see ``allocation.Shares``; empty without one.
         warnings: what a reader should know.
         seconds: wall-clock time of the walk.
         tuning: what tuning did, as ``TuningReport.to_dict`` gives it; empty without tuning.
@@ -88,6 +89,7 @@ class QuantizationReport:
     skipped: dict[str, str] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     tuning: dict[str, Any] = field(default_factory=dict)

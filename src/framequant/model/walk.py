@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framequant.config import Allocation, FrameQuantConfig
+from framequant.config import Allocation, FrameQuantConfig, preset
 from framequant.errors import DiscoveryError, NumericalError
 from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
 from framequant.model import discovery
-from framequant.model.allocation import allocate_bits
+from framequant.model.allocation import allocate_bits, at_rate
 from framequant.model.calibration import as_batches, to_device
 from framequant.model.capture import Seen, add_moments, observe, token_mask
-from framequant.model.gradients import OutputGradients, output_gradients
+from framequant.model.gradients import OutputGradients, gradients_or_inputs
 from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.model.trace import Group, trace_block
@@ -76,7 +76,7 @@ def quantize_(
         DiscoveryError: the model has no repeated blocks, or they cannot be walked.
         NumericalError: NaN or infinity in weights or activations; the linear is named.
     """
-    config = config or FrameQuantConfig()
+    config = config or preset("framequant")
     batches = as_batches(calibration, next(model.parameters()).device.type)
     dtype = None if config.walk_dtype is None else getattr(torch, config.walk_dtype)
     with inference_mode(model), computed_in(model, dtype):
@@ -207,11 +207,16 @@ class _Walk:
         if not self.config.needs_gradients:
             return
         allocate = self.config.allocation is Allocation.SENSITIVITY
-        self.gradients = output_gradients(
+        if self.progress:
+            self.progress(Progress(0, self.total, "gradients of the float model"))
+        self.gradients, note = gradients_or_inputs(
             self.model, self.batches, self.selected, self.config.seed, inputs=allocate
         )
+        if note:
+            self.report.warnings.append(note)
         if allocate:
-            self.choices = allocate_bits(self.model, self.selected, self.gradients, self.config)
+            shares = allocate_bits(self.model, self.selected, self.gradients, self.config)
+            self.choices, self.report.allocation = shares.choices, shares.to_dict()
         for found in self.gradients.values():
             found.input_sum = None
         return_freed_memory()
@@ -220,11 +225,9 @@ class _Walk:
         """Settings of one linear: those of the run, its overrides, and the rate that was chosen for it."""
         config = self.config.for_linear(name) or self.config
         choice = self.choices.get(name)
-        if choice is None:
+        if choice is None or self.config.fixes_code(name):
             return replace(config, allocation=Allocation.UNIFORM)
-        return replace(
-            config, allocation=Allocation.UNIFORM, bits=choice.bits, redundancy=choice.redundancy
-        )
+        return at_rate(config, choice.bits, choice.redundancy)
 
     def _token_weights(self, prefix: str, stage: list[Group], number: int) -> dict[str, Tensor] | None:
         """Weights of a batch's tokens for each group, of mean one over the whole calibration set."""
@@ -320,7 +323,9 @@ class _Walk:
         configs = {name: self._config_of(name) for name in modules}
         if self.config.output_feedback:
             moments.output_gram = {
-                name: self.gradients[name].gram() for name in modules if name in self.gradients
+                name: self.gradients[name].gram()
+                for name in modules
+                if name in self.gradients and self.gradients[name].gram_sum is not None
             }
         results = quantize_group(weights, moments, configs, prefix + group.name)
         seconds = (time.perf_counter() - start) / len(modules)

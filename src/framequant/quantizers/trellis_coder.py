@@ -9,6 +9,7 @@ Must not import models, layers or frames.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from framequant.codes.trellis import (
     TrellisSpec,
+    codebook_values,
     decode_states,
     matrix_from_tiles,
     pack_states,
@@ -86,7 +88,7 @@ class TrellisCoder:
             for value, scale in zip(values, scales, strict=True)
         ]
         states = encode_tiles(torch.cat(tiles), self._spec, check=False)
-        decoded = decode_states(states, self._spec.state_bits, torch.float32)
+        decoded = _values(self._spec.state_bits, states.device)[states]
         counts = [len(part) for part in tiles]
         for wave, found in zip(waves, states.split(counts), strict=True):
             place = wave.cells(self._blocks[wave.linear])
@@ -106,6 +108,12 @@ class TrellisCoder:
             packed = pack_states(states.flatten(0, 1), self._spec)
             result.append({"packed_codes": packed.reshape(len(states), -1), "scales": scale})
         return result
+
+
+@lru_cache(maxsize=16)
+def _values(state_bits: int, device: torch.device) -> Float[Tensor, " states"]:
+    """The codebook's values, 256 KiB at most: a look-up is one operation, decoding a dozen."""
+    return codebook_values(state_bits, device=device)
 
 
 def _scale(matrix: Tensor, spec: TrellisSpec) -> Float[Tensor, "1 1"]:
