@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import framequant as fq
 from framequant.codes.grid import GridSpec
 from framequant.config import FrameQuantConfig
 from framequant.errors import CheckpointError
