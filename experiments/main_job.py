@@ -11,7 +11,8 @@ Vision::
         --calibration ../shared/data/imagenet/train --imagenet ../shared/data/imagenet/val
 
 Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards; without ``--row``
-the rows of the issue are run. Every figure is that of the model *reloaded* from disk, and "equal" says whether its logits are the in-memory model's, bit for bit.
+the rows of the issue are run. Every figure is that of the model *reloaded* from disk, and "equal" says whether its
+logits are the in-memory model's, bit for bit.
 """
 
 from __future__ import annotations
