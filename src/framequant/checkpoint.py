@@ -76,6 +76,20 @@ class QuantizationEntry:
     aliases: dict[str, str]
 
 
+def guard(linears: Mapping[str, LinearSpec]) -> dict[str, Tensor]:
+    """An empty tensor under the float weight's name of the linear that is first in the alphabet.
+
+    transformers without framequant skips a ``quant_method`` that it does not know and fills the missing weights
+    with random numbers; a weight of the wrong shape is an error there. Readers of ours pass it over.
+    """
+    return {f"{name}.weight": torch.empty(0, dtype=torch.uint8) for name in sorted(linears)[:1]}
+
+
+def is_guard(part: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of a quantized linear is the one that ``guard`` makes."""
+    return part == "weight" and shape == (0,)
+
+
 def quantization_dict(
     config: FrameQuantConfig, linears: Mapping[str, LinearSpec], aliases: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
@@ -374,7 +388,7 @@ def check_header(entry: QuantizationEntry, header: Header) -> None:
     by_linear: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {name: {} for name in entry.linears}
     for key, value in header.items():
         owner, _, part = key.rpartition(".")
-        if owner in by_linear and part != "bias":
+        if owner in by_linear and part != "bias" and not is_guard(part, value[0]):
             by_linear[owner][part] = value
     for name, spec in entry.linears.items():
         expected = storage.layout(spec)

@@ -291,6 +291,11 @@ class FrameQuantConfig:
         """Whether the walk must carry the float model's activations beside the quantized ones."""
         return self.float_targets > 0 or self.residual_targets > 0
 
+    @property
+    def quant_method(self) -> str:
+        """The name under which transformers finds our quantizer, for ``from_pretrained(quantization_config=…)``."""
+        return "framequant"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form with a version; ``from_dict`` inverts it."""
         data = {key: value.value if isinstance(value, Enum) else value for key, value in asdict(self).items()}

@@ -58,6 +58,8 @@ def save_pretrained(
     data = checkpoint.quantization_dict(config, linears, {} if _is_transformers(model) else aliases)
     with checkpoint.atomic_directory(directory, overwrite) as partial:
         _write_config(model, partial, data, model_args)
+        if _is_transformers(model):
+            tensors |= checkpoint.guard(linears)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
         checkpoint.write_tensors(tensors, partial, max_shard_bytes)

@@ -176,6 +176,120 @@ ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tenso
 }
 
 
+def _decoder(kind: str, **settings: Any) -> Callable[[], nn.Module]:
+    merged = {**_DECODER, **settings}
+    return lambda: _transformers(f"{kind}Config", f"{kind}ForCausalLM", **merged)
+
+
+_VISION = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+}
+
+
+def _vision(kind: str, model: str, **settings: Any) -> Callable[[], nn.Module]:
+    merged = {**_VISION, **settings}
+    return lambda: _transformers(f"{kind}Config", model, **merged)
+
+
+def hf_swin() -> nn.Module:
+    return _transformers(
+        "SwinConfig",
+        "SwinForImageClassification",
+        image_size=56,
+        patch_size=4,
+        embed_dim=24,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=7,
+    )
+
+
+def two_towers(kind: str) -> nn.Module:
+    text = {**_DECODER, "projection_dim": 32, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 2}
+    return _transformers(
+        f"{kind}Config", f"{kind}Model", text_config=text, vision_config=_VISION, **({"projection_dim": 32} if kind == "CLIP" else {})
+    )
+
+
+def whisper_config(config_class: Any) -> Any:
+    return config_class(
+        vocab_size=64,
+        num_mel_bins=16,
+        d_model=48,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=80,
+        decoder_ffn_dim=80,
+        max_source_positions=16,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+
+
+def whisper_whole() -> nn.Module:
+    import transformers
+
+    return transformers.WhisperForConditionalGeneration(whisper_config(transformers.WhisperConfig)).eval()
+
+
+def _speech() -> dict[str, torch.Tensor]:
+    features = torch.randn(4, 16, 32, generator=torch.Generator().manual_seed(4))
+    return {"input_features": features, "decoder_input_ids": _text()[:4]}
+
+
+def _pairs() -> dict[str, torch.Tensor]:
+    return {"input_ids": _text().clamp(min=3), "pixel_values": _images()[:6]}
+
+
+def _translation() -> dict[str, torch.Tensor]:
+    return {"input_ids": _text(), "decoder_input_ids": _text().flip(1)}
+
+
+def gemma3() -> nn.Module:
+    return _transformers(
+        "Gemma3TextConfig", "Gemma3ForCausalLM", num_key_value_heads=2, head_dim=12, **_DECODER
+    )
+
+
+_EXPERTS = {"num_key_value_heads": 2, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
+
+#: Further families of transformers: name: (model, calibration data, share of the blocks' weights that is quantized).
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], float]] = {
+    "mistral": (_decoder("Mistral", num_key_value_heads=2, sliding_window=8), _text, 1.0),
+    "qwen2": (_decoder("Qwen2", num_key_value_heads=2), _text, 1.0),
+    "qwen3": (_decoder("Qwen3", num_key_value_heads=2, head_dim=12), _text, 1.0),
+    "gemma3": (gemma3, _text, 1.0),
+    "phi": (_decoder("Phi"), _text, 1.0),
+    "phi3": (_decoder("Phi3", pad_token_id=0), _text, 1.0),
+    "mixtral": (_decoder("Mixtral", num_key_value_heads=2, num_local_experts=4), _text, 0.1304),
+    "qwen3_moe": (_decoder("Qwen3Moe", num_experts=4, head_dim=12, **_EXPERTS), _text, 0.273),
+    "deit": (_vision("DeiT", "DeiTForImageClassification"), _images, 1.0),
+    "swin": (hf_swin, lambda: _images(56), 1.0),
+    "dinov2": (_vision("Dinov2", "Dinov2ForImageClassification", mlp_ratio=2), _images, 1.0),
+    "clip": (lambda: two_towers("CLIP"), _pairs, 1.0),
+    "siglip": (lambda: two_towers("Siglip"), _pairs, 1.0),
+    "whisper": (whisper_whole, _speech, 1.0),
+    "t5": (t5, _translation, 1.0),
+}
+
+
+def make_family(name: str) -> tuple[nn.Module, Any]:
+    """A model of ``FAMILIES`` with fixed random weights, and calibration data for it."""
+    build, data, _ = FAMILIES[name]
+    torch.manual_seed(0)
+    return build(), data()
+
+
 def make(name: str) -> tuple[nn.Module, torch.Tensor]:
     """A model with fixed random weights, and calibration data for it."""
     build, data, _, _ = ARCHITECTURES[name]
@@ -183,10 +297,13 @@ def make(name: str) -> tuple[nn.Module, torch.Tensor]:
     return build(), data()
 
 
-def output(model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+def output(model: nn.Module, inputs: Any) -> torch.Tensor:
     """Logits, or the hidden states of a headless model."""
     with torch.no_grad():
-        result = model(inputs)
+        result = model(**inputs) if isinstance(inputs, dict) else model(inputs)
     if isinstance(result, torch.Tensor):
         return result
-    return result.logits if "logits" in result else result.last_hidden_state
+    for name in ("logits", "logits_per_image", "last_hidden_state"):
+        if name in result:
+            return result[name]
+    raise KeyError(f"no output known among {list(result)}")

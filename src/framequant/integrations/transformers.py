@@ -3,25 +3,30 @@
 ``AutoModelForCausalLM.from_pretrained(directory)`` finds ``quant_method: framequant`` in ``config.json``, asks
 ``FrameQuantHfQuantizer`` to swap the linears of the empty model for ``FrameLinear`` and then loads tensors by
 name, as for any model. Files are checked against the specs before that, since transformers only warns about
-tensors that are missing.
+tensors that are missing. With ``quantization_config=FrameQuantConfig(…)`` on a float model the weights are loaded
+first and quantized afterwards, without data (``model/data_free.py``).
 """
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers import auto as _registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from framequant import checkpoint
 from framequant.checkpoint import QUANT_METHOD, QuantizationEntry
+from framequant.config import FrameQuantConfig
 from framequant.errors import CheckpointError, ConfigError
 from framequant.layers import FrameLinear
+from framequant.pretrained import read_report
 
 MINIMUM_VERSION = (5, 17)
 MAXIMUM_MAJOR = 5
@@ -61,10 +66,24 @@ class FrameQuantHfConfig(QuantizationConfigMixin):
 
 
 class FrameQuantHfQuantizer(HfQuantizer):
-    """Prepares an empty transformers model for the tensors of a framequant checkpoint."""
+    """Prepares an empty transformers model for a framequant checkpoint, or quantizes a float one when loaded.
 
-    requires_calibration = True
-    quantization_config: FrameQuantHfConfig
+    Args:
+        quantization_config: what the checkpoint says, or the ``FrameQuantConfig`` that a float model was loaded
+            with.
+        pre_quantized: whether the weights on disk are quantized.
+    """
+
+    requires_calibration = False
+    quantization_config: FrameQuantHfConfig | FrameQuantConfig
+
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized and not isinstance(quantization_config, FrameQuantConfig):
+            raise ConfigError(
+                "a float model is quantized with quantization_config=framequant.FrameQuantConfig(…), "
+                f"not with {type(quantization_config).__name__}."
+            )
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Check the version of transformers."""
@@ -73,22 +92,39 @@ class FrameQuantHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> nn.Module:
-        entry = self.quantization_config.entry()
+        if not self.pre_quantized:
+            return model
+        entry = fit_names(self.quantization_config.entry(), model)
         if checkpoint_files:
-            checkpoint.check_header(entry, checkpoint.read_header([Path(name) for name in checkpoint_files]))
+            stored = self.quantization_config.entry()
+            checkpoint.check_header(stored, checkpoint.read_header([Path(name) for name in checkpoint_files]))
         checkpoint.install_linears(model, entry)
+        guards = {f"{re.escape(name)}$" for name in checkpoint.guard(entry.linears)}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *guards}
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self.pre_quantized:
+            return quantize_loaded_(model, self.quantization_config)
         for name, module in model.named_modules():
             if isinstance(module, FrameLinear):
                 for part, tensor in module.tensors.items():
                     if tensor.is_meta and not hasattr(module, "_hf_hook"):
                         raise CheckpointError(f"{name}.{part} was not loaded.")
+        source = Path(str(getattr(model.config, "name_or_path", "")))
+        if (source / checkpoint.REPORT_NAME).is_file():
+            model.framequant_report = read_report(source)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return dequantize_(model, dtype)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """The model's tensors and the guard against readers that do not know us, for ``save_pretrained``."""
+        names = {name: module.spec for name, module in model.named_modules() if isinstance(module, FrameLinear)}
+        if any(tensor.is_meta for tensor in model.state_dict().values()):
+            return None, {}  # Offloaded: transformers gathers the tensors itself.
+        return {**model.state_dict(), **checkpoint.guard(names)}, {}
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Quantized models save what they hold."""
@@ -100,9 +136,66 @@ class FrameQuantHfQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """Norms and biases are parameters beside the codes; ``Trainer`` evaluates no model that denies this."""
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         """The reference product is plain torch."""
         return True
+
+
+def fit_names(entry: QuantizationEntry, model: nn.Module) -> QuantizationEntry:
+    """The entry for a model with or without a head: ``AutoModel`` of a language model's checkpoint, or the reverse."""
+    names = dict(model.named_modules())
+    if all(name in names for name in entry.linears):
+        return entry
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    inner = {name.removeprefix(prefix): spec for name, spec in entry.linears.items() if name.startswith(prefix)}
+    if inner and all(name in names for name in inner):
+        return replace(entry, linears=inner)
+    outer = {prefix + name: spec for name, spec in entry.linears.items()}
+    return replace(entry, linears=outer) if all(name in names for name in outer) else entry
+
+
+def quantize_loaded_(model: nn.Module, config: FrameQuantConfig) -> nn.Module:
+    """Quantize a float transformers model in place without data, as far as ``from_pretrained`` goes.
+
+    Raises:
+        ConfigError: the model is spread over devices.
+    """
+    from framequant.model.data_free import quantize_without_data_
+
+    if any(tensor.is_meta for tensor in model.parameters()) or len(_devices(model)) > 1:
+        raise ConfigError(
+            "a float model is quantized on one device. Load it with device_map={'': 'cpu'}, save it, and load the "
+            "quantized model with the device_map that you want."
+        )
+    report = quantize_without_data_(model, config, probe_inputs(model))
+    linears = {name: module.spec for name, module in model.named_modules() if isinstance(module, FrameLinear)}
+    attach(model, checkpoint.quantization_dict(FrameQuantConfig.from_dict(report.config), linears))
+    return model
+
+
+def _devices(model: nn.Module) -> set[str]:
+    return {str(tensor.device) for tensor in model.parameters()}
+
+
+def probe_inputs(model: nn.Module) -> dict[str, Tensor] | None:
+    """Inputs of the right shape to run a model once, or None where they cannot be told from its config."""
+    config, device = model.config, next(model.parameters()).device
+    kind = getattr(model, "main_input_name", "")
+    if kind == "input_ids":
+        ids = torch.zeros(1, 8, dtype=torch.long, device=device)
+        both = {"input_ids": ids, "decoder_input_ids": ids}
+        return both if getattr(config, "is_encoder_decoder", False) else {"input_ids": ids}
+    size = getattr(config, "image_size", None)
+    if kind == "pixel_values" and size is not None:
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.zeros(1, channels, height, width, device=device, dtype=model.dtype)}
+    return None
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

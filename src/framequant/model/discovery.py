@@ -42,6 +42,21 @@ def linears(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module.named_modules() if is_linear(child)}
 
 
+def stacked_weights(module: nn.Module) -> dict[str, int]:
+    """Matrices that a module holds stacked in three-dimensional parameters, as fused experts do: no linears.
+
+    Returns:
+        Number of weights by the parameter's qualified name; convolutions are not among them.
+    """
+    return {
+        f"{name}.{key}".lstrip("."): parameter.numel()
+        for name, owner in module.named_modules()
+        if type(owner).__module__ != nn.Conv1d.__module__
+        for key, parameter in owner.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape) > 1
+    }
+
+
 def find_blocks(model: nn.Module) -> dict[str, list[str]]:
     """Find the chains of repeated blocks.
 

@@ -108,7 +108,7 @@ class QuantizationReport:
 
     @property
     def coverage(self) -> float:
-        """Share of the weights of the model's linears, outside embeddings and heads, that is quantized."""
+        """Share of the weights of the blocks' linears and fused experts that is quantized."""
         weights = sum(entry.num_weights for entry in self.linears)
         return weights / max(self.model.get("block_linear_weights", weights), weights, 1)
 

@@ -267,12 +267,19 @@ class _Walk:
         prefixes = tuple(f"{block}." for names in chains.values() for block in names)
         inside = {n: m for n, m in discovery.linears(self.model).items() if n.startswith(prefixes)}
         self.block_linears = set(inside)
+        self.stacked = {
+            f"{block}.{name}": count
+            for names in chains.values()
+            for block in names
+            for name, count in discovery.stacked_weights(self.model.get_submodule(block)).items()
+        }
         self.report.model = {
             "class": type(self.model).__name__,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "blocks": sum(len(names) for names in chains.values()),
             "chains": list(chains),
-            "block_linear_weights": sum(module.weight.numel() for module in inside.values()),
+            "block_linear_weights": sum(module.weight.numel() for module in inside.values())
+            + sum(self.stacked.values()),
         }
 
     def _quantize_block(
@@ -366,6 +373,8 @@ class _Walk:
                 "no linear writes straight to a residual stream (a norm or a scale may lie between), so the "
                 "stream's deviation is not corrected."
             )
+        for name in self.stacked:
+            report.skipped[name] = "matrices stacked in one parameter (fused experts) are no linears"
         if report.coverage < 0.95:
             report.warnings.append(
                 f"only {report.coverage:.1%} of the weights of the blocks' linears are quantized."
