@@ -23,7 +23,9 @@ if TYPE_CHECKING:
         ModelSourceError,
         NumericalError,
     )
+    from framequant.integrations.hub import push_to_hub
     from framequant.layers import FrameLinear
+    from framequant.model.fake_quant import bake_fake_quant_, prepare_fake_quant_
     from framequant.model.report import QuantizationReport
     from framequant.model.tune import tune_
     from framequant.model.tune_config import TuneConfig, TuningReport
@@ -48,8 +50,11 @@ _HOMES = {
     "QuantizationReport": "model.report",
     "TuneConfig": "model.tune_config",
     "TuningReport": "model.tune_config",
+    "bake_fake_quant_": "model.fake_quant",
     "load": "pretrained",
+    "prepare_fake_quant_": "model.fake_quant",
     "preset": "config",
+    "push_to_hub": "integrations.hub",
     "quantize_": "model.walk",
     "save_pretrained": "pretrained",
     "tune_": "model.tune",
@@ -71,8 +76,11 @@ __all__ = [
     "QuantizationReport",
     "TuneConfig",
     "TuningReport",
+    "bake_fake_quant_",
     "load",
+    "prepare_fake_quant_",
     "preset",
+    "push_to_hub",
     "quantize_",
     "save_pretrained",
     "tune_",

@@ -24,6 +24,7 @@ def save_pretrained(
     source: str | None = None,
     tokenizer: Any = None,
     model_args: dict[str, Any] | None = None,
+    name: str | None = None,
     max_shard_bytes: int = checkpoint.MAX_SHARD_BYTES,
 ) -> Path:
     """Write a quantized model to a directory.
@@ -38,6 +39,7 @@ def save_pretrained(
         source: name of the float model, for the model card.
         tokenizer: anything with ``save_pretrained``: a tokenizer, an image processor.
         model_args: arguments that rebuild a timm model, where timm does not know them itself.
+        name: under which others will load it, for the model card: the hub's name. The directory's if not given.
         max_shard_bytes: a new file is begun when one would grow beyond this.
 
     Returns:
@@ -65,7 +67,8 @@ def save_pretrained(
         checkpoint.write_tensors(tensors, partial, max_shard_bytes)
         if report is not None:
             checkpoint.write_json(report.to_dict(), partial / checkpoint.REPORT_NAME)
-            (partial / "README.md").write_text(model_card(report, source, _library(model)), encoding="utf-8")
+            card = model_card(report, source, _library(model), name)
+            (partial / "README.md").write_text(card, encoding="utf-8")
     return Path(directory)
 
 

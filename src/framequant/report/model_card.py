@@ -8,8 +8,8 @@ from framequant.model.report import QuantizationReport
 
 _LOADING = {
     "transformers": (
-        "import framequant\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH")   # or framequant.load("PATH")'
+        "import framequant\nfrom transformers import CLASS\n\n"
+        'model = CLASS.from_pretrained("PATH")   # import framequant first: it registers the format'
     ),
     "timm": 'import framequant\n\nmodel = framequant.load("PATH")   # a timm model',
     "torch": 'import framequant\n\nmodel = framequant.load("PATH", model=YourModel())',
@@ -23,13 +23,21 @@ def _tuning(tuning: dict[str, Any]) -> str:
     )
 
 
-def model_card(report: QuantizationReport, source: str | None, library: str) -> str:
+def _loading(report: QuantizationReport, library: str, name: str | None) -> str:
+    code = _LOADING[library].replace("CLASS", str(report.model.get("class", "AutoModel")))
+    return code.replace("PATH", name or "PATH")
+
+
+def model_card(
+    report: QuantizationReport, source: str | None, library: str, name: str | None = None
+) -> str:
     """Return the text of the card.
 
     Args:
         report: of the run.
         source: name of the float model, or None.
         library: "transformers", "timm" or "torch": how it is loaded.
+        name: under which others load it, a name on the hub.
     """
     weights = sum(entry.num_weights for entry in report.linears)
     size = sum(sum(entry.bytes.values()) for entry in report.linears)
@@ -60,7 +68,7 @@ def model_card(report: QuantizationReport, source: str | None, library: str) -> 
         f"| made with | {versions} |",
         "",
         "```python",
-        _LOADING[library],
+        _loading(report, library, name),
         "```",
         "",
         "Settings and every linear's figures are in `framequant_report.json`.",
