@@ -21,7 +21,8 @@ EXAMPLES = (
     "framequant evaluate smol-2bit --perplexity wiki.test.txt --sequence-length 1024\n\n"
     "framequant evaluate smol-2bit --kl-to smollm2 wiki.test.txt --limit 16\n\n"
     "framequant evaluate deit-2bit --imagenet imagenet/val --json\n\n"
-    "framequant evaluate minilm-2bit --sts stsb-test.csv"
+    "framequant evaluate minilm-2bit --sts stsb-test.csv\n\n"
+    "framequant evaluate smol-2bit --tasks piqa,lambada --task-data shared/data/tasks --limit 200"
 )
 
 
@@ -48,6 +49,14 @@ def run(
             metavar="MODEL TEXT", help="Float model, and text file or image folder, for the divergence."
         ),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Zero-shot tasks of lm-eval, by comma; needs the eval extra."),
+    ] = None,
+    task_data: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder of NAME.jsonl files that --tasks reads instead of the hub."),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many windows, images or pairs.")
     ] = None,
@@ -59,10 +68,12 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Measure MODEL: perplexity, top-1 and top-5 on images, ranking of sentence pairs, divergence from a model."""
-    if perplexity is None and imagenet is None and sts is None and kl_to is None:
+    if perplexity is None and imagenet is None and sts is None and kl_to is None and tasks is None:
         raise ConfigError(
-            "nothing to measure: give --perplexity TEXT, --imagenet FOLDER, --sts CSV or --kl-to MODEL TEXT."
+            "nothing to measure: give --perplexity TEXT, --imagenet FOLDER, --sts CSV, --kl-to MODEL TEXT or "
+            "--tasks NAMES."
         )
+    _check_tasks(tasks, task_data)
     from framequant.evaluation.sentences import read_pairs
 
     reporter = Reporter(as_json)
@@ -81,6 +92,8 @@ def run(
     if pairs is not None:
         result = _similarity(opened, pairs.head(limit), sequence_length, batch_size, reporter)
         results["sts"] = {"table": str(sts), **result}
+    if tasks is not None:
+        results["tasks"] = _tasks(opened, tasks, task_data, limit, batch_size, reporter)
     if kl_to is not None:
         reference = _open(kl_to[0], dtype, place, reporter)
         result = _divergence(opened, reference, kl_to[1], kl_data, sequence_length, limit, reporter)
@@ -153,6 +166,34 @@ def _similarity(
         return sentences.sentence_similarity(opened.model, tokenizer, pairs, length, size, update).to_dict()
 
 
+def _check_tasks(tasks: str | None, folder: Path | None) -> None:
+    """Refuse before a model is loaded: no lm-eval, or a folder that does not exist."""
+    from framequant.evaluation.tasks import require_lm_eval
+
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--task-data {folder} is no folder.")
+    if tasks is not None:
+        require_lm_eval()
+
+
+def _tasks(
+    opened: OpenedModel,
+    tasks: str,
+    folder: Path | None,
+    limit: int | None,
+    batch_size: int | None,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    from framequant.evaluation.tasks import evaluate_tasks
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    tokenizer = opened.require_tokenizer()
+    with reporter.stage(f"tasks {', '.join(names)}"):
+        return evaluate_tasks(
+            opened.model, tokenizer, names, folder=folder, limit=limit, batch_size=batch_size or 8
+        )
+
+
 def _num_classes(opened: OpenedModel) -> int:
     config = getattr(opened.model, "config", None)
     number = getattr(opened.model, "num_classes", None) or getattr(config, "num_labels", None)
@@ -205,6 +246,9 @@ def describe(results: dict[str, Any]) -> dict[str, str]:
         rows["between"] = (
             f"cosines and the scores of {value['pairs']} pairs of {value['table']} ({seconds(value['seconds'])})"
         )
+    for name, value in results.get("tasks", {}).items():
+        metrics = [key for key in value if f"{key}_stderr" in value]
+        rows[name] = ", ".join(f"{key} {value[key]:.4g} ± {value[f'{key}_stderr']:.2g}" for key in metrics)
     if "kl" in results:
         value = results["kl"]
         rows["KL to float"] = f"{value['kl']:.4g} ± {value['standard_error']:.2g} nats per position"

@@ -1,0 +1,264 @@
+"""vLLM: an out-of-tree plugin that serves framequant checkpoints of language models.
+
+vLLM calls ``register`` in every one of its processes (entry point ``vllm.general_plugins``); it adds a quantization
+config named ``framequant``, so that ``vllm serve DIR`` needs no flag. What vLLM fuses, q/k/v and gate/up, stays
+apart in the file; the fused layer here holds one *part* for each and transforms their common input once where
+their input frames are equal. Codes never become a dense weight.
+
+Tensor parallelism is refused: a frame mixes all features of its side, so a shard's rows or columns of W are no rows
+or columns of D. ``docs/ecosystem.md`` has the plan (frame blocks local to a shard). Pipeline and data parallelism
+divide nothing inside a linear.
+
+The classes are made against vLLM's documented interface (``QuantizationConfig``, ``LinearMethodBase``); the tests
+run them against stand-ins of it, since vLLM's wheel is too large for the test machine. vLLM itself has not been run
+with this module.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from framequant import checkpoint, storage
+from framequant.checkpoint import QUANT_METHOD, QuantizationEntry
+from framequant.errors import CheckpointError, ConfigError
+from framequant.kernels import reference
+from framequant.layers import FrameLinear
+from framequant.spec import LinearSpec
+
+#: Fused modules of vLLM's models and the checkpoint's names of their parts, where a model does not say itself.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def part_names(prefix: str, linears: dict[str, LinearSpec], fused: dict[str, Any] | None = None) -> list[str]:
+    """Names in the checkpoint of what a layer of vLLM is made of.
+
+    Args:
+        prefix: the layer's name in vLLM.
+        linears: the quantized linears of the checkpoint.
+        fused: ``packed_modules_mapping`` of the model; ``FUSED`` where it is empty.
+
+    Returns:
+        One name, or those of a fused layer in order; none where the layer is not quantized.
+
+    Raises:
+        CheckpointError: some parts of a fused layer are quantized and others are not.
+    """
+    if prefix in linears:
+        return [prefix]
+    parent, _, last = prefix.rpartition(".")
+    names = [f"{parent}.{part}" if parent else part for part in ({**FUSED, **(fused or {})}).get(last, ())]
+    found = [name for name in names if name in linears]
+    if found and len(found) < len(names):
+        missing = sorted(set(names) - set(found))
+        raise CheckpointError(
+            f"{prefix}: {', '.join(found)} are quantized, but {', '.join(missing)} are not, and vLLM fuses them. "
+            "Quantize all of them or ignore all of them."
+        )
+    return found
+
+
+class FusedParts(nn.Module):
+    """The quantized linears that one layer of vLLM stands for; their outputs lie side by side."""
+
+    def __init__(self, specs: dict[str, LinearSpec]) -> None:
+        super().__init__()
+        self.names = list(specs)
+        self.parts = nn.ModuleList(FrameLinear(spec) for spec in specs.values())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Apply all parts; parts with equal input frames share one transform of the input."""
+        transformed: dict[Any, Tensor] = {}
+        outputs = []
+        for part in self.parts:
+            frame_in, frame_out = part.frames
+            if part.spec.frame_in not in transformed:
+                transformed[part.spec.frame_in] = reference.analysis(frame_in, inputs)
+            products = reference.product(transformed[part.spec.frame_in], part.spec, part.tensors)
+            outputs.append(reference.synthesis(frame_out, products))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+
+#: vLLM names the shard of a fused layer that a loaded tensor belongs to by letter or by number.
+_SHARDS = {"q": 0, "k": 1, "v": 2}
+
+
+def shard_number(shard: Any) -> int:
+    """Position of a part in its fused layer: "q", "k", "v", a number, or None for a layer that is not fused.
+
+    Raises:
+        CheckpointError: another name.
+    """
+    if shard is None:
+        return 0
+    number = _SHARDS.get(shard, shard)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise CheckpointError(f"vLLM names an unknown shard {shard!r} of a fused layer.")
+    return number
+
+
+def make_classes(interface: Any) -> tuple[type, type]:
+    """The quantization config and the linear method, as classes of vLLM's.
+
+    Args:
+        interface: what holds vLLM's ``QuantizationConfig``, ``LinearMethodBase`` and ``LinearBase``.
+
+    Returns:
+        The config class, to be registered, and the linear method.
+    """
+
+    class FrameQuantLinearMethod(interface.LinearMethodBase):  # type: ignore[misc, name-defined]
+        """Holds the packed tensors of a layer's parts and multiplies with them."""
+
+        def __init__(self, specs: dict[str, LinearSpec]) -> None:
+            self.specs = specs
+
+        def create_weights(
+            self,
+            layer: nn.Module,
+            input_size_per_partition: int,
+            output_partition_sizes: list[int],
+            input_size: int,
+            output_size: int,
+            params_dtype: torch.dtype,
+            **extra: Any,
+        ) -> None:
+            """Register one parameter per stored tensor name; its loader fills the part that vLLM names."""
+            check_partition(self.specs, input_size_per_partition, output_partition_sizes, input_size)
+            layer.framequant = FusedParts(self.specs)
+            names = {part for spec in self.specs.values() for part in storage.layout(spec)}
+            for name in sorted(names):
+                placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
+                placeholder.weight_loader = _loader(layer.framequant, name)
+                layer.register_parameter(name, placeholder)
+            layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+            layer.weight.weight_loader = _pass_over_guard
+
+        def process_weights_after_loading(self, layer: nn.Module) -> None:
+            """Check that every stored tensor came, and drop the placeholders."""
+            for name, part in zip(layer.framequant.names, layer.framequant.parts, strict=True):
+                missing = sorted(set(part.tensors) - getattr(part, "_loaded", set()))
+                if missing:
+                    raise CheckpointError(f"{name}.{missing[0]} is missing from the checkpoint.")
+            for name in [key for key, _ in layer.named_parameters(recurse=False) if key != "bias"]:
+                delattr(layer, name)
+
+        def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+            """``y = T_outᵀ D̃ T_in x + b`` for every part."""
+            outputs = layer.framequant(x)
+            return outputs if bias is None else outputs + bias
+
+    class FrameQuantVllmConfig(interface.QuantizationConfig):  # type: ignore[misc, name-defined]
+        """``quantization_config`` of a checkpoint, as vLLM carries it."""
+
+        def __init__(self, entry: QuantizationEntry) -> None:
+            super().__init__()
+            self.entry = entry
+
+        @classmethod
+        def get_name(cls) -> str:
+            """The name under which checkpoints ask for it."""
+            return QUANT_METHOD
+
+        @classmethod
+        def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+            """Activations may be of any float dtype."""
+            return [torch.bfloat16, torch.float16, torch.float32]
+
+        @classmethod
+        def get_min_capability(cls) -> int:
+            """Plain torch runs on every GPU that vLLM supports."""
+            return 70
+
+        @staticmethod
+        def get_config_filenames() -> list[str]:
+            """Everything is in ``config.json``."""
+            return []
+
+        @classmethod
+        def from_config(cls, config: dict[str, Any]) -> FrameQuantVllmConfig:
+            """Parse ``quantization_config``."""
+            return cls(checkpoint.parse_quantization({"quant_method": QUANT_METHOD, **config}))
+
+        def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+            """The method of a linear that is quantized; vLLM's own float method for other linears."""
+            if not isinstance(layer, interface.LinearBase):
+                if prefix in self.entry.linears:
+                    raise ConfigError(f"{prefix} is quantized; in vLLM heads and embeddings must stay in float.")
+                return None
+            fused = getattr(self, "packed_modules_mapping", None)
+            names = part_names(prefix, self.entry.linears, fused)
+            if not names:
+                return interface.UnquantizedLinearMethod()
+            return FrameQuantLinearMethod({name: self.entry.linears[name] for name in names})
+
+    return FrameQuantVllmConfig, FrameQuantLinearMethod
+
+
+def check_partition(
+    specs: dict[str, LinearSpec], input_size_per_partition: int, output_sizes: list[int], input_size: int
+) -> None:
+    """Check that a layer's shapes are its parts', undivided.
+
+    Raises:
+        ConfigError: the layer is divided among ranks.
+        CheckpointError: the shapes differ.
+    """
+    first = next(iter(specs))
+    if input_size_per_partition != input_size or sum(output_sizes) < sum(s.out_features for s in specs.values()):
+        raise ConfigError(
+            f"{first}: tensor parallelism needs frame blocks that are local to a shard, which this checkpoint does "
+            "not have. Use --tensor-parallel-size 1; pipeline and data parallelism work."
+        )
+    shapes = [(spec.in_features, spec.out_features) for spec in specs.values()]
+    if shapes != [(input_size, size) for size in output_sizes]:
+        raise CheckpointError(f"{first}: the checkpoint has {shapes}, vLLM {input_size} × {output_sizes}.")
+
+
+def _loader(parts: FusedParts, name: str) -> Any:
+    """vLLM's ``weight_loader`` of one stored tensor: put it into the part that the shard names."""
+
+    def load(parameter: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
+        number = shard_number(shard)
+        part, owner = parts.parts[number], parts.names[number]
+        expected = part.tensors.get(name)
+        if expected is None or expected.shape != loaded.shape or expected.dtype != loaded.dtype:
+            raise CheckpointError(f"{owner}.{name}: {loaded.dtype} {tuple(loaded.shape)} does not fit its scheme.")
+        expected.copy_(loaded)
+        part._loaded = getattr(part, "_loaded", set()) | {name}
+
+    return load
+
+
+def _pass_over_guard(parameter: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
+    """Take the empty tensor that guards against readers that do not know us; refuse a dense weight.
+
+    Raises:
+        CheckpointError: the checkpoint has a dense weight where a quantized one belongs.
+    """
+    if not checkpoint.is_guard("weight", tuple(loaded.shape)):
+        raise CheckpointError(f"a quantized linear came with a dense weight of shape {tuple(loaded.shape)}.")
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``: make vLLM know framequant; harmless when repeated."""
+    from types import SimpleNamespace
+
+    from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+    from vllm.model_executor.layers.quantization import (
+        QUANTIZATION_METHODS,
+        register_quantization_config,
+    )
+    from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+
+    if QUANT_METHOD in QUANTIZATION_METHODS:
+        return
+    interface = SimpleNamespace(
+        LinearBase=LinearBase,
+        LinearMethodBase=LinearMethodBase,
+        UnquantizedLinearMethod=UnquantizedLinearMethod,
+        QuantizationConfig=QuantizationConfig,
+    )
+    register_quantization_config(QUANT_METHOD)(make_classes(interface)[0])
