@@ -1,7 +1,8 @@
 """Linear algebra of frames: Parseval analysis operators, which exist, how they are built and applied.
 
 ``choose_frame`` turns a redundancy into a spec, ``build_frame`` turns a spec into an operator: the identity,
-a randomized Hadamard transform, or a tight fusion frame after one, with the conventions of ``operator``.
+a randomized Hadamard transform, a tight fusion frame after one, or a harmonic frame, with the conventions of
+``operator``. Unit-norm tight frames as Sigma-Delta quantization has them are in ``harmonic`` and ``unit_norm``.
 
 No quantization and no ``nn.Module`` in this package; of ours it imports nothing but ``errors``.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 from framequant.frames.choose import choose_frame
 from framequant.frames.fusion_frame import FusionFrame
 from framequant.frames.hadamard import RandomizedHadamard
+from framequant.frames.harmonic import HarmonicFrame, HarmonicStage, frame_size
 from framequant.frames.operator import FrameKind, FrameOperator, FrameSpec, LinearStage, check_last_axis
 from framequant.frames.signs import derive_seed, random_signs
 from framequant.frames.spectral_tetris import tight_fusion_frame_exists
@@ -25,10 +27,12 @@ __all__ = [
     "FrameOperator",
     "FrameSpec",
     "FusionFrame",
+    "HarmonicFrame",
     "RandomizedHadamard",
     "build_frame",
     "choose_frame",
     "derive_seed",
+    "frame_size",
     "random_signs",
     "tight_fusion_frame_exists",
 ]
@@ -109,6 +113,8 @@ def build_frame(spec: FrameSpec) -> FrameOperator:
             of these sizes is too large to build.
     """
     stages: list[LinearStage] = []
+    if spec.kind is FrameKind.HARMONIC:
+        return ComposedFrame(spec, (HarmonicStage(spec.dim, spec.num_subspaces, spec.dual_order),))
     if spec.kind is FrameKind.FUSION:
         # The fusion frame first: its refusals come before anything is allocated.
         stages.append(FusionFrame(spec.dim, spec.num_subspaces, spec.subspace_dim))
