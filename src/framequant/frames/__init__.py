@@ -14,15 +14,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from framequant.frames.choose import choose_frame
+from framequant.frames.dual_stage import DualStage
 from framequant.frames.fusion_frame import FusionFrame
 from framequant.frames.hadamard import RandomizedHadamard
-from framequant.frames.harmonic import HarmonicFrame, HarmonicStage, frame_size
+from framequant.frames.harmonic import HarmonicFrame, frame_size
 from framequant.frames.operator import FrameKind, FrameOperator, FrameSpec, LinearStage, check_last_axis
 from framequant.frames.signs import derive_seed, random_signs
 from framequant.frames.spectral_tetris import tight_fusion_frame_exists
 
 __all__ = [
     "ComposedFrame",
+    "DualStage",
     "FrameKind",
     "FrameOperator",
     "FrameSpec",
@@ -114,7 +116,7 @@ def build_frame(spec: FrameSpec) -> FrameOperator:
     """
     stages: list[LinearStage] = []
     if spec.kind is FrameKind.HARMONIC:
-        return ComposedFrame(spec, (HarmonicStage(spec.dim, spec.num_subspaces, spec.dual_order),))
+        return ComposedFrame(spec, (DualStage(HarmonicFrame(spec.dim, spec.num_subspaces), spec.dual_order),))
     if spec.kind is FrameKind.FUSION:
         # The fusion frame first: its refusals come before anything is allocated.
         stages.append(FusionFrame(spec.dim, spec.num_subspaces, spec.subspace_dim))

@@ -4,9 +4,7 @@
 before them (k then ends at (d - 1)/2). The N vectors have norm one, ``E^T E = (N/d) I``, and for even d they add up
 to zero. Consecutive vectors are close, which is what Sigma-Delta quantization lives from.
 
-Two classes: ``HarmonicFrame`` in unit-norm scaling, as the mathematics of Sigma-Delta has it, and
-``HarmonicStage`` in the scaling of ``operator`` (``T = sqrt(d/N) E``, ``T^T T = I``), with a choice of the dual that
-synthesises. Imports no module of ours but ``duals``, ``operator``, ``spectral_tetris`` (roots of unity) and ``errors``.
+Imports no module of ours but ``operator``, ``spectral_tetris`` (roots of unity) and ``errors``.
 
 References:
     Goyal, Vetterli, Thao, "Quantized overcomplete expansions in R^N", IEEE Trans. Inf. Theory 44, 1998.
@@ -23,12 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from framequant.errors import FrameError
-from framequant.frames.duals import sobolev_dual
-from framequant.frames.operator import MAX_COEFFICIENTS, MAX_DENSE_ENTRIES, Constants, check_last_axis
+from framequant.frames.operator import MAX_COEFFICIENTS, MAX_DENSE_ENTRIES, check_last_axis
 from framequant.frames.spectral_tetris import roots_of_unity
-
-MAX_DUAL_ORDER = 3
-
 
 def smallest_size(dim: int) -> int:
     """Return the least N of a harmonic frame of R^dim: d for odd d, d + 1 for even d.
@@ -205,69 +199,3 @@ class HarmonicFrame:
 
     def __repr__(self) -> str:
         return f"HarmonicFrame(dim={self.dim}, size={self.size})"
-
-
-class HarmonicStage:
-    """A harmonic frame in Parseval scaling, as a stage of a frame operator, with a choice of dual.
-
-    ``synthesis`` is what decodes codes: the dual L times ``sqrt(N/d)``. With the canonical dual that is ``T^T``
-    for ``T = sqrt(d/N) E``, and the stage is Parseval. With a Sobolev dual of order ρ it is a left inverse of T
-    but not its adjoint. ``analysis`` is always the adjoint of ``synthesis``: what a product in the frame applies to
-    activations, ``(c L) · x = c · (L^T x)``.
-
-    Attributes:
-        dim: d.
-        num_coefficients: N.
-        dual_order: 0 for the canonical dual, else the order of the Sobolev dual.
-    """
-
-    def __init__(self, dim: int, size: int, dual_order: int = 0) -> None:
-        """Describe the stage; a Sobolev dual is computed on first use.
-
-        Args:
-            dim: d.
-            size: N.
-            dual_order: 0 … 3.
-
-        Raises:
-            FrameError: no such frame exists.
-        """
-        self.frame = HarmonicFrame(dim, size)
-        self.dim, self.num_coefficients, self.dual_order = dim, size, dual_order
-        self._constants: Constants | None = None
-
-    @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds per vector, in one direction: about 2 N log2 N for the FFT, N d for a dense dual."""
-        size = self.num_coefficients
-        return size * self.dim if self.dual_order else 2 * size * max(size.bit_length(), 1)
-
-    def analysis(self, x: Float[Tensor, "... dim"]) -> Float[Tensor, "... size"]:
-        """Apply the adjoint of ``synthesis`` to the last axis, in the dtype of ``x``."""
-        check_last_axis(x, self.dim, "analysis")
-        if self.dual_order:
-            return x @ self._dual(x)
-        return self.frame.analysis(x) * math.sqrt(self.dim / self.num_coefficients)
-
-    def synthesis(self, coefficients: Float[Tensor, "... size"]) -> Float[Tensor, "... dim"]:
-        """Apply ``sqrt(N/d) L`` to the last axis: decode codes into the vector they stand for."""
-        check_last_axis(coefficients, self.num_coefficients, "synthesis")
-        if self.dual_order:
-            return coefficients @ self._dual(coefficients).mT
-        return self.frame.adjoint(coefficients) * math.sqrt(self.dim / self.num_coefficients)
-
-    def as_matrix(
-        self, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
-    ) -> Float[Tensor, "size dim"]:
-        """Return the matrix of ``analysis``."""
-        if self.dual_order:
-            matrix = self._dual(torch.empty(0, dtype=torch.float64)).mT
-        else:
-            matrix = self.frame.as_matrix() * math.sqrt(self.dim / self.num_coefficients)
-        return matrix.to(dtype=dtype, device=device)
-
-    def _dual(self, like: Tensor) -> Float[Tensor, "dim size"]:
-        if self._constants is None:
-            dual = sobolev_dual(self.frame.as_matrix(), self.dual_order)
-            self._constants = Constants(dual=dual * math.sqrt(self.num_coefficients / self.dim))
-        return self._constants.like(like)["dual"]
