@@ -1,4 +1,4 @@
-"""The Sigma-Delta code: what its integers mean and which tensors hold them.
+"""The Sigma-Delta code: what its integers mean, which tensors hold them, and the vocabulary of its settings.
 
 The alphabet is midrise: code c of ``num_levels = 2K`` stands for ``(c - K + 1/2) δ``, so that one-bit codes mean ±δ/2.
 Each vector (a row or a column of the weight) has one step δ. What is stored is ``sqrt(d/N) δ``, the step of the
@@ -16,6 +16,7 @@ Imports torch, ``packing`` and our errors only.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -39,6 +40,21 @@ class Vectors(StrEnum):
 
     ROWS = "rows"
     COLUMNS = "columns"
+
+
+class Step(StrEnum):
+    """How the step δ of a vector is found."""
+
+    STABLE = "stable"  # the least δ with |c_n| <= (K - (2^ρ - 1)/2) δ for all n: no state leaves ±δ/2
+    NORM = "norm"  # the same from |c_n| <= ‖x‖, before any coefficient is known: the paper's assumption
+    MSE = "mse"  # the share of the stable step with the least measured error; overloads are allowed, and counted
+
+
+class Dual(StrEnum):
+    """Which dual frame decodes."""
+
+    CANONICAL = "canonical"
+    SOBOLEV = "sobolev"  # of the order of the recursion
 
 
 def check_levels(levels: object, order: int) -> None:
@@ -67,6 +83,36 @@ def check_levels(levels: object, order: int) -> None:
             f"order {order} is unstable with {levels} levels: it needs at least {2**order}. Use levels = {2**order}, "
             f"or order = {levels.bit_length() - 1} with {levels} levels."
         )
+
+
+def parse_step(step: Step | float | str) -> Step | float:
+    """Turn a setting into a ``Step`` or a positive number.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if isinstance(step, int | float) and not isinstance(step, bool):
+        if math.isfinite(step) and step > 0:
+            return float(step)
+        raise ConfigError(f"step = {step!r}: a step given by its value is a positive number.")
+    names = [member.value for member in Step]
+    if str(step) not in names:
+        raise ConfigError(f"step = {step!r}: expected a positive number or a name.{nearest(str(step), names)}")
+    return Step(str(step))
+
+
+def parse_dual(dual: Dual | str, order: int) -> Dual:
+    """Turn a setting into a ``Dual``.
+
+    Raises:
+        ConfigError: there is no such dual, or not for this order.
+    """
+    names = [member.value for member in Dual]
+    if str(dual) not in names:
+        raise ConfigError(f"dual = {dual!r}.{nearest(str(dual), names)}")
+    if order == 0 and Dual(str(dual)) is Dual.SOBOLEV:
+        raise ConfigError("dual = 'sobolev' needs order 1, 2 or 3: memoryless codes have the canonical dual.")
+    return Dual(str(dual))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ No quantization and no ``nn.Module`` in this package; of ours it imports nothing
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -101,6 +103,12 @@ class ComposedFrame:
         return f"ComposedFrame({self.spec})"
 
 
+@functools.lru_cache(maxsize=4)
+def _harmonic_stage(dim: int, size: int, dual_order: int) -> DualStage:
+    """Harmonic frames have no seed: these numbers say all, and a Sobolev dual is worth keeping for the next layer."""
+    return DualStage(HarmonicFrame(dim, size), dual_order)
+
+
 def build_frame(spec: FrameSpec) -> FrameOperator:
     """Build the operator that a spec describes; equal specs give equal operators.
 
@@ -116,7 +124,7 @@ def build_frame(spec: FrameSpec) -> FrameOperator:
     """
     stages: list[LinearStage] = []
     if spec.kind is FrameKind.HARMONIC:
-        return ComposedFrame(spec, (DualStage(HarmonicFrame(spec.dim, spec.num_subspaces), spec.dual_order),))
+        return ComposedFrame(spec, (_harmonic_stage(spec.dim, spec.num_subspaces, spec.dual_order),))
     if spec.kind is FrameKind.FUSION:
         # The fusion frame first: its refusals come before anything is allocated.
         stages.append(FusionFrame(spec.dim, spec.num_subspaces, spec.subspace_dim))

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from enum import StrEnum
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float, Float64, Int32, UInt8
 from torch import Tensor
 
-from framequant.codes.sigma_delta import SCALE_DTYPE, check_levels, code_values
-from framequant.errors import ConfigError, NumericalError, nearest
+from framequant.codes.sigma_delta import SCALE_DTYPE, Dual, Step, check_levels, code_values, parse_dual, parse_step
+from framequant.errors import ConfigError, NumericalError
 from framequant.frames import DualStage
 from framequant.kernels.sigma_delta import Sequences, quantize_sequences
 from framequant.quantizers.flips import flip_codes
@@ -33,21 +32,6 @@ from framequant.quantizers.flips import flip_codes
 CHUNK = {"cpu": 1 << 23, "cuda": 1 << 26}
 #: Shares of the stable step that ``step = "mse"`` tries.
 FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1)
-
-
-class Step(StrEnum):
-    """How the step δ of a vector is found."""
-
-    STABLE = "stable"  # the least δ with |c_n| <= (K - (2^ρ - 1)/2) δ for all n: no state leaves ±δ/2
-    NORM = "norm"  # the same from |c_n| <= ‖x‖, before any coefficient is known: the paper's assumption
-    MSE = "mse"  # the share of the stable step with the least measured error; overloads are allowed, and counted
-
-
-class Dual(StrEnum):
-    """Which dual frame decodes."""
-
-    CANONICAL = "canonical"
-    SOBOLEV = "sobolev"  # of the order of the recursion
 
 
 @dataclass(frozen=True)
@@ -60,6 +44,8 @@ class Expansion:
         overloads: (vectors,) states beyond half a step in the recursion, before the post-pass.
         peaks: (vectors,) largest |u| over δ; at most 1/2 where the recursion was stable.
         energies: (vectors,) Σ (u/δ)².
+        stable_steps: (vectors,) the least δ tried with which no state overloaded, infinite if none was. The error
+            is at most that of this δ, since the best is kept: what a-priori bounds rest on.
         errors: (vectors,) measured ‖x - L q‖ of the codes as they are stored, in units of x.
     """
 
@@ -68,6 +54,7 @@ class Expansion:
     overloads: Int32[Tensor, " vectors"]
     peaks: Float64[Tensor, " vectors"]
     energies: Float64[Tensor, " vectors"]
+    stable_steps: Float64[Tensor, " vectors"]
     errors: Float64[Tensor, " vectors"]
 
     def steps(self, stage: DualStage) -> Float64[Tensor, " vectors"]:
@@ -113,13 +100,7 @@ class SigmaDelta:
     def __post_init__(self) -> None:
         check_levels(self.levels, self.order)
         object.__setattr__(self, "step", parse_step(self.step))
-        if str(self.dual) not in {member.value for member in Dual}:
-            raise ConfigError(f"dual = {self.dual!r}.{nearest(str(self.dual), [m.value for m in Dual])}")
-        object.__setattr__(self, "dual", Dual(self.dual))
-        if self.order == 0 and self.dual is Dual.SOBOLEV:
-            raise ConfigError(
-                "dual = 'sobolev' needs order 1, 2 or 3: memoryless codes have the canonical dual."
-            )
+        object.__setattr__(self, "dual", parse_dual(self.dual, self.order))
         if isinstance(self.passes, bool) or not isinstance(self.passes, int) or not 0 <= self.passes <= 1000:
             raise ConfigError(f"flip passes = {self.passes!r}: expected an integer from 0 to 1000.")
 
@@ -167,7 +148,7 @@ class SigmaDelta:
         if self.passes:
             codes = flip_codes(best.codes, vectors, best.scales, self.levels, stage, self.passes)
             error = _errors(vectors, codes, best.scales, self.levels, stage)
-            best = Expansion(codes, best.scales, best.overloads, best.peaks, best.energies, error)
+            best = replace(best, codes=codes, errors=error)
         return best
 
     def _full_steps(self, vectors: Tensor, coefficients: Tensor, stage: DualStage) -> Float64[Tensor, " v"]:
@@ -191,23 +172,11 @@ class SigmaDelta:
         real = torch.where(scales > 0, scales.double() / root, 1.0)
         found: Sequences = quantize_sequences(coefficients, real, self.levels, self.order, backend)
         errors = _errors(vectors, found.codes, scales, self.levels, stage)
-        return Expansion(found.codes, scales, found.overloads, found.peaks, found.energies, errors)
-
-
-def parse_step(step: Step | float | str) -> Step | float:
-    """Turn a setting into a ``Step`` or a positive number.
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    if isinstance(step, int | float) and not isinstance(step, bool):
-        if math.isfinite(step) and step > 0:
-            return float(step)
-        raise ConfigError(f"step = {step!r}: a step given by its value is a positive number.")
-    names = [member.value for member in Step]
-    if str(step) not in names:
-        raise ConfigError(f"step = {step!r}: expected a positive number or a name.{nearest(str(step), names)}")
-    return Step(str(step))
+        stable = torch.where(found.overloads == 0, scales.double() / root, torch.inf)
+        stable = torch.where(scales > 0, stable, 0.0)
+        return Expansion(
+            found.codes, scales, found.overloads, found.peaks, found.energies, stable, errors
+        )
 
 
 def stored_scales(scales: Float64[Tensor, " v"], round_up: bool) -> Float[Tensor, " v"]:
@@ -235,6 +204,7 @@ def _better(one: Expansion, other: Expansion) -> Expansion:
     for entry in fields(Expansion):
         old, new = getattr(one, entry.name), getattr(other, entry.name)
         merged[entry.name] = torch.where(take[:, None] if old.dim() == 2 else take, new, old)
+    merged["stable_steps"] = torch.minimum(one.stable_steps, other.stable_steps)
     return Expansion(**merged)
 
 
