@@ -94,6 +94,8 @@ class FrameQuantConfig:
         step: Sigma-Delta: "stable", "norm", "mse", or the step itself.
         dual: Sigma-Delta: the dual frame that decodes, "canonical" or "sobolev".
         vectors: Sigma-Delta: whether "rows" or "columns" of the weight are expanded in the frame.
+        random_signs: Sigma-Delta: whether coordinates get random signs before the frame; the paper has none, and
+            weights that resemble their neighbours then need a larger step.
         quantize_bias: Sigma-Delta: whether biases are quantized too.
         flip_passes: Sigma-Delta: passes of the post-pass that flips codes; 0 for none.
     """
@@ -130,6 +132,7 @@ class FrameQuantConfig:
     step: Step | float = Step.MSE
     dual: Dual = Dual.CANONICAL
     vectors: Vectors = Vectors.ROWS
+    random_signs: bool = True
     quantize_bias: bool = True
     flip_passes: int = 0
 
@@ -155,7 +158,7 @@ class FrameQuantConfig:
         self.code_spec()
 
     def _check_types(self) -> None:
-        for name in ("two_sided", "per_tensor_scale", "clip_coefficients", "recapture", "quantize_bias"):
+        for name in ("two_sided", "per_tensor_scale", "clip_coefficients", "recapture", "random_signs", "quantize_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected true or false.")
         for name in ("state_bits", "tile_rows", "tile_cols", "seed", "order", "flip_passes"):

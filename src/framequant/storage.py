@@ -126,14 +126,16 @@ def decode_bias(
 
 
 def bias_frame(spec: LinearSpec) -> FrameSpec:
-    """The frame in R^out that a quantized bias was expanded in: harmonic, with the dual of the weight's frame."""
+    """The frame in R^out that a quantized bias was expanded in: harmonic, with dual and seed of the weight's frame."""
     assert isinstance(spec.code, SigmaDeltaSpec)
     dual = max(spec.frame_in.dual_order, spec.frame_out.dual_order)
+    seed = spec.frame_in.seed or spec.frame_out.seed
     return FrameSpec(
         FrameKind.HARMONIC,
         spec.out_features,
         num_subspaces=spec.code.bias_size,
         subspace_dim=1,
+        seed=seed,
         dual_order=dual,
     )
 

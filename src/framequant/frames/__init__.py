@@ -37,6 +37,7 @@ __all__ = [
     "choose_frame",
     "derive_seed",
     "frame_size",
+    "harmonic_stage",
     "random_signs",
     "tight_fusion_frame_exists",
 ]
@@ -104,9 +105,9 @@ class ComposedFrame:
 
 
 @functools.lru_cache(maxsize=4)
-def _harmonic_stage(dim: int, size: int, dual_order: int) -> DualStage:
-    """Harmonic frames have no seed: these numbers say all, and a Sobolev dual is worth keeping for the next layer."""
-    return DualStage(HarmonicFrame(dim, size), dual_order)
+def harmonic_stage(spec: FrameSpec) -> DualStage:
+    """The decoder of a harmonic spec; the last few are kept, since a Sobolev dual is worth it."""
+    return DualStage(HarmonicFrame(spec.dim, spec.num_subspaces, spec.seed), spec.dual_order)
 
 
 def build_frame(spec: FrameSpec) -> FrameOperator:
@@ -124,7 +125,7 @@ def build_frame(spec: FrameSpec) -> FrameOperator:
     """
     stages: list[LinearStage] = []
     if spec.kind is FrameKind.HARMONIC:
-        return ComposedFrame(spec, (_harmonic_stage(spec.dim, spec.num_subspaces, spec.dual_order),))
+        return ComposedFrame(spec, (harmonic_stage(spec),))
     if spec.kind is FrameKind.FUSION:
         # The fusion frame first: its refusals come before anything is allocated.
         stages.append(FusionFrame(spec.dim, spec.num_subspaces, spec.subspace_dim))

@@ -4,7 +4,11 @@
 before them (k then ends at (d - 1)/2). The N vectors have norm one, ``E^T E = (N/d) I``, and for even d they add up
 to zero. Consecutive vectors are close, which is what Sigma-Delta quantization lives from.
 
-Imports no module of ours but ``operator``, ``spectral_tetris`` (roots of unity) and ``errors``.
+With a ``seed`` the coordinates get random signs first. That is another frame with the same laws, Gram matrix and
+variation; but coordinates that resemble their neighbours, as weights on pixels do, no longer add up to a peak at one
+vector, which a Sigma-Delta quantizer would need a large step for.
+
+Imports no module of ours but ``operator``, ``signs``, ``spectral_tetris`` (roots of unity) and ``errors``.
 
 References:
     Goyal, Vetterli, Thao, "Quantized overcomplete expansions in R^N", IEEE Trans. Inf. Theory 44, 1998.
@@ -21,7 +25,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from framequant.errors import FrameError
-from framequant.frames.operator import MAX_COEFFICIENTS, MAX_DENSE_ENTRIES, check_last_axis
+from framequant.frames.operator import MAX_COEFFICIENTS, MAX_DENSE_ENTRIES, Constants, check_last_axis
+from framequant.frames.signs import random_signs
 from framequant.frames.spectral_tetris import roots_of_unity
 
 def smallest_size(dim: int) -> int:
@@ -96,20 +101,23 @@ class HarmonicFrame:
     Attributes:
         dim: d.
         size: N.
+        seed: of the signs; 0 for none.
     """
 
-    def __init__(self, dim: int, size: int) -> None:
-        """Describe the frame; nothing is allocated.
+    def __init__(self, dim: int, size: int, seed: int = 0) -> None:
+        """Describe the frame.
 
         Args:
             dim: d, at least 1.
             size: N ≥ d for odd d, N ≥ d + 1 for even d.
+            seed: unsigned 64-bit seed of random signs of the coordinates; 0 leaves them alone.
 
         Raises:
             FrameError: no such frame exists; the message names the nearest valid N.
         """
         check_size(dim, size)
-        self.dim, self.size = dim, size
+        self.dim, self.size, self.seed = dim, size, seed
+        self._constants = Constants(signs=random_signs(dim, seed)) if seed else None
 
     @property
     def redundancy(self) -> float:
@@ -137,6 +145,8 @@ class HarmonicFrame:
             N log N per vector.
         """
         check_last_axis(x, self.dim, "analysis")
+        if self._constants is not None:
+            x = x * self._constants.like(x)["signs"]
         odd = self.dim % 2
         pairs = x[..., odd:].unflatten(-1, (-1, 2)) * (math.sqrt(2 / self.dim) / 2)
         waves = torch.complex(pairs[..., 0], -pairs[..., 1])
@@ -151,7 +161,9 @@ class HarmonicFrame:
         spectrum = torch.fft.rfft(coefficients)
         waves = spectrum[..., 1 : top + 1] * math.sqrt(2 / self.dim)
         pairs = torch.stack([waves.real, -waves.imag], dim=-1).flatten(-2)
-        return torch.cat([spectrum[..., :1].real / math.sqrt(self.dim), pairs], dim=-1) if odd else pairs
+        if odd:
+            pairs = torch.cat([spectrum[..., :1].real / math.sqrt(self.dim), pairs], dim=-1)
+        return pairs if self._constants is None else pairs * self._constants.like(pairs)["signs"]
 
     def synthesis(self, coefficients: Float[Tensor, "... size"]) -> Float[Tensor, "... dim"]:
         """Return ``(d/N) E^T c``: the canonical dual, a left inverse of ``analysis``."""
@@ -172,6 +184,8 @@ class HarmonicFrame:
         waves = np.stack([cosines[phases], sines[phases]], axis=-1).reshape(self.size, -1)
         constant = np.full((self.size, self.dim % 2), math.sqrt(0.5))
         matrix = torch.from_numpy(np.concatenate([constant, waves], axis=1) * math.sqrt(2 / self.dim))
+        if self._constants is not None:
+            matrix = matrix * self._constants.originals["signs"]
         return matrix.to(dtype=dtype, device=device)
 
     def kernel(self) -> Float[Tensor, " size"]:
@@ -180,7 +194,7 @@ class HarmonicFrame:
         first[self.dim % 2 :: 2] = math.sqrt(2 / self.dim)
         if self.dim % 2:
             first[0] = 1 / math.sqrt(self.dim)
-        return self.analysis(first)
+        return HarmonicFrame(self.dim, self.size).analysis(first)  # signs do not change products
 
     def difference_norm(self, order: int) -> float:
         """Return the norm of the order-th difference of consecutive vectors, the same everywhere.
@@ -198,4 +212,5 @@ class HarmonicFrame:
         return max(self.size - order, 0) * self.difference_norm(order)
 
     def __repr__(self) -> str:
-        return f"HarmonicFrame(dim={self.dim}, size={self.size})"
+        seed = f", seed={self.seed}" if self.seed else ""
+        return f"HarmonicFrame(dim={self.dim}, size={self.size}{seed})"

@@ -55,7 +55,7 @@ class FrameSpec:
         dim: number of coordinates d, any positive integer.
         num_subspaces: k; for HARMONIC its N vectors, subspaces of dimension one; else 1.
         subspace_dim: l, even; for HARMONIC 1; else 0.
-        seed: unsigned 64-bit seed of the random signs; unused by IDENTITY and HARMONIC.
+        seed: unsigned 64-bit seed of the random signs; unused by IDENTITY; for HARMONIC, 0 stands for no signs.
         dual_order: for HARMONIC, the order of the Sobolev dual that synthesises, 0 for the canonical; else 0.
 
     Raises:

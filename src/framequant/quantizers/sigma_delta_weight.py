@@ -18,7 +18,7 @@ from framequant.codes.packing import pack_codes
 from framequant.codes.sigma_delta import SigmaDeltaSpec, Vectors, code_values
 from framequant.config import FrameQuantConfig
 from framequant.errors import NumericalError
-from framequant.frames import DualStage, FrameKind, FrameSpec, HarmonicFrame, frame_size
+from framequant.frames import DualStage, FrameKind, FrameSpec, derive_seed, frame_size, harmonic_stage
 from framequant.quantizers.bounds import (
     Bound,
     LayerFacts,
@@ -29,8 +29,9 @@ from framequant.quantizers.bounds import (
 )
 from framequant.quantizers.equal_bits import nearest_at_equal_bits
 from framequant.quantizers.sigma_delta import Expansion, SigmaDelta
-from framequant.quantizers.weight import LinearLoss, QuantizedWeight
+from framequant.quantizers.weight import SEED_BITS, LinearLoss, QuantizedWeight
 from framequant.spec import LinearSpec
+from framequant.storage import bias_frame
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def quantizer_of(config: FrameQuantConfig) -> SigmaDelta:
 
 
 def linear_spec(
-    config: FrameQuantConfig, in_features: int, out_features: int, has_bias: bool
+    config: FrameQuantConfig, in_features: int, out_features: int, has_bias: bool, name: str
 ) -> LinearSpec:
     """The spec of a linear: the harmonic frame on the side whose vectors are expanded, the identity on the other.
 
@@ -72,7 +73,8 @@ def linear_spec(
     rows = config.vectors is Vectors.ROWS
     dim = in_features if rows else out_features
     size = frame_size(dim, config.frame_size_ratio)
-    harmonic = FrameSpec(FrameKind.HARMONIC, dim, num_subspaces=size, subspace_dim=1, dual_order=dual)
+    seed = derive_seed(config.seed, name, "vectors") & ((1 << SEED_BITS) - 1) if config.random_signs else 0
+    harmonic = FrameSpec(FrameKind.HARMONIC, dim, size, 1, seed, dual)
     plain = FrameSpec(FrameKind.IDENTITY, out_features if rows else in_features)
     return LinearSpec(in_features, out_features, *((harmonic, plain) if rows else (plain, harmonic)), code)
 
@@ -96,12 +98,12 @@ def quantize_linear(
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise NumericalError(f"{name}: its {what} contains NaN or infinity; the model file is damaged.")
     quantizer = quantizer_of(config)
-    spec = linear_spec(config, weight.shape[1], weight.shape[0], bias is not None)
+    spec = linear_spec(config, weight.shape[1], weight.shape[0], bias is not None, name)
     assert isinstance(spec.code, SigmaDeltaSpec)
     rows = spec.code.vectors is Vectors.ROWS
     weight = weight.double()
     vectors = weight if rows else weight.mT
-    stage = _stage(spec.frame_in if rows else spec.frame_out)
+    stage = harmonic_stage(spec.frame_in if rows else spec.frame_out)
     expansion = quantizer.quantize(vectors, stage)
     tensors = _tensors(expansion, quantizer.levels, rows)
     restored = _restored(expansion, quantizer.levels, stage)
@@ -123,10 +125,6 @@ def quantize_linear(
     squared, total = float(change.square().sum()), float(weight.square().sum())
     loss = LinearLoss(squared, squared / total if total > 0 else 0.0, 0.0, 0.0, 0)
     return DataFreeResult(QuantizedWeight(spec, tensors, loss), prior, facts, details)
-
-
-def _stage(frame: FrameSpec) -> DualStage:
-    return DualStage(HarmonicFrame(frame.dim, frame.num_subspaces), frame.dual_order)
 
 
 def _tensors(expansion: Expansion, levels: int, rows: bool) -> dict[str, Tensor]:
@@ -155,7 +153,7 @@ def _quantize_bias(
     assert isinstance(spec.code, SigmaDeltaSpec)
     if bias is None or not spec.code.bias_size:
         return 0.0, 0.0
-    stage = DualStage(HarmonicFrame(spec.out_features, spec.code.bias_size), quantizer.dual_order)
+    stage = harmonic_stage(bias_frame(spec))
     expansion = quantizer.quantize(bias.double()[None], stage)
     tensors["packed_bias"] = pack_codes(expansion.codes, quantizer.levels)
     tensors["bias_scale"] = expansion.scales[:, None].contiguous()
