@@ -221,6 +221,11 @@ class FrameQuantConfig:
                 f"code = {self.code.value!r} with frame = {self.frame.value!r}: code = 'sigma_delta' and frame = 'harmonic' "
                 "need each other; --preset sigma-delta sets both."
             )
+        if self.frame_size_ratio < 1:
+            raise ConfigError(
+                f"frame_size_ratio = {self.frame_size_ratio:g}: fewer vectors than dimensions cannot be a frame; the least "
+                "ratio is 1 for odd dimensions and 1 + 1/d for even ones. Use 2 or more."
+            )
         for pattern, changes in self.overrides.items():
             if isinstance(changes, Mapping) and changes.get("code", self.code) != self.code:
                 kinds = {str(changes["code"]), self.code.value}
@@ -329,7 +334,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "damping": (0, 10),
     "float_targets": (0, 1),
     "residual_targets": (0, 1),
-    "frame_size_ratio": (1, 4096),
+    "frame_size_ratio": (0, 4096),
     "flip_passes": (0, 1000),
 }
 

@@ -18,7 +18,7 @@ from framequant.layers import FrameLinear
 from framequant.model import discovery
 from framequant.model.network_bounds import network_bounds
 from framequant.model.report import QuantizationReport, environment, linear_report
-from framequant.quantizers.sigma_delta_weight import DataFreeResult, quantize_linear
+from framequant.quantizers.sigma_delta_weight import DataFreeResult, linear_spec, quantize_linear
 
 
 def quantize_data_free(
@@ -81,9 +81,12 @@ def _quantize_all(
     modules = {name: model.get_submodule(name) for name in names}
     total = sum(module.weight.numel() for module in modules.values())
     done, results = 0, {}
+    configs = {name: config.for_linear(name) or config for name in names}
+    for name, module in modules.items():  # refuse what cannot be done before anything is replaced
+        rows, columns = discovery.linear_weight(module).shape
+        linear_spec(configs[name], columns, rows, module.bias is not None, name)
     for name, module in modules.items():
-        begun = time.perf_counter()
-        settings = config.for_linear(name) or config
+        begun, settings = time.perf_counter(), configs[name]
         bias = None if module.bias is None else module.bias.detach()
         result = quantize_linear(discovery.linear_weight(module), bias, settings, name)
         kept = None if settings.quantize_bias else bias

@@ -17,7 +17,7 @@ from torch import Tensor
 from framequant.codes.packing import pack_codes
 from framequant.codes.sigma_delta import SigmaDeltaSpec, Vectors, code_values
 from framequant.config import FrameQuantConfig
-from framequant.errors import NumericalError
+from framequant.errors import FrameError, NumericalError
 from framequant.frames import DualStage, FrameKind, FrameSpec, derive_seed, frame_size, harmonic_stage
 from framequant.quantizers.bounds import (
     Bound,
@@ -68,11 +68,14 @@ def linear_spec(
     dual = quantizer_of(config).dual_order
     code = config.code_spec()
     assert isinstance(code, SigmaDeltaSpec)
-    if has_bias and config.quantize_bias:
-        code = replace(code, bias_size=frame_size(out_features, config.frame_size_ratio))
     rows = config.vectors is Vectors.ROWS
     dim = in_features if rows else out_features
-    size = frame_size(dim, config.frame_size_ratio)
+    try:
+        size = frame_size(dim, config.frame_size_ratio)
+        if has_bias and config.quantize_bias:
+            code = replace(code, bias_size=frame_size(out_features, config.frame_size_ratio))
+    except FrameError as error:
+        raise FrameError(f"{name}: {error}") from error
     seed = derive_seed(config.seed, name, "vectors") & ((1 << SEED_BITS) - 1) if config.random_signs else 0
     harmonic = FrameSpec(FrameKind.HARMONIC, dim, size, 1, seed, dual)
     plain = FrameSpec(FrameKind.IDENTITY, out_features if rows else in_features)
