@@ -4,7 +4,8 @@
     python benchmarks/sigma_delta.py --devices cpu --csv benchmarks/sigma_delta_cpu.csv
 
 A row is one setting for a Gaussian matrix of ``--size`` rows and columns at ``--ratio`` N/d: from the float weight on
-the device to packed codes and scales, the errors measured. ``stable`` is one pass of the recursion, ``mse`` tries
+the device to packed codes and scales, the errors measured. ``cpu_seconds`` are those of all threads of this process:
+on a machine that others use (see ``load``), they say what one idle core would take. ``stable`` is one pass of the recursion, ``mse`` tries
 thirteen steps (the preset), ``flips`` adds twenty passes of the post-pass. The first run compiles and is not counted.
 """
 
@@ -24,7 +25,9 @@ from framequant.codes.packing import pack_codes
 from framequant.frames import DualStage, HarmonicFrame, frame_size
 from framequant.quantizers.sigma_delta import SigmaDelta
 
-COLUMNS = ("size", "ratio", "setting", "seconds", "relative_error", "bits", "device", "torch", "commit")
+COLUMNS = (
+    "size", "ratio", "setting", "seconds", "cpu_seconds", "relative_error", "bits", "device", "torch", "load", "commit",
+)  # fmt: skip
 SETTINGS = {
     "stable": SigmaDelta(step="stable"),
     "mse": SigmaDelta(),
@@ -46,15 +49,17 @@ def measure(size: int, ratio: float, name: str, device: str, repeats: int) -> tu
     weight = torch.randn(size, size, generator=generator).to(device)
     stage = DualStage(HarmonicFrame(size, frame_size(size, ratio), seed=1))
     quantize(weight[:64], stage, SETTINGS[name])  # compiles
-    seconds = []
+    seconds, used, load = [], [], os.getloadavg()[0]
     for _ in range(repeats):
         if device != "cpu":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start, start_used = time.perf_counter(), time.process_time()
         error, bits = quantize(weight, stage, SETTINGS[name])  # reads a number back, so it is complete
         seconds.append(time.perf_counter() - start)
+        used.append(time.process_time() - start_used)
     where = torch.cuda.get_device_name() if device != "cpu" else f"{_cpu()} x{torch.get_num_threads()}"
-    return size, ratio, name, f"{min(seconds):.3f}", f"{error:.3e}", f"{bits:.4f}", where, torch.__version__, commit()
+    times = f"{min(seconds):.3f}", f"{min(used):.3f}"
+    return size, ratio, name, *times, f"{error:.3e}", f"{bits:.4f}", where, torch.__version__, f"{load:.1f}", commit()
 
 
 def _cpu() -> str:
