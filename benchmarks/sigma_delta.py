@@ -5,8 +5,9 @@
 
 A row is one setting for a Gaussian matrix of ``--size`` rows and columns at ``--ratio`` N/d: from the float weight on
 the device to packed codes and scales, the errors measured. ``cpu_seconds`` are those of all threads of this process:
-on a machine that others use (see ``load``), they say what one idle core would take. ``stable`` is one pass of the recursion, ``mse`` tries
-thirteen steps (the preset), ``flips`` adds twenty passes of the post-pass. The first run compiles and is not counted.
+on a machine that others use (see ``load``), they say what one idle core would take. ``stable`` is one pass of the
+recursion, ``mse`` tries several steps (the preset), ``flips`` adds twenty passes of the post-pass. The first run compiles and is not
+counted.
 """
 
 from __future__ import annotations
@@ -59,7 +60,18 @@ def measure(size: int, ratio: float, name: str, device: str, repeats: int) -> tu
         used.append(time.process_time() - start_used)
     where = torch.cuda.get_device_name() if device != "cpu" else f"{_cpu()} x{torch.get_num_threads()}"
     times = f"{min(seconds):.3f}", f"{min(used):.3f}"
-    return size, ratio, name, *times, f"{error:.3e}", f"{bits:.4f}", where, torch.__version__, f"{load:.1f}", commit()
+    return (
+        size,
+        ratio,
+        name,
+        *times,
+        f"{error:.3e}",
+        f"{bits:.4f}",
+        where,
+        torch.__version__,
+        f"{load:.1f}",
+        commit(),
+    )
 
 
 def _cpu() -> str:
@@ -76,7 +88,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--ratio", type=float, default=8)
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS)
-    parser.add_argument("--devices", nargs="+", default=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+    parser.add_argument(
+        "--devices", nargs="+", default=["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    )
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
     print(f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+import itertools
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +34,9 @@ def mnist() -> dict[str, tuple[Tensor, Tensor]]:
             images = torch.from_numpy(file["x"]).float().flatten(1) / 255
             parts[name] = images, torch.from_numpy(file["y"]).long()
     images, labels = parts["train"]
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))  # the file is sorted by class
+    order = torch.randperm(
+        len(labels), generator=torch.Generator().manual_seed(0)
+    )  # the file is sorted by class
     images, labels = images[order], labels[order]
     return {
         "train": (images[:-VALIDATION], labels[:-VALIDATION]),
@@ -59,7 +62,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         self.layers = nn.ModuleList(Layer(a, b, last=i == len(pairs) - 1) for i, (a, b) in enumerate(pairs))
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -146,7 +149,9 @@ def commit() -> str:
 
 
 def device_name() -> str:
-    return f"{platform.processor() or platform.machine()} x{torch.get_num_threads()}, torch {torch.__version__}"
+    return (
+        f"{platform.processor() or platform.machine()} x{torch.get_num_threads()}, torch {torch.__version__}"
+    )
 
 
 class Table:

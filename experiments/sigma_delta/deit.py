@@ -25,7 +25,18 @@ from framequant.integrations.transformers import dequantize_
 from framequant.quantizers.equal_bits import SCALE_BITS, equal_levels, round_to_nearest
 
 COLUMNS = ("method", "levels", "ratio", "passes", "bits", "weight_error", "top1", "top5", "images", "seconds")
-RUNS = ((2, 2, 0), (4, 2, 0), (8, 2, 0), (2, 2, 40), (4, 2, 40), (3, 2, 0), (6, 2, 0), (8, 2, 40), (2, 4, 40), (2, 16, 40))
+RUNS = (
+    (2, 2, 0),
+    (4, 2, 0),
+    (8, 2, 0),
+    (2, 2, 40),
+    (4, 2, 40),
+    (3, 2, 0),
+    (6, 2, 0),
+    (8, 2, 40),
+    (2, 4, 40),
+    (2, 16, 40),
+)
 
 
 def evaluate(opened: OpenedModel, model: nn.Module, images: object) -> tuple[float, float, int]:
@@ -49,7 +60,9 @@ def rounded(model: nn.Module, bits: float) -> tuple[nn.Module, int, float, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--csv", type=Path, default=RESULTS / "deit_tiny.csv")
     arguments = parser.parse_args()
@@ -60,7 +73,9 @@ def main() -> None:
         table.origin[1] = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     table.add("float", "", "", "", 32.0, 0.0, *evaluate(opened, opened.model, images), "")
     energy = sum(
-        float(m.weight.detach().double().square().sum()) for m in opened.model.modules() if isinstance(m, nn.Linear)
+        float(m.weight.detach().double().square().sum())
+        for m in opened.model.modules()
+        if isinstance(m, nn.Linear)
     )
     seen = set()
     for ratio, levels, passes in RUNS:

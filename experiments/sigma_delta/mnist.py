@@ -71,7 +71,8 @@ def run_network(name: str, seed: int, quick: bool, table: Table) -> None:
         found = [accuracy(quantized, data[part]) for part in ("validation", "test")]
         table.add(
             name, seed, "sigma-delta" if config.order else "frame PCM", config.order, config.levels,
-            config.dual.value, config.vectors.value, config.random_signs, str(getattr(config.step, "value", config.step)), config.flip_passes,
+            config.dual.value, config.vectors.value, config.random_signs,
+            str(getattr(config.step, "value", config.step)), config.flip_passes,
             config.frame_size_ratio, report.bits_per_weight, error, overloads,
             report.bounds.get("a_posteriori", {}).get("vacuous", ""), *found, *reference,
         )  # fmt: skip
@@ -82,7 +83,9 @@ def run_network(name: str, seed: int, quick: bool, table: Table) -> None:
 
 
 def _energy(model: nn.Module) -> float:
-    return sum(float(m.weight.detach().double().square().sum()) for m in model.modules() if isinstance(m, nn.Linear))
+    return sum(
+        float(m.weight.detach().double().square().sum()) for m in model.modules() if isinstance(m, nn.Linear)
+    )
 
 
 def _nearest(
@@ -97,7 +100,9 @@ def _nearest(
             value = round_to_nearest(module.weight.detach(), levels)
             error += float((value - module.weight.detach()).square().sum())
             module.weight.data = value.float()
-            stored += module.weight.numel() * (torch.tensor(levels).log2().item() + SCALE_BITS / module.in_features)
+            stored += module.weight.numel() * (
+                torch.tensor(levels).log2().item() + SCALE_BITS / module.in_features
+            )
             weights += module.weight.numel()
     found = [accuracy(rounded, data[part]) for part in ("validation", "test")]
     table.add(
@@ -122,7 +127,9 @@ def _framequant(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--quick", action="store_true", help="one-bit codes at four ratios only")
@@ -144,8 +151,8 @@ def summarize(table: Table) -> None:
         drop = float(best[columns["float_test"]]) - float(best[columns["test"]])
         print(
             f"{name}: one-bit codes, N/d = {best[columns['ratio']]} chosen on validation images, "
-            f"{best[columns['passes']]} flip passes: test {best[columns['test']]} %, float {best[columns['float_test']]} %, "
-            f"{drop:+.2f} points lost, {best[columns['bits']]} bits per weight"
+            f"{best[columns['passes']]} flip passes: test {best[columns['test']]} %, "
+            f"float {best[columns['float_test']]} %, {drop:+.2f} points lost, {best[columns['bits']]} bits per weight"
         )
 
 

@@ -56,7 +56,9 @@ def slope(errors: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dims", nargs="+", type=int, default=[8, 16, 64])
     parser.add_argument("--vectors", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)

@@ -158,7 +158,14 @@ class FrameQuantConfig:
         self.code_spec()
 
     def _check_types(self) -> None:
-        for name in ("two_sided", "per_tensor_scale", "clip_coefficients", "recapture", "random_signs", "quantize_bias"):
+        for name in (
+            "two_sided",
+            "per_tensor_scale",
+            "clip_coefficients",
+            "recapture",
+            "random_signs",
+            "quantize_bias",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected true or false.")
         for name in ("state_bits", "tile_rows", "tile_cols", "seed", "order", "flip_passes"):
@@ -218,13 +225,13 @@ class FrameQuantConfig:
         object.__setattr__(self, "dual", parse_dual(self.dual, self.order))
         if (self.code is CodeKind.SIGMA_DELTA) != (self.frame is FrameKind.HARMONIC):
             raise ConfigError(
-                f"code = {self.code.value!r} with frame = {self.frame.value!r}: code = 'sigma_delta' and frame = 'harmonic' "
-                "need each other; --preset sigma-delta sets both."
+                f"code = {self.code.value!r} with frame = {self.frame.value!r}: code = 'sigma_delta' and "
+                "frame = 'harmonic' need each other; --preset sigma-delta sets both."
             )
         if self.frame_size_ratio < 1:
             raise ConfigError(
-                f"frame_size_ratio = {self.frame_size_ratio:g}: fewer vectors than dimensions cannot be a frame; the least "
-                "ratio is 1 for odd dimensions and 1 + 1/d for even ones. Use 2 or more."
+                f"frame_size_ratio = {self.frame_size_ratio:g}: fewer vectors than dimensions cannot be a frame; the "
+                "least ratio is 1 for odd dimensions and 1 + 1/d for even ones. Use 2 or more."
             )
         for pattern, changes in self.overrides.items():
             if isinstance(changes, Mapping) and changes.get("code", self.code) != self.code:

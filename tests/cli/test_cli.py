@@ -350,4 +350,14 @@ def test_sigma_delta_needs_no_calibration(directory, request, tmp_path):
     # Four one-bit codes for a weight, and the scales, biases and names that small matrices feel.
     assert 4 < shown["summary"]["bits_per_weight"] < 6.5
     fails("nearest is 4", "quantize", source, "--out", tmp_path / "no", *settings[:-4], "--levels", "3")
-    fails("is impossible for even d", "quantize", source, "--out", tmp_path / "no", "--preset", "sigma-delta", "--frame-size-ratio", "1")
+    fails(
+        "is impossible for even d",
+        "quantize",
+        source,
+        "--out",
+        tmp_path / "no",
+        "--preset",
+        "sigma-delta",
+        "--frame-size-ratio",
+        "1",
+    )

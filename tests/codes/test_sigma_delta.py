@@ -90,7 +90,11 @@ def test_settings() -> None:
     assert parse_step("mse") is Step.MSE
     assert parse_step(2) == 2.0
     assert parse_dual("sobolev", 2) is Dual.SOBOLEV
-    for step, message in (("mean", "expected a positive number or a name"), (-1.0, "positive"), (True, "step")):
+    for step, message in (
+        ("mean", "expected a positive number or a name"),
+        (-1.0, "positive"),
+        (True, "step"),
+    ):
         with pytest.raises(ConfigError, match=message):
             parse_step(step)
     with pytest.raises(ConfigError, match="sobolev"):

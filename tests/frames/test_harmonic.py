@@ -116,7 +116,8 @@ def test_impossible_sizes(dim: int, size: int, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "ratio", "expected"), [(784, 8, 6272), (10, 1.01, 12), (5, 1.5, 8), (5, 1, 5), (7, 1.01, 7), (6, 1.6, 10)]
+    ("dim", "ratio", "expected"),
+    [(784, 8, 6272), (10, 1.01, 12), (5, 1.5, 8), (5, 1, 5), (7, 1.01, 7), (6, 1.6, 10)],
 )
 def test_frame_size(dim: int, ratio: float, expected: int) -> None:
     size = frame_size(dim, ratio)
@@ -126,7 +127,12 @@ def test_frame_size(dim: int, ratio: float, expected: int) -> None:
 
 @pytest.mark.parametrize(
     ("dim", "ratio", "message"),
-    [(8, 0.5, "below 1.*N = 9"), (8, 1, "nearest harmonic frame has N = 9"), (8, math.nan, "ratio"), (3, 0.9, "N = 3")],
+    [
+        (8, 0.5, "below 1.*N = 9"),
+        (8, 1, "nearest harmonic frame has N = 9"),
+        (8, math.nan, "ratio"),
+        (3, 0.9, "N = 3"),
+    ],
 )
 def test_impossible_ratios(dim: int, ratio: float, message: str) -> None:
     with pytest.raises(FrameError, match=message):

@@ -64,7 +64,9 @@ def test_vectors_that_are_no_frame_are_refused() -> None:
 
 
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
-@pytest.mark.parametrize("frame", [HarmonicFrame(12, 40), HarmonicFrame(7, 31, 2), random_frame(9, 30), tetris_frame(6, 25)])
+@pytest.mark.parametrize(
+    "frame", [HarmonicFrame(12, 40), HarmonicFrame(7, 31, 2), random_frame(9, 30), tetris_frame(6, 25)]
+)
 def test_duals(frame: HarmonicFrame | DenseFrame, order: int) -> None:
     matrix = frame.as_matrix()
     dual = sobolev_dual(matrix, order)

@@ -24,7 +24,9 @@ def by_definition(c: np.ndarray, step: float, levels: int, order: int) -> tuple[
     return codes, states[3:]
 
 
-@pytest.mark.parametrize(("order", "levels"), [(0, 2), (0, 6), (1, 2), (1, 10), (2, 4), (2, 2), (3, 8), (3, 256)])
+@pytest.mark.parametrize(
+    ("order", "levels"), [(0, 2), (0, 6), (1, 2), (1, 10), (2, 4), (2, 2), (3, 8), (3, 256)]
+)
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_every_backend_is_the_definition(order: int, levels: int, backend: str) -> None:
     rng = np.random.default_rng(order * 1000 + levels)

@@ -14,7 +14,8 @@ INTERPRETED = """
 import torch
 from framequant.kernels.sigma_delta import quantize_sequences
 torch.manual_seed(0)
-for vectors, size, levels, order in ((3, 17, 2, 1), (33, 9, 6, 2), (1, 20, 8, 3), (2, 1, 256, 1), (5, 12, 2, 0), (4, 9, 2, 3)):
+cases = [(3, 17, 2, 1), (33, 9, 6, 2), (1, 20, 8, 3), (2, 1, 256, 1), (5, 12, 2, 0), (4, 9, 2, 3)]
+for vectors, size, levels, order in cases:
     c = torch.randn(vectors, size, dtype=torch.float64)
     steps = torch.rand(vectors, dtype=torch.float64) + 0.1
     slow, fast = (quantize_sequences(c, steps, levels, order, backend) for backend in ("torch", "triton"))

@@ -93,10 +93,16 @@ def test_bits_are_counted_from_the_file(name, tmp_path):
     described = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())["quantization_config"]["linears"]
     with safe_open(tmp_path / "out" / WEIGHTS_NAME, framework="pt") as file:
         for entry in report.linears:
-            keys = [key for key in file.keys() if key.startswith(f"{entry.name}.") and not key.endswith(".bias")]  # noqa: SIM118
+            keys = [
+                key
+                for key in file.keys()  # noqa: SIM118 - safe_open is no mapping
+                if key.startswith(f"{entry.name}.") and not key.endswith(".bias")
+            ]
             stored = sum(file.get_tensor(key).nbytes for key in keys)
             stored += len(json.dumps({entry.name: described[entry.name]})) - 1
-            assert entry.bits_per_weight == pytest.approx(8 * stored / entry.num_weights, abs=8 * 3 / entry.num_weights)
+            assert entry.bits_per_weight == pytest.approx(
+                8 * stored / entry.num_weights, abs=8 * 3 / entry.num_weights
+            )
             has_bias = f"{entry.name}.packed_bias" in keys
             assert has_bias == (config.quantize_bias and entry.name != "4")
     # By hand, for the first linear: 20 rows of N = 8 · 12 one-bit codes, 20 scales, 8 · 20 codes and a scale of bias.
@@ -128,7 +134,9 @@ def test_half_precision_models_keep_their_dtype():
 
 def test_patterns_and_overrides():
     model = make()
-    config = fq.preset("sigma-delta", ignore=("^4$",), overrides={"inner": {"levels": 8}, "outer": {"skip": True}})
+    config = fq.preset(
+        "sigma-delta", ignore=("^4$",), overrides={"inner": {"levels": 8}, "outer": {"skip": True}}
+    )
     report = fq.quantize_(model, config=config)
     assert {entry.name: entry.code for entry in report.linears} == {
         "1": "2 levels, sigma-delta order 1, rows",
@@ -181,7 +189,7 @@ def test_what_cannot_be_quantized():
     with pytest.raises(fq.NumericalError, match=r"1: its bias contains NaN"):
         fq.quantize_(model, config=fq.preset("sigma-delta"))
     model = make()
-    with pytest.raises(fq.FrameError, match="1: N = d = 12 is impossible for even d.*N = 13"):
+    with pytest.raises(fq.FrameError, match=r"1: N = d = 12 is impossible for even d.*N = 13"):
         fq.quantize_(model, config=fq.preset("sigma-delta", frame_size_ratio=1))
     assert not quantized_linears(model)  # refused before anything was touched
 

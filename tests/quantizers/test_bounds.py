@@ -23,6 +23,7 @@ from framequant.quantizers.bounds import (
     vector_bound_prior,
 )
 from framequant.quantizers.sigma_delta import SigmaDelta
+import itertools
 
 CASES = 10_000
 STAGES = {
@@ -86,7 +87,9 @@ def test_the_published_bound(name: str) -> None:
 
 @pytest.mark.parametrize(("dim", "size"), [(10, 40), (9, 40), (10, 41), (64, 256), (7, 8)])
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
-def test_norms_without_a_dense_matrix(dim: int, size: int, order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_norms_without_a_dense_matrix(
+    dim: int, size: int, order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage = DualStage(HarmonicFrame(dim, size, seed=3))
     dense = ShapedNorms.of(stage, order)
     monkeypatch.setattr(bounds, "MAX_DENSE", 0)
@@ -111,7 +114,9 @@ def test_the_last_state_vanishes_for_zero_sum_frames_with_even_n() -> None:
 NETWORKS, INPUTS = 100, 100
 
 
-def quantized(weight: torch.Tensor, levels: int, ratio: int, step: str) -> tuple[torch.Tensor, LayerFacts, LayerFacts]:
+def quantized(
+    weight: torch.Tensor, levels: int, ratio: int, step: str
+) -> tuple[torch.Tensor, LayerFacts, LayerFacts]:
     """Ŵ, and facts a priori and a posteriori."""
     stage = DualStage(HarmonicFrame(weight.shape[1], ratio * weight.shape[1] // 2 * 2 + 2))
     found = SigmaDelta(1, levels, step).quantize(weight, stage)
@@ -171,7 +176,7 @@ def test_feed_forward_bounds() -> None:
     cases = vacuous = 0
     for seed in range(NETWORKS):
         widths = [8, 6 + seed % 4, 9, 5, 4][: 3 + seed % 3]
-        layers = [Affine(a, b, 100 * seed + i) for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False))]
+        layers = [Affine(a, b, 100 * seed + i) for i, (a, b) in enumerate(itertools.pairwise(widths))]
         x = gaussian(INPUTS, widths[0], seed=seed)
         exact, rounded, radii = x, x, []
         for number, layer in enumerate(layers):

@@ -73,9 +73,7 @@ def test_sigma_delta_beats_memoryless_codes_in_the_same_frame() -> None:
     memoryless = relative(SigmaDelta(order=0, levels=2), x, stage)
     first = relative(SigmaDelta(order=1, levels=2), x, stage)
     assert first < memoryless / 5
-    second = relative(
-        SigmaDelta(2, 4, dual="sobolev"), x, DualStage(HarmonicFrame(64, 512), 2)
-    )
+    second = relative(SigmaDelta(2, 4, dual="sobolev"), x, DualStage(HarmonicFrame(64, 512), 2))
     assert second < relative(SigmaDelta(1, 4), x, stage)
 
 
@@ -150,17 +148,19 @@ def test_bad_input() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.sampled_from(sorted(STAGES)), st.sampled_from([2, 4, 6]), st.integers(0, 12), st.integers(0, 2**31)
-)
+@given(st.sampled_from(sorted(STAGES)), st.sampled_from([2, 4, 6]), st.integers(0, 12), st.integers(0, 2**31))
 def test_flips_never_raise_an_error(name: str, levels: int, passes: int, seed: int) -> None:
     stage = STAGES[name]
     x = gaussian(5, stage.dim, seed)
-    codes = torch.randint(levels, (5, stage.num_coefficients), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    codes = torch.randint(
+        levels, (5, stage.num_coefficients), generator=torch.Generator().manual_seed(seed)
+    ).to(torch.uint8)
     scales = torch.full((5,), 0.4).to(torch.bfloat16)
 
     def errors(c: torch.Tensor) -> torch.Tensor:
-        return (x - stage.synthesis(code_values(c, levels, torch.float64) * scales.double()[:, None])).norm(dim=1)
+        return (x - stage.synthesis(code_values(c, levels, torch.float64) * scales.double()[:, None])).norm(
+            dim=1
+        )
 
     better = flip_codes(codes, x, scales, levels, stage, passes)
     assert better.dtype == torch.uint8
@@ -208,7 +208,8 @@ def test_costs_from_the_kernel_are_those_of_the_vectors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "columns", "levels"), [(2.0, 1 << 20, 3), (2.25, 64, 4), (1.0, 8, 0), (8.03, 784, 257), (40, 784, 65536)]
+    ("bits", "columns", "levels"),
+    [(2.0, 1 << 20, 3), (2.25, 64, 4), (1.0, 8, 0), (8.03, 784, 257), (40, 784, 65536)],
 )
 def test_equal_levels(bits: float, columns: int, levels: int) -> None:
     assert equal_levels(bits, columns) == levels

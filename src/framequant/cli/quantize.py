@@ -75,9 +75,7 @@ def run(
     frame_size_ratio: Annotated[
         float | None, typer.Option(help="N/d of sigma-delta's frame; a weight costs N/d · log2(levels) bits.")
     ] = None,
-    levels: Annotated[
-        int | None, typer.Option(help="Levels of a code; sigma-delta: an even number.")
-    ] = None,
+    levels: Annotated[int | None, typer.Option(help="Levels of a code; sigma-delta: an even number.")] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="Settings from a file; flags win over it.")
     ] = None,
@@ -231,7 +229,11 @@ def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter:
     """Print the final table and the next command."""
     sizes = summary["bytes"]
     data_free = report.config["code"] == "sigma_delta"
-    asked = report.config["frame_size_ratio"] if data_free else report.config["redundancy"] ** (2 if report.config["two_sided"] else 1)
+    asked = (
+        report.config["frame_size_ratio"]
+        if data_free
+        else report.config["redundancy"] ** (2 if report.config["two_sided"] else 1)
+    )
     worst = [f"{loss:.4f}  {name}" for name, loss in summary["worst_linears"].items()]
     rows = {
         "model": f"{summary['model']} ({summary['model_class']})",

@@ -97,7 +97,9 @@ def parse_step(step: Step | float | str) -> Step | float:
         raise ConfigError(f"step = {step!r}: a step given by its value is a positive number.")
     names = [member.value for member in Step]
     if str(step) not in names:
-        raise ConfigError(f"step = {step!r}: expected a positive number or a name.{nearest(str(step), names)}")
+        raise ConfigError(
+            f"step = {step!r}: expected a positive number or a name.{nearest(str(step), names)}"
+        )
     return Step(str(step))
 
 
@@ -177,7 +179,7 @@ def layout(spec: SigmaDeltaSpec, rows: int, cols: int) -> dict[str, tuple[tuple[
     return tensors
 
 
-def code_values(codes: Int[Tensor, "..."], num_levels: int, dtype: torch.dtype) -> Float[Tensor, "..."]:
+def code_values(codes: Int[Tensor, ...], num_levels: int, dtype: torch.dtype) -> Float[Tensor, ...]:
     """Return what codes stand for in units of the step: ``c - K + 1/2``; exact in every dtype of 11 bits or more."""
     return codes.to(dtype) - (num_levels - 1) / 2
 

@@ -29,6 +29,7 @@ from framequant.frames.operator import MAX_COEFFICIENTS, MAX_DENSE_ENTRIES, Cons
 from framequant.frames.signs import random_signs
 from framequant.frames.spectral_tetris import roots_of_unity
 
+
 def smallest_size(dim: int) -> int:
     """Return the least N of a harmonic frame of R^dim: d for odd d, d + 1 for even d.
 

@@ -115,7 +115,7 @@ class FrameSpec:
         return self.num_coefficients / self.dim
 
     def to_dict(self) -> dict[str, int | str]:
-        """Return the fields as JSON-ready values; ``from_dict`` inverts it. A dual is named for harmonic frames only."""
+        """Return the fields as JSON-ready values; ``from_dict`` inverts it. Only harmonic frames name a dual."""
         values = {**asdict(self), "kind": self.kind.value}
         if self.kind is not FrameKind.HARMONIC:
             del values["dual_order"]

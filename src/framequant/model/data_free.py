@@ -59,7 +59,9 @@ def quantize_data_free(
     names = [name for name in selected if name not in tied]
     for name in linears:
         if name not in names:
-            reason = "its weight is tied to another module's" if name in tied else "left in float by a pattern"
+            reason = (
+                "its weight is tied to another module's" if name in tied else "left in float by a pattern"
+            )
             report.skipped[name] = reason
     if not names:
         raise DiscoveryError("every linear is tied to another module, so nothing is left to quantize.")
@@ -110,9 +112,7 @@ def _tied(model: nn.Module) -> set[str]:
         for parameter in module.parameters(recurse=False)
         if parameter.numel()
     )
-    return {
-        name for name, module in discovery.linears(model).items() if owners[module.weight.data_ptr()] > 1
-    }
+    return {name for name, module in discovery.linears(model).items() if owners[module.weight.data_ptr()] > 1}
 
 
 def _warn(report: QuantizationReport) -> None:
@@ -124,12 +124,12 @@ def _warn(report: QuantizationReport) -> None:
     ]
     if worse:
         report.warnings.append(
-            f"{len(worse)} of {len(report.linears)} linears would have a smaller weight error by plain rounding to "
-            f"nearest at the same {report.bits_per_weight:.3g} bits per weight; see nearest_at_equal_bits in the report."
+            f"{len(worse)} of {len(report.linears)} linears would have a smaller weight error by plain rounding "
+            f"to nearest at the same {report.bits_per_weight:.3g} bits per weight; see nearest_at_equal_bits in it."
         )
     overloads = sum(entry.details["overloads"] for entry in report.linears)
     if overloads:
         share = overloads / sum(entry.details["coefficients"] for entry in report.linears)
         report.warnings.append(
-            f"{share:.2%} of the recursion's states overloaded, since a step below the stable one had the smaller error."
+            f"{share:.2%} of the recursion's states overloaded: a step below the stable one had the smaller error."
         )

@@ -41,8 +41,8 @@ class Bound:
         reference: norm of the vector, layer output or network output, of the same shape.
     """
 
-    value: Float64[Tensor, "..."]
-    reference: Float64[Tensor, "..."]
+    value: Float64[Tensor, ...]
+    reference: Float64[Tensor, ...]
 
     @property
     def vacuous(self) -> Tensor:
@@ -149,9 +149,7 @@ def vector_bound_posterior(
     return steps.double() * torch.minimum(by_peak, by_energy)
 
 
-def published_bound(
-    step: float, dim: int, size: int, variation: float, sums_to_zero: bool = False
-) -> float:
+def published_bound(step: float, dim: int, size: int, variation: float, sums_to_zero: bool = False) -> float:
     """Return ``(δ d / 2N)(σ(F, p) + 2)`` for order 1 and the canonical dual; without the 2 for zero sum and even N.
 
     Args:

@@ -25,9 +25,7 @@ def equal_levels(bits_per_weight: float, columns: int) -> int:
     return min(levels, MAX_LEVELS) if levels >= 2 else 0
 
 
-def round_to_nearest(
-    weight: Float[Tensor, "o n"], levels: int
-) -> Float64[Tensor, "o n"]:
+def round_to_nearest(weight: Float[Tensor, "o n"], levels: int) -> Float64[Tensor, "o n"]:
     """Round each row to ``levels`` uniform levels around zero, the step searched for least squared error.
 
     Args:

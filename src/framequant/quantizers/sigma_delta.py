@@ -22,7 +22,15 @@ import torch
 from jaxtyping import Float, Float64, Int32, UInt8
 from torch import Tensor
 
-from framequant.codes.sigma_delta import SCALE_DTYPE, Dual, Step, check_levels, code_values, parse_dual, parse_step
+from framequant.codes.sigma_delta import (
+    SCALE_DTYPE,
+    Dual,
+    Step,
+    check_levels,
+    code_values,
+    parse_dual,
+    parse_step,
+)
 from framequant.errors import ConfigError, NumericalError
 from framequant.frames import DualStage
 from framequant.kernels.sigma_delta import Sequences, quantize_sequences
@@ -193,9 +201,7 @@ class SigmaDelta:
         errors = _errors(vectors, found.codes, scales, self.levels, stage)
         stable = torch.where(found.overloads == 0, scales.double() / root, torch.inf)
         stable = torch.where(scales > 0, stable, 0.0)
-        return Expansion(
-            found.codes, scales, found.overloads, found.peaks, found.energies, stable, errors
-        )
+        return Expansion(found.codes, scales, found.overloads, found.peaks, found.energies, stable, errors)
 
 
 def stored_scales(scales: Float64[Tensor, " v"], round_up: bool) -> Float[Tensor, " v"]:
