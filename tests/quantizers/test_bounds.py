@@ -1,5 +1,6 @@
 """Every bound holds in at least 10 000 random cases, and says when it is vacuous."""
 
+import itertools
 import math
 
 import pytest
@@ -23,7 +24,6 @@ from framequant.quantizers.bounds import (
     vector_bound_prior,
 )
 from framequant.quantizers.sigma_delta import SigmaDelta
-import itertools
 
 CASES = 10_000
 STAGES = {
