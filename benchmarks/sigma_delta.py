@@ -6,9 +6,8 @@
 A row is one setting for a Gaussian matrix of ``--size`` rows and columns at ``--ratio`` N/d: from the float weight on
 the device to packed codes and scales, the errors measured. ``cpu_seconds`` are those of all threads of this process:
 on a machine that others use (see ``load``), they say what one idle core would take. ``stable`` is one pass of the
-recursion, ``mse`` tries several steps (the preset), ``flips`` adds twenty passes of the post-pass. The first run compiles and is
-not
-counted.
+recursion, ``mse`` tries several steps (the preset), ``flips`` adds twenty passes of the post-pass. The first run
+compiles and is not counted.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     )
     from framequant.layers import FrameLinear
     from framequant.model.report import QuantizationReport
+    from framequant.model.tune import tune_
+    from framequant.model.tune_config import TuneConfig, TuningReport
     from framequant.model.walk import Progress, quantize_
     from framequant.pretrained import load, save_pretrained
 
@@ -44,10 +46,13 @@ _HOMES = {
     "NumericalError": "errors",
     "Progress": "model.walk",
     "QuantizationReport": "model.report",
+    "TuneConfig": "model.tune_config",
+    "TuningReport": "model.tune_config",
     "load": "pretrained",
     "preset": "config",
     "quantize_": "model.walk",
     "save_pretrained": "pretrained",
+    "tune_": "model.tune",
 }
 
 __all__ = [
@@ -64,10 +69,13 @@ __all__ = [
     "NumericalError",
     "Progress",
     "QuantizationReport",
+    "TuneConfig",
+    "TuningReport",
     "load",
     "preset",
     "quantize_",
     "save_pretrained",
+    "tune_",
 ]
 
 

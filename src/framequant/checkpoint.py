@@ -53,6 +53,7 @@ MAX_CONFIG_BYTES = 64 * 1024**2
 
 _SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int16: "I16",
     torch.bfloat16: "BF16",
     torch.float16: "F16",

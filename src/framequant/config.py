@@ -34,6 +34,13 @@ class CodeKind(StrEnum):
     SIGMA_DELTA = "sigma_delta"
 
 
+class Allocation(StrEnum):
+    """How the bits are shared out: the same rate for all, or where the model's loss feels them most."""
+
+    UNIFORM = "uniform"
+    SENSITIVITY = "sensitivity"
+
+
 class Rounding(StrEnum):
     """How codes are chosen: each by itself, or with errors fed forward through the Hessian."""
 
@@ -73,7 +80,15 @@ class FrameQuantConfig:
         state_bits: log2 of the number of trellis states, 8…16.
         tile_rows: rows of a trellis tile.
         tile_cols: columns of a trellis tile, the panel of block LDLQ.
+        allocation: "uniform": every linear has ``bits``; "sensitivity" (trellis): ``bits`` is what all linears
+            together take on disk per weight, any real number, and each gets the rate that serves the model best.
         rounding: "ldlq" or "nearest".
+        output_feedback: feed errors also from row to row, through the second moment of output gradients
+            (trellis). It needs a backward pass through the float model.
+        output_damping: of that moment, a fraction of its mean diagonal.
+        token_weights: exponent γ in [0, 1]: calibration tokens count with the γ-th power of their squared output
+            gradient, so that tokens which the loss does not feel weigh less.
+        output_block: rows that are rounded without feedback among them, a multiple of ``tile_rows``.
         column_order: "natural" or "descending".
         refine_sweeps: how often the codes that LDLQ chose are revisited, 0…16: each column is rounded again
             with all others known, which never raises the loss. Scalar codes only; a sweep costs two LDLQ. None
@@ -115,7 +130,12 @@ class FrameQuantConfig:
     state_bits: int = 12
     tile_rows: int = 16
     tile_cols: int = 16
+    allocation: Allocation = Allocation.UNIFORM
     rounding: Rounding = Rounding.LDLQ
+    output_feedback: bool = False
+    output_damping: float = 0.1
+    output_block: int = 64
+    token_weights: float = 0.0
     column_order: ColumnOrder = ColumnOrder.NATURAL
     refine_sweeps: int | None = None
     damping: float = 0.01
@@ -159,16 +179,12 @@ class FrameQuantConfig:
 
     def _check_types(self) -> None:
         for name in (
-            "two_sided",
-            "per_tensor_scale",
-            "clip_coefficients",
-            "recapture",
-            "random_signs",
-            "quantize_bias",
+            *("two_sided", "per_tensor_scale", "clip_coefficients", "recapture", "output_feedback"),
+            *("random_signs", "quantize_bias"),
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected true or false.")
-        for name in ("state_bits", "tile_rows", "tile_cols", "seed", "order", "flip_passes"):
+        for name in ("state_bits", "tile_rows", "tile_cols", "output_block", "seed", "order", "flip_passes"):
             if not _is_int(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected an integer.")
         for name in ("levels", "group_size", "refine_sweeps"):
@@ -211,6 +227,14 @@ class FrameQuantConfig:
             raise ConfigError(
                 "column_order = 'descending' needs code = 'scalar': trellis tiles are adjacent columns."
             )
+        if self.output_block % self.tile_rows or self.output_block < 1:
+            raise ConfigError(
+                f"output_block = {self.output_block}: expected a multiple of tile_rows = {self.tile_rows}."
+            )
+        if self.code is CodeKind.SCALAR and (
+            self.output_feedback or self.allocation is Allocation.SENSITIVITY
+        ):
+            raise ConfigError("output_feedback and allocation = 'sensitivity' need code = 'trellis'.")
         if self.refine_sweeps and self.code is CodeKind.TRELLIS:
             raise ConfigError(
                 f"refine_sweeps = {self.refine_sweeps} needs code = 'scalar': sweeps move single columns."
@@ -254,7 +278,8 @@ class FrameQuantConfig:
             ConfigError: the code does not exist.
         """
         if self.code is CodeKind.TRELLIS:
-            return TrellisSpec(self.state_bits, rate_pattern(self.bits), self.tile_rows, self.tile_cols)
+            bits = round(8 * self.bits) / 8 if self.allocation is Allocation.SENSITIVITY else self.bits
+            return TrellisSpec(self.state_bits, rate_pattern(bits), self.tile_rows, self.tile_cols)
         if self.code is CodeKind.SIGMA_DELTA:
             return SigmaDeltaSpec(2 if self.levels is None else self.levels, self.order, self.vectors)
         levels = self.levels if self.levels is not None else 2 ** int(self.bits)
@@ -281,6 +306,13 @@ class FrameQuantConfig:
                 config = replace(config, **{key: value for key, value in changes.items() if key != "skip"})
         return config
 
+    def fixes_code(self, name: str) -> bool:
+        """Whether an override says which code or rate a linear has, so that no allocation chooses it."""
+        keys = {"bits", "code", "levels", "allocation"}
+        return any(
+            re.search(pattern, name) and keys & set(changes) for pattern, changes in self.overrides.items()
+        )
+
     @property
     def sweeps(self) -> int:
         """How many refining sweeps are made; see ``refine_sweeps``."""
@@ -292,6 +324,11 @@ class FrameQuantConfig:
     def is_data_free(self) -> bool:
         """Whether quantizing needs no calibration data."""
         return self.code is CodeKind.SIGMA_DELTA
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a backward pass through the float model comes before the walk."""
+        return self.allocation is Allocation.SENSITIVITY or self.output_feedback or self.token_weights > 0
 
     @property
     def carries_float_stream(self) -> bool:
@@ -327,6 +364,7 @@ _ENUMS: dict[str, type[Enum]] = {
     "grid": GridKind,
     "zero_point": ZeroPoint,
     "rounding": Rounding,
+    "allocation": Allocation,
     "column_order": ColumnOrder,
     "vectors": Vectors,
 }
@@ -339,6 +377,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "clip_sigmas": (0.1, 16),
     "refine_sweeps": (0, 16),
     "damping": (0, 10),
+    "output_damping": (0, 100),
+    "token_weights": (0, 1),
     "float_targets": (0, 1),
     "residual_targets": (0, 1),
     "frame_size_ratio": (0, 4096),
@@ -349,7 +389,14 @@ _RANGES: dict[str, tuple[float, float]] = {
 # first is the same algorithm with a larger loss (set clip_coefficients), so the preset takes the grid's range.
 #: Every preset as the fields in which it differs from the defaults of ``FrameQuantConfig``.
 PRESETS: dict[str, dict[str, Any]] = {
-    "framequant": {},
+    "framequant": {
+        "code": "trellis",
+        "bits": 2.25,
+        "redundancy": 1.0,
+        "allocation": "sensitivity",
+        "output_feedback": True,
+        "token_weights": 0.5,
+    },
     "framequant-scalar": {},
     "framequant-paper": {
         "two_sided": True,

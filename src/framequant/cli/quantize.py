@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from framequant.cli.console import Reporter, count, facts, seconds, size
-from framequant.cli.inputs import DEFAULT_SAMPLES, calibration_tensor, find_calibration
+from framequant.cli.inputs import DEFAULT_SHARE, calibration_tensor, find_calibration
 from framequant.cli.options import DeviceOption, DtypeOption, JsonOption, build_config, choose_device
+from framequant.cli.tuning import Tuning, describe_tuning, request_of, tune_settings
+from framequant.errors import ConfigError
 
 if TYPE_CHECKING:
     from framequant.integrations.sources import OpenedModel
@@ -21,6 +23,7 @@ EXAMPLES = (
     "framequant quantize smollm2 --out smol-2bit\n\n"
     "framequant quantize timm/deit_tiny_patch16_224 --calibration train/ --out deit-2bit\n\n"
     "framequant quantize HuggingFaceTB/SmolLM2-135M --calibration wiki.txt --redundancy 1.25 --out smol\n\n"
+    "framequant quantize smollm2 --calibration wiki.txt --tune 250 --out smol-tuned\n\n"
     "framequant quantize model.gguf --preset gptq --bits 3 --ignore down_proj --out gptq-3bit\n\n"
     "framequant quantize timm/deit_tiny_patch16_224 --preset sigma-delta --frame-size-ratio 8 --levels 2 --out deit-sd"
 )
@@ -49,12 +52,23 @@ def run(
         bool | None, typer.Option("--two-sided/--one-sided", help="Redundancy on the output side too.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="A text file, an image folder, or a dataset NAME[:CONFIG] on the hub.")
+        str | None,
+        typer.Option(
+            help="A text file, an image folder, a .csv of sentence pairs, or a dataset NAME[:CONFIG] on the hub."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows or images.")] = DEFAULT_SAMPLES,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration windows or images, 128; or sentences, all of them.")
+    ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of a calibration window; 1024, or what the model reads.")
     ] = None,
+    word_tokenized: Annotated[
+        float,
+        typer.Option(
+            help="Share of a text's windows that is written with its punctuation apart, as many test texts are."
+        ),
+    ] = DEFAULT_SHARE,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: Annotated[
@@ -82,6 +96,14 @@ def run(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting by name; repeatable.")
     ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS", help="Afterwards train scales, norms and biases towards the float model."
+        ),
+    ] = None,
+    tune_lr: Annotated[float | None, typer.Option(help="Learning rate of --tune; 0.001.")] = None,
+    tune_batch: Annotated[int | None, typer.Option(help="Samples of a step of --tune; 8.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what lies in the output directory.")
     ] = False,
@@ -104,16 +126,29 @@ def run(
     chosen = build_config(preset, config, settings or [], flags)
     check_output(out, overwrite, model)
     place = choose_device(device)
+    tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed)
+    if tune_config is not None and chosen.is_data_free:
+        raise ConfigError("--tune needs calibration data, and sigma-delta codes use none; leave --tune out.")
+    request = request_of(model, chosen, calibration, samples, sequence_length, dtype)
+    tuning = None if tune_config is None else Tuning(out, tune_config, request)
     source = find_calibration(calibration)
     opened = open_float(model, dtype, place, reporter)
     float_parameters = sum(parameter.numel() for parameter in opened.model.parameters())
     data = None
     if not chosen.is_data_free:
         with reporter.stage("reading the calibration data"):
-            data = calibration_tensor(source, opened, samples, sequence_length, chosen.seed, reporter)
+            data = calibration_tensor(
+                source, opened, samples, sequence_length, chosen.seed, reporter, word_tokenized
+            )
         reporter.err.print(f"  {describe_calibration(data)}")
-    report = quantize_model(opened, data, chosen, reporter)
+    if tuning is None:
+        report = quantize_model(opened, data, chosen, reporter)
+    else:
+        opened = quantize_and_tune(opened, data, chosen, tuning, reporter)
+        report = opened.model.framequant_report
     save(opened, out, overwrite, reporter)
+    if tuning is not None:
+        tuning.finish()
     summary = summarize(report, opened, out, float_parameters)
     summary["calibration"] = describe_calibration(data)
     print_summary(summary, report, reporter)
@@ -154,9 +189,12 @@ def open_float(name: str, dtype: str, device: str, reporter: Reporter) -> Opened
 
 
 def describe_calibration(data: Any) -> str:
-    """The size of a calibration tensor in words."""
+    """The size of the calibration data in words."""
     if data is None:
         return "none needed"
+    if isinstance(data, list):
+        sentences = sum(len(batch["input_ids"]) for batch in data)
+        return f"{sentences} sentences ({count(sum(int(b['attention_mask'].sum()) for b in data))} tokens)"
     if data.ndim == 2:
         return f"{data.shape[0]} windows of {data.shape[1]} tokens ({count(data.numel())} tokens)"
     return f"{data.shape[0]} images of {data.shape[3]} × {data.shape[2]} pixels"
@@ -172,6 +210,28 @@ def quantize_model(opened: OpenedModel, data: Any, config: Any, reporter: Report
             update(progress.done, progress.total, progress.message)
 
         return quantize_(opened.model, data, config, progress=show)
+
+
+def quantize_and_tune(
+    opened: OpenedModel, data: Any, config: Any, tuning: Tuning, reporter: Reporter
+) -> OpenedModel:
+    """Quantize, or take the untuned model of a run that was begun, and tune it against the float model.
+
+    Raises:
+        CalibrationError: too few samples for the steps asked for.
+    """
+    tuning.check(data)
+    parameter = next(opened.model.parameters())
+    dtype, device = str(parameter.dtype).removeprefix("torch."), str(parameter.device)
+    if tuning.begun:
+        student, teacher = tuning.reopen(device, reporter), opened
+        student.name = opened.name
+    else:
+        quantize_model(opened, data, config, reporter)
+        tuning.keep(opened, reporter)
+        student, teacher = opened, open_float(opened.name, dtype, device, reporter)
+    tuning.tune(student, teacher, data, reporter)
+    return student
 
 
 def save(opened: OpenedModel, out: Path, overwrite: bool, reporter: Reporter) -> None:
@@ -221,6 +281,7 @@ def summarize(
         "seconds": report.seconds,
         "environment": report.environment,
         "warnings": report.warnings,
+        **({"tuning": report.tuning} if report.tuning else {}),
         "config": report.config,
     }
 
@@ -246,6 +307,7 @@ def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter:
         f"(the rest is kept in {report.environment['dtype']})",
         "largest relative loss": "\n".join(worst),
         **nearest_row(report),
+        **({"tuned": describe_tuning(report.tuning)} if report.tuning else {}),
         "time": f"{seconds(summary['seconds'])} on {report.environment['device']}",
         "saved in": summary["out"],
     }

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
+from torch import Tensor
+
 from framequant.codes.sigma_delta import SigmaDeltaSpec
 from framequant.frames import FrameKind, FrameSpec
 from framequant.quantizers.weight import QuantizedWeight
@@ -79,8 +81,10 @@ class QuantizationReport:
         skipped: linears inside the blocks that stayed float, with the reason.
         model: class name and parameter counts.
         environment: versions, device, dtype, threads.
+        allocation: what each linear was given of a bit budget, see ``allocation.Shares``; empty without one.
         warnings: what a reader should know.
         seconds: wall-clock time of the walk.
+        tuning: what tuning did, as ``TuningReport.to_dict`` gives it; empty without tuning.
         bounds: of the whole network's error, where they are known (Sigma-Delta).
     """
 
@@ -89,8 +93,10 @@ class QuantizationReport:
     skipped: dict[str, str] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    tuning: dict[str, Any] = field(default_factory=dict)
     bounds: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -138,7 +144,7 @@ def linear_report(
 ) -> LinearReport:
     """Make the entry of one linear."""
     spec = result.spec
-    parts = {**num_bytes(result.tensors), "frame": len(json.dumps(config_entry(name, spec))) - 1}
+    parts = stored_bytes(name, spec, result.tensors)
     return LinearReport(
         name=name,
         in_features=spec.in_features,
@@ -158,6 +164,18 @@ def linear_report(
         residual_correction=residual_correction,
         seconds=seconds,
     )
+
+
+def stored_bytes(name: str, spec: LinearSpec, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes of each stored part of a linear, "frame" being its entry in ``config.json``."""
+    return {**num_bytes(tensors), "frame": len(json.dumps(config_entry(name, spec))) - 1}
+
+
+def recount(entry: LinearReport, spec: LinearSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Bring an entry's code and bytes up to date with what the linear stores now."""
+    entry.code = describe_code(spec)
+    entry.bytes = stored_bytes(entry.name, spec, tensors)
+    entry.bits_per_weight = 8 * sum(entry.bytes.values()) / spec.num_weights
 
 
 def config_entry(name: str, spec: LinearSpec, scheme: int = 0) -> dict[str, list[int]]:
@@ -184,7 +202,10 @@ def describe_code(spec: LinearSpec) -> str:
     if hasattr(code, "num_levels"):
         scope = "tensor" if code.per_tensor else f"{code.group_size} columns" if code.group_size else "row"
         return f"{code.num_levels} levels, {code.kind.value}, scale per {scope}"
-    return f"trellis 2^{code.state_bits}, rates {code.rates}, tiles {code.tile_rows}x{code.tile_cols}"
+    factors = ", a factor per row" if code.row_factors else ""
+    return (
+        f"trellis 2^{code.state_bits}, rates {code.rates}, tiles {code.tile_rows}x{code.tile_cols}{factors}"
+    )
 
 
 def environment(device: str, dtype: str) -> dict[str, Any]:
