@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import itertools
+import math
 import os
 import platform
 import subprocess
@@ -15,6 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from framequant.model.report import QuantizationReport
+from framequant.quantizers.equal_bits import SCALE_BITS, equal_levels, round_to_nearest
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -152,6 +157,28 @@ def device_name() -> str:
     return (
         f"{platform.processor() or platform.machine()} x{torch.get_num_threads()}, torch {torch.__version__}"
     )
+
+
+def nearest_twin(model: nn.Module, report: QuantizationReport) -> tuple[nn.Module, str, float, float]:
+    """A copy whose linears are rounded to nearest, each at the bits that its Sigma-Delta codes and scales take.
+
+    Returns:
+        The copy; the numbers of levels; bits per weight over all; and the relative squared weight error.
+    """
+    twin, error, energy, stored, weights, counts = copy.deepcopy(model), 0.0, 0.0, 0.0, 0, set()
+    for entry in report.linears:
+        module = twin.get_submodule(entry.name)
+        weight = module.weight.detach()
+        bits = 8 * (entry.bytes["packed_codes"] + entry.bytes["scales"]) / entry.num_weights
+        levels = equal_levels(bits, weight.shape[1])
+        value = round_to_nearest(weight, levels) if levels else torch.zeros_like(weight)
+        width = math.log2(levels) + SCALE_BITS / weight.shape[1] if levels else 0.0
+        error += float((value - weight).square().sum())
+        energy += float(weight.double().square().sum())
+        stored, weights = stored + width * weight.numel(), weights + weight.numel()
+        counts.add(levels)
+        module.weight.data = value.to(weight.dtype)
+    return twin, "/".join(map(str, sorted(counts))), stored / weights, error / energy
 
 
 class Table:

@@ -3,8 +3,8 @@
     python experiments/sigma_delta/deit.py [--device cuda]
 
 All linears are quantized (blocks and head) with their biases; accuracy is on the 1300 ImageNet validation images of
-``../shared``, with the weights synthesised once (``to_linear``). ``nearest`` rounds each weight row to the levels that
-the bits of the row above it pay for. Nothing is chosen here: every row that was run is in the table.
+``../shared``, with the weights synthesised once (``to_linear``). ``nearest`` rounds the rows of each linear to as many
+levels as the bits of its codes in the row above pay for. Nothing is chosen here: every row that was run is in the table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import copy
 from pathlib import Path
 
 import torch
-from common import RESULTS, Table, shared
+from common import RESULTS, Table, nearest_twin, shared
 from torch import nn
 
 import framequant as fq
@@ -22,21 +22,10 @@ from framequant.evaluation.accuracy import accuracy
 from framequant.evaluation.images import labelled_images
 from framequant.integrations.sources import OpenedModel, open_model
 from framequant.integrations.transformers import dequantize_
-from framequant.quantizers.equal_bits import SCALE_BITS, equal_levels, round_to_nearest
 
 COLUMNS = ("method", "levels", "ratio", "passes", "bits", "weight_error", "top1", "top5", "images", "seconds")
-RUNS = (
-    (2, 2, 0),
-    (4, 2, 0),
-    (8, 2, 0),
-    (2, 2, 40),
-    (4, 2, 40),
-    (3, 2, 0),
-    (6, 2, 0),
-    (8, 2, 40),
-    (2, 4, 40),
-    (2, 16, 40),
-)
+#: N/d, levels, passes of the post-pass.
+RUNS = ((4, 2, 0), (8, 2, 0), (2, 2, 0), (4, 2, 20), (2, 2, 20), (8, 2, 20), (3, 2, 0), (6, 2, 0), (2, 4, 20))
 
 
 def evaluate(opened: OpenedModel, model: nn.Module, images: object) -> tuple[float, float, int]:
@@ -44,26 +33,12 @@ def evaluate(opened: OpenedModel, model: nn.Module, images: object) -> tuple[flo
     return 100 * found.top1, 100 * found.top5, found.images
 
 
-def rounded(model: nn.Module, bits: float) -> tuple[nn.Module, int, float, float]:
-    """The model with every linear rounded to nearest at about the same bits; levels, true bits, relative error."""
-    model, error, energy, stored, weights, levels = copy.deepcopy(model), 0.0, 0.0, 0.0, 0, 0
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            levels = equal_levels(bits, module.in_features)
-            value = round_to_nearest(module.weight.detach(), levels)
-            error += float((value - module.weight.detach()).square().sum())
-            energy += float(module.weight.detach().double().square().sum())
-            width = torch.tensor(float(levels)).log2().item() + SCALE_BITS / module.in_features
-            stored, weights = stored + width * module.weight.numel(), weights + module.weight.numel()
-            module.weight.data = value.float()
-    return model, levels, stored / weights, error / energy
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--runs", type=int, default=len(RUNS), help="only the first so many")
     parser.add_argument("--csv", type=Path, default=RESULTS / "deit_tiny.csv")
     arguments = parser.parse_args()
     opened = open_model(str(shared() / "models" / "deit_tiny_patch16_224"), device=arguments.device)
@@ -78,7 +53,7 @@ def main() -> None:
         if isinstance(m, nn.Linear)
     )
     seen = set()
-    for ratio, levels, passes in RUNS:
+    for ratio, levels, passes in RUNS[: arguments.runs]:
         model = copy.deepcopy(opened.model)
         config = fq.preset("sigma-delta", frame_size_ratio=ratio, levels=levels, flip_passes=passes)
         report = fq.quantize_(model, config=config)
@@ -88,8 +63,8 @@ def main() -> None:
         budget = round(report.bits_per_weight, 2)
         if budget not in seen:
             seen.add(budget)
-            plain, count, bits, error = rounded(opened.model, report.bits_per_weight)
-            table.add("nearest", count, "", "", bits, error, *evaluate(opened, plain, images), "")
+            plain, counts, bits, error = nearest_twin(opened.model, report)
+            table.add("nearest", counts, "", "", bits, error, *evaluate(opened, plain, images), "")
 
 
 if __name__ == "__main__":

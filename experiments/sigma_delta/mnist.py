@@ -5,8 +5,8 @@
 
 Networks are trained on 50 000 images; the other 10 000 of the training set are the validation set, on which N/d is
 chosen; test accuracy is only printed beside. ``bits`` are measured from the stored bytes of weights and biases over
-the number of weights. ``nearest`` rounds every weight row to as many levels as the bits of the Sigma-Delta row above
-pay for, scales counted, biases in float. FrameQuant is calibrated on 1024 training images.
+the number of weights. ``nearest`` rounds the rows of each linear to as many levels as the bits of its codes and scales
+in the Sigma-Delta row above pay for, biases in float; its ``ratio`` is that row's. FrameQuant is calibrated on 1024 training images.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import NETWORKS, RESULTS, Table, accuracy, mnist, train
+from common import NETWORKS, RESULTS, Table, accuracy, mnist, nearest_twin, train
 from torch import nn
 
 import framequant as fq
-from framequant.quantizers.equal_bits import SCALE_BITS, equal_levels, round_to_nearest
 
 COLUMNS = (
     "network", "seed", "method", "order", "levels", "dual", "vectors", "signs", "step", "passes", "ratio", "bits",
@@ -78,7 +76,7 @@ def run_network(name: str, seed: int, quick: bool, table: Table) -> None:
         )  # fmt: skip
         if round(report.bits_per_weight, 2) not in budgets:
             budgets.add(round(report.bits_per_weight, 2))
-            _nearest(name, seed, model, report.bits_per_weight, data, reference, table)
+            _nearest(name, seed, model, report, data, reference, table)
     _framequant(name, seed, model, data, reference, table)
 
 
@@ -89,26 +87,29 @@ def _energy(model: nn.Module) -> float:
 
 
 def _nearest(
-    name: str, seed: int, model: nn.Module, bits: float, data: Any, reference: list[float], table: Table
+    name: str, seed: int, model: nn.Module, report: Any, data: Any, reference: list[float], table: Table
 ) -> None:
-    rounded, error, stored, weights = copy.deepcopy(model), 0.0, 0.0, 0
-    for module in rounded.modules():
-        if isinstance(module, nn.Linear):
-            levels = equal_levels(bits, module.in_features)
-            if not levels:
-                return
-            value = round_to_nearest(module.weight.detach(), levels)
-            error += float((value - module.weight.detach()).square().sum())
-            module.weight.data = value.float()
-            stored += module.weight.numel() * (
-                torch.tensor(levels).log2().item() + SCALE_BITS / module.in_features
-            )
-            weights += module.weight.numel()
+    rounded, counts, bits, error = nearest_twin(model, report)
     found = [accuracy(rounded, data[part]) for part in ("validation", "test")]
     table.add(
-        name, seed, "nearest", "", levels, "", "", "", "mse", "", "", stored / weights, error / _energy(model), "", "",
-        *found, *reference,
+        name, seed, "nearest", "", counts, "", "", "", "mse", "", report.config["frame_size_ratio"], bits, error,
+        "", "", *found, *reference,
     )  # fmt: skip
+
+
+def run_nearest(name: str, seed: int, quick: bool, table: Table) -> None:
+    """Only the rows of plain rounding."""
+    data = mnist()
+    model = train(name, seed, data)
+    reference = [accuracy(model, data["validation"]), accuracy(model, data["test"])]
+    budgets = set()
+    for changes in settings(quick):
+        config = fq.preset("sigma-delta", **{**changes, "step": "stable", "flip_passes": 0})
+        budget = config.frame_size_ratio, config.levels
+        if budget not in budgets:
+            budgets.add(budget)
+            report = fq.quantize_(copy.deepcopy(model), config=config)
+            _nearest(name, seed, model, report, data, reference, table)
 
 
 def _framequant(
@@ -133,13 +134,15 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--quick", action="store_true", help="one-bit codes at four ratios only")
+    parser.add_argument("--only-nearest", action="store_true", help="only the rows of plain rounding")
     parser.add_argument("--csv", type=Path, default=RESULTS / "mnist.csv")
     arguments = parser.parse_args()
     table = Table(arguments.csv, COLUMNS)
     for name in arguments.networks:
         for seed in arguments.seeds:
-            run_network(name, seed, arguments.quick, table)
-    summarize(table)
+            (run_nearest if arguments.only_nearest else run_network)(name, seed, arguments.quick, table)
+    if not arguments.only_nearest:
+        summarize(table)
 
 
 def summarize(table: Table) -> None:
