@@ -3,8 +3,9 @@
     python experiments/sigma_delta/deit.py [--device cuda]
 
 All linears are quantized (blocks and head) with their biases; accuracy is on the 1300 ImageNet validation images of
-``../shared``, with the weights synthesised once (``to_linear``). ``nearest`` rounds the rows of each linear to as many
-levels as the bits of its codes in the row above pay for. Nothing is chosen here: every row that was run is in the table.
+``../shared``, with the weights synthesised once (``to_linear``). ``nearest`` rounds the rows of each linear to as
+many levels as the bits of its codes in the row above pay for. Nothing is chosen here: every row that was run is in
+the table.
 """
 
 from __future__ import annotations

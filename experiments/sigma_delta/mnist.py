@@ -5,8 +5,9 @@
 
 Networks are trained on 50 000 images; the other 10 000 of the training set are the validation set, on which N/d is
 chosen; test accuracy is only printed beside. ``bits`` are measured from the stored bytes of weights and biases over
-the number of weights. ``nearest`` rounds the rows of each linear to as many levels as the bits of its codes and scales
-in the Sigma-Delta row above pay for, biases in float; its ``ratio`` is that row's. FrameQuant is calibrated on 1024 training images.
+the number of weights. ``nearest`` rounds the rows of each linear to as many levels as the bits of its codes and
+scales in the Sigma-Delta row above pay for, biases in float; its ``ratio`` is that row's. FrameQuant is calibrated on
+1024 training images.
 """
 
 from __future__ import annotations
