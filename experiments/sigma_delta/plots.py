@@ -14,7 +14,15 @@ import matplotlib.pyplot as plt
 from common import RESULTS, ROOT
 
 FIGURES = ROOT / "docs" / "figures"
-plt.rcParams.update({"font.size": 8, "svg.hashsalt": "framequant", "axes.grid": True, "grid.alpha": 0.3})
+plt.rcParams.update(
+    {
+        "font.size": 8,
+        "svg.hashsalt": "framequant",
+        "svg.fonttype": "none",
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+    }
+)
 
 
 def read(name: str) -> list[dict[str, str]]:

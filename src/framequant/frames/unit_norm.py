@@ -215,7 +215,12 @@ def random_frame(dim: int, size: int, seed: int = 0) -> DenseFrame:
 def _rotated(first: NDArray[np.float64], second: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
     """Rotate a row of norm below one and one of norm above one so that the first has norm one."""
     a, b, g = float(first @ first), float(second @ second), float(first @ second)
-    tangent = (1 - a) / (math.sqrt(g * g + max(b - 1, 0.0) * (1 - a)) + g) if b > 1 or g > 0 else 0.0
+    # A root t of (b - 1) t² + 2 g t = 1 - a, in the form that does not cancel.
+    root = math.sqrt(g * g + max(b - 1, 0.0) * (1 - a))
+    if g < 0 < b - 1:
+        tangent = (root - g) / (b - 1)
+    else:
+        tangent = (1 - a) / (root + g) if root + g > 0 else 0.0
     cosine = 1 / math.hypot(1, tangent)
     sine = tangent * cosine
     return cosine * first + sine * second, cosine * second - sine * first
