@@ -14,6 +14,7 @@ from framequant.cli.tuning import Tuning, describe_tuning, request_of, tune_sett
 from framequant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from framequant.config import FrameQuantConfig
     from framequant.integrations.sources import OpenedModel
     from framequant.model.report import QuantizationReport
 
@@ -129,6 +130,7 @@ def run(
     tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed)
     if tune_config is not None and chosen.is_data_free:
         raise ConfigError("--tune needs calibration data, and sigma-delta codes use none; leave --tune out.")
+    chosen = with_room_for_tuning(chosen) if tune_config else chosen
     request = request_of(model, chosen, calibration, samples, sequence_length, dtype)
     tuning = None if tune_config is None else Tuning(out, tune_config, request)
     source = find_calibration(calibration)
@@ -153,6 +155,13 @@ def run(
     summary["calibration"] = describe_calibration(data)
     print_summary(summary, report, reporter)
     reporter.print_json(summary)
+
+
+def with_room_for_tuning(config: FrameQuantConfig) -> FrameQuantConfig:
+    """The settings with row factors in the budget, where the code has any."""
+    from dataclasses import replace
+
+    return replace(config, row_factors=True) if config.code == "trellis" else config
 
 
 def check_output(out: Path, overwrite: bool, model: str) -> None:
