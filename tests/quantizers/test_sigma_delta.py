@@ -132,6 +132,24 @@ def test_scales_are_rounded_upwards_where_a_bound_rests_on_them() -> None:
         stored_scales(torch.tensor([1e300], dtype=torch.float64), round_up=False)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("quantizer", [SigmaDelta(), SigmaDelta(2, 4, dual="sobolev"), SigmaDelta(passes=10)])
+def test_gpu_is_as_good_as_cpu(quantizer: SigmaDelta) -> None:
+    x = gaussian(200, 96)
+    stage = DualStage(HarmonicFrame(96, 768, seed=1), quantizer.dual_order)
+    slow, fast = quantizer.quantize(x, stage), quantizer.quantize(x.cuda(), stage)
+    # Last bits of the FFT differ, and with them some codes; the errors must not.
+    assert float(fast.errors.square().sum()) == pytest.approx(float(slow.errors.square().sum()), rel=0.02)
+    assert torch.equal(slow.scales, fast.scales.cpu())
+    values = (
+        code_values(fast.codes.cpu(), quantizer.levels, torch.float64) * fast.scales.cpu().double()[:, None]
+    )
+    torch.testing.assert_close(
+        (x - stage.synthesis(values)).norm(dim=1), fast.errors.cpu(), rtol=1e-9, atol=1e-12
+    )
+
+
 def test_bad_input() -> None:
     stage = DualStage(HarmonicFrame(4, 8))
     with pytest.raises(NumericalError, match="NaN"):

@@ -208,7 +208,7 @@ def stored_scales(scales: Float64[Tensor, " v"], round_up: bool) -> Float[Tensor
     """Round scales to their storage dtype; upwards where a bound rests on them."""
     rounded = scales.to(SCALE_DTYPE)
     if round_up:
-        above = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
+        above = (rounded.view(torch.int16) + 1).view(SCALE_DTYPE)  # the next number, since none is negative
         rounded = torch.where(rounded.double() < scales, above, rounded)
     if not bool(torch.isfinite(rounded).all()):
         raise NumericalError(f"a step is beyond what {SCALE_DTYPE} can hold.")
