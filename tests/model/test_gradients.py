@@ -62,6 +62,16 @@ def test_the_mean_of_sampled_gradients_is_the_fisher_information():
     )
 
 
+def test_a_long_calibration_is_thinned_out_on_a_cpu_but_every_token_is_weighed(monkeypatch):
+    model, data = make("llama")
+    monkeypatch.setattr(gradients, "TOKENS_PER_PIECE", data.shape[1])
+    monkeypatch.setattr(gradients, "TOKENS_IN_FULL", 2 * data.shape[1])
+    found = output_gradients(model, [data], names_of(model), inputs=True)
+    expected = 2 * data.shape[1] + (len(data) - 2) * -(-data.shape[1] // 8)
+    assert {one.count for one in found.values()} == {one.inputs for one in found.values()} == {expected}
+    assert {one.squares[0].numel() for one in found.values()} == {data.numel()}
+
+
 def test_padding_takes_no_part():
     model, data = make("bert")
     batch = data if isinstance(data, dict) else {"input_ids": data}

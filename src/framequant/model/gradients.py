@@ -26,10 +26,11 @@ from framequant.errors import DiscoveryError
 from framequant.model.capture import token_mask
 from framequant.model.replay import call_model, first_tensor
 
-
 #: Tokens, or samples other than token sequences, of one backward pass.
 TOKENS_PER_PIECE = 4096
 SAMPLES_PER_PIECE = 32
+#: Tokens whose second moments are summed without leaving any out, on a CPU.
+TOKENS_IN_FULL = 8192
 
 
 @dataclass
@@ -41,8 +42,8 @@ class OutputGradients:
         input_sum: Σ x xᵀ of the linear's inputs, (in_features, in_features), float32; linears that read one
             tensor share it. None unless asked for.
         squares: ‖g‖² of each real token, by number of the batch.
-        count: number of tokens with a gradient.
-        inputs: number of tokens that were read.
+        count: number of tokens in ``gram_sum``.
+        inputs: number of tokens in ``input_sum``.
     """
 
     gram_sum: Tensor | None = None
@@ -68,6 +69,12 @@ def _gram(rows: Tensor) -> Tensor:
         return rows.T @ rows
 
 
+def _thinned(rows: Tensor, taken: int) -> Tensor:
+    """The rows to sum: on a CPU, every eighth once ``TOKENS_IN_FULL`` were taken; a mean needs no more."""
+    enough = rows.device.type == "cpu" and taken >= TOKENS_IN_FULL
+    return rows[::8] if enough else rows
+
+
 @dataclass
 class _Pass:
     """One pass in progress: the sums, and the mask of the batch that is running."""
@@ -87,10 +94,11 @@ class _Pass:
     def add(self, name: str, gradient: Tensor) -> None:
         flat = self.flat(gradient)
         total = self.totals.setdefault(name, OutputGradients())
-        total.count += flat.shape[0]
         squares = flat.square().sum(dim=1)
         before = total.squares.get(self.number)
         total.squares[self.number] = squares if before is None else torch.cat([before, squares])
+        flat = _thinned(flat, total.count)
+        total.count += flat.shape[0]
         gram = _gram(flat)
         total.gram_sum = gram if total.gram_sum is None else total.gram_sum.add_(gram)
 
@@ -101,7 +109,7 @@ class _Pass:
         if first != name:
             total.input_sum, total.inputs = self.totals[first].input_sum, self.totals[first].inputs
             return
-        flat = self.flat(tensor)
+        flat = _thinned(self.flat(tensor), total.inputs)
         total.inputs += flat.shape[0]
         gram = _gram(flat)
         total.input_sum = gram if total.input_sum is None else total.input_sum.add_(gram)
