@@ -78,7 +78,13 @@ def main(
     opened = open_model(model, dtype=dtype, device=choose_device(device))
     data = Data(opened, read_text(calibration), samples, sequence_length, held)
     base = {key: perplexity(opened.model, text).perplexity for key, text in data.texts.items()}
-    print({"row": "float", **{k: round(v, 3) for k, v in base.items()}, "windows": [len(t) for t in data.texts.values()]})
+    print(
+        {
+            "row": "float",
+            **{k: round(v, 3) for k, v in base.items()},
+            "windows": [len(t) for t in data.texts.values()],
+        }
+    )
     rows = []
     for text in row or []:
         try:

@@ -76,11 +76,11 @@ class FrameQuantConfig:
         state_bits: log2 of the number of trellis states, 8…16.
         tile_rows: rows of a trellis tile.
         tile_cols: columns of a trellis tile, the panel of block LDLQ.
+        row_factors: a byte per row of a trellis matrix for a factor that a later tuning trains.
         allocation: "uniform": every linear has ``bits``; "sensitivity" (trellis): ``bits`` is what all linears
             together take on disk per weight, any real number, and each gets the rate that serves the model best.
         rounding: "ldlq" or "nearest".
-        output_feedback: feed errors also from row to row, through the second moment of output gradients
-            (trellis). It needs a backward pass through the float model.
+        output_feedback: feed errors also from row to row, through the second moment of output gradients. It needs a backward pass through the float model.
         output_damping: of that moment, a fraction of its mean diagonal.
         token_weights: exponent γ in [0, 1]: calibration tokens count with the γ-th power of their squared output
             gradient, so that tokens which the loss does not feel weigh less.
@@ -117,6 +117,7 @@ class FrameQuantConfig:
     state_bits: int = 12
     tile_rows: int = 16
     tile_cols: int = 16
+    row_factors: bool = False
     allocation: Allocation = Allocation.UNIFORM
     rounding: Rounding = Rounding.LDLQ
     output_feedback: bool = False
@@ -156,7 +157,14 @@ class FrameQuantConfig:
         self.code_spec()
 
     def _check_types(self) -> None:
-        for name in ("two_sided", "per_tensor_scale", "clip_coefficients", "recapture", "output_feedback"):
+        for name in (
+            "two_sided",
+            "per_tensor_scale",
+            "clip_coefficients",
+            "recapture",
+            "output_feedback",
+            "row_factors",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected true or false.")
         for name in ("state_bits", "tile_rows", "tile_cols", "output_block", "seed"):
@@ -202,12 +210,14 @@ class FrameQuantConfig:
             raise ConfigError(
                 "column_order = 'descending' needs code = 'scalar': trellis tiles are adjacent columns."
             )
-        if self.output_block % self.tile_rows or self.output_block < 1:
+        if self.output_block < 1 or (self.code is CodeKind.TRELLIS and self.output_block % self.tile_rows):
             raise ConfigError(
                 f"output_block = {self.output_block}: expected a multiple of tile_rows = {self.tile_rows}."
             )
-        if self.code is CodeKind.SCALAR and (self.output_feedback or self.allocation is Allocation.SENSITIVITY):
-            raise ConfigError("output_feedback and allocation = 'sensitivity' need code = 'trellis'.")
+        if self.code is CodeKind.SCALAR and self.allocation is Allocation.SENSITIVITY:
+            raise ConfigError("allocation = 'sensitivity' needs code = 'trellis', whose rates are fractions.")
+        if self.code is CodeKind.SCALAR and self.row_factors:
+            raise ConfigError("row_factors = true needs code = 'trellis'; a scalar code has scales per row.")
         if self.refine_sweeps and self.code is CodeKind.TRELLIS:
             raise ConfigError(
                 f"refine_sweeps = {self.refine_sweeps} needs code = 'scalar': sweeps move single columns."
@@ -225,7 +235,13 @@ class FrameQuantConfig:
         """
         if self.code is CodeKind.TRELLIS:
             bits = round(8 * self.bits) / 8 if self.allocation is Allocation.SENSITIVITY else self.bits
-            return TrellisSpec(self.state_bits, rate_pattern(bits), self.tile_rows, self.tile_cols)
+            return TrellisSpec(
+                self.state_bits,
+                rate_pattern(bits),
+                self.tile_rows,
+                self.tile_cols,
+                row_factors=self.row_factors,
+            )
         levels = self.levels if self.levels is not None else 2 ** int(self.bits)
         return GridSpec(
             kind=self.grid,
@@ -253,7 +269,9 @@ class FrameQuantConfig:
     def fixes_code(self, name: str) -> bool:
         """Whether an override says which code or rate a linear has, so that no allocation chooses it."""
         keys = {"bits", "code", "levels", "allocation"}
-        return any(re.search(pattern, name) and keys & set(changes) for pattern, changes in self.overrides.items())
+        return any(
+            re.search(pattern, name) and keys & set(changes) for pattern, changes in self.overrides.items()
+        )
 
     @property
     def sweeps(self) -> int:
@@ -265,9 +283,7 @@ class FrameQuantConfig:
     @property
     def needs_gradients(self) -> bool:
         """Whether a backward pass through the float model comes before the walk."""
-        return (
-            self.allocation is Allocation.SENSITIVITY or self.output_feedback or self.token_weights > 0
-        )
+        return self.allocation is Allocation.SENSITIVITY or self.output_feedback or self.token_weights > 0
 
     @property
     def carries_float_stream(self) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from framequant import storage
 from framequant.frames import FrameOperator, build_frame
@@ -55,6 +56,7 @@ class FrameLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self._frames: tuple[FrameOperator, FrameOperator] | None = None
+        self._held: dict[torch.dtype, Tensor] | None = None
 
     @classmethod
     def from_tensors(
@@ -85,8 +87,23 @@ class FrameLinear(nn.Module):
         """Apply the layer."""
         frame_in, frame_out = self.frames
         coefficients = reference.analysis(frame_in, inputs)
-        outputs = reference.synthesis(frame_out, reference.product(coefficients, self.spec, self.tensors))
+        if self._held is None:
+            products = reference.product(coefficients, self.spec, self.tensors)
+        else:
+            products = functional.linear(coefficients, self._decoded(coefficients.dtype))
+        outputs = reference.synthesis(frame_out, products)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+
+    def hold_decoded(self, hold: bool) -> None:
+        """Keep D̃ decoded between forward passes, or no longer: for a block that is run many times over."""
+        self._held = {} if hold else None
+
+    def _decoded(self, dtype: torch.dtype) -> Tensor:
+        assert self._held is not None
+        if dtype not in self._held:
+            rows = self.spec.coefficient_shape[0]
+            self._held[dtype] = storage.decode_rows(self.spec, self.tensors, 0, rows, dtype)
+        return self._held[dtype]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o n"]:
         """The dense weight that the layer is equal to, up to rounding of ``dtype``; a new tensor."""

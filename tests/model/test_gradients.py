@@ -57,7 +57,9 @@ def test_the_mean_of_sampled_gradients_is_the_fisher_information():
     hidden = model.first(x[:1])[0].double()
     slope = model.last.weight.double() * (1 - torch.tanh(hidden) ** 2)
     torch.testing.assert_close(found["first"].gram(), slope.T @ fisher @ slope, atol=0.01, rtol=0)
-    torch.testing.assert_close(found["first"].hessian(), x[0, :, None].double() @ x[:1].double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        found["first"].hessian(), x[0, :, None].double() @ x[:1].double(), atol=1e-4, rtol=0
+    )
 
 
 def test_padding_takes_no_part():

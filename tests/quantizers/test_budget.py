@@ -14,9 +14,7 @@ def options_of(weights: int, sensitivity: float) -> list[Option]:
     return [Option(rate, 1.0, int(weights * rate / 8), sensitivity / 4**rate) for rate in (1, 1.5, 2, 3, 4)]
 
 
-MODELS = st.lists(
-    st.tuples(st.sampled_from([800, 1600, 2400]), st.floats(0, 100)), min_size=1, max_size=4
-)
+MODELS = st.lists(st.tuples(st.sampled_from([800, 1600, 2400]), st.floats(0, 100)), min_size=1, max_size=4)
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,6 +13,7 @@ from framequant.cli.options import DeviceOption, DtypeOption, JsonOption, build_
 from framequant.cli.tuning import Tuning, describe_tuning, request_of, tune_settings
 
 if TYPE_CHECKING:
+    from framequant.config import FrameQuantConfig
     from framequant.integrations.sources import OpenedModel
     from framequant.model.report import QuantizationReport
 
@@ -117,13 +118,16 @@ def run(
     check_output(out, overwrite, model)
     place = choose_device(device)
     tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed)
+    chosen = with_room_for_tuning(chosen) if tune_config else chosen
     request = request_of(model, chosen, calibration, samples, sequence_length, dtype)
     tuning = None if tune_config is None else Tuning(out, tune_config, request)
     source = find_calibration(calibration)
     opened = open_float(model, dtype, place, reporter)
     float_parameters = sum(parameter.numel() for parameter in opened.model.parameters())
     with reporter.stage("reading the calibration data"):
-        data = calibration_tensor(source, opened, samples, sequence_length, chosen.seed, reporter, word_tokenized)
+        data = calibration_tensor(
+            source, opened, samples, sequence_length, chosen.seed, reporter, word_tokenized
+        )
     reporter.err.print(f"  {describe_calibration(data)}")
     if tuning is None:
         report = quantize_model(opened, data, chosen, reporter)
@@ -137,6 +141,13 @@ def run(
     summary["calibration"] = describe_calibration(data)
     print_summary(summary, report, reporter)
     reporter.print_json(summary)
+
+
+def with_room_for_tuning(config: FrameQuantConfig) -> FrameQuantConfig:
+    """The settings with row factors in the budget, where the code has any."""
+    from dataclasses import replace
+
+    return replace(config, row_factors=True) if config.code == "trellis" else config
 
 
 def check_output(out: Path, overwrite: bool, model: str) -> None:

@@ -131,16 +131,12 @@ def _options(
     return [_option(weight, sensitivity, at_rate(settings, rate), name, rate) for rate in RATES]
 
 
-def _option(
-    weight: Tensor, sensitivity: float, settings: FrameQuantConfig, name: str, rate: float
-) -> Option:
+def _option(weight: Tensor, sensitivity: float, settings: FrameQuantConfig, name: str, rate: float) -> Option:
     size = stored_bytes(weight.shape, settings, name)
     return Option(rate, settings.redundancy, size, sensitivity * gaussian_error(rate))
 
 
-def at_rate(
-    settings: FrameQuantConfig, rate: float, redundancy: float | None = None
-) -> FrameQuantConfig:
+def at_rate(settings: FrameQuantConfig, rate: float, redundancy: float | None = None) -> FrameQuantConfig:
     """Settings of a linear whose rate is chosen."""
     chosen = settings.redundancy if redundancy is None else redundancy
     return replace(settings, allocation=Allocation.UNIFORM, bits=rate, redundancy=chosen)

@@ -196,7 +196,9 @@ class _Walk:
                 quantized.advance(index, [call.run(block) for call in calls])
                 if original is not None:
                     floating.advance(index, original.outputs())
+            release_decoded(block)
         self._quantize_outside(replay)
+        release_decoded(self.model)
         self._finish(time.perf_counter() - start)
         return self.report
 
@@ -236,7 +238,9 @@ class _Walk:
             return None
         weights = {}
         for group in stage:
-            found = [self.gradients[prefix + name] for name in group.linears if prefix + name in self.gradients]
+            found = [
+                self.gradients[prefix + name] for name in group.linears if prefix + name in self.gradients
+            ]
             if found and all(len(one.squares) == len(self.batches) for one in found):
                 powered = [sum(one.squares[i] for one in found) ** power for i in range(len(self.batches))]
                 weights[group.name] = powered[number] / torch.cat(powered).mean()
@@ -331,6 +335,7 @@ class _Walk:
         seconds = (time.perf_counter() - start) / len(modules)
         for name, result in results.items():
             layer = FrameLinear.from_tensors(result.spec, result.tensors, modules[name].bias)
+            layer.hold_decoded(True)
             self.model.set_submodule(name, layer)
             corrected = name in moments.residual_sum and configs[name].residual_targets > 0
             self.report.linears.append(linear_report(name, result, moments.count, corrected, seconds))
@@ -362,6 +367,12 @@ class _Walk:
             )
         report.seconds = seconds
         self.model.framequant_report = report
+
+
+def release_decoded(module: nn.Module) -> None:
+    """Let the quantized linears of a module drop what they decoded for the walk."""
+    for layer in quantized_linears(module).values():
+        layer.hold_decoded(False)
 
 
 def untie(model: nn.Module, head: nn.Module) -> None:

@@ -43,6 +43,22 @@ class ScalarCoder:
         first = matrices[0]
         self._codes = torch.empty(sum(self._rows), first.shape[1], dtype=torch.uint8, device=first.device)
 
+    def part(self, first: int, last: int) -> ScalarCoder:
+        """A coder of some of the stacked rows; it records their codes here."""
+        part = ScalarCoder.__new__(ScalarCoder)
+        zeros = self._grid.zero_points
+        part._backend, part._rows = self._backend, [last - first]
+        part._grid = Grid(
+            spec=self._grid.spec,
+            levels=self._grid.levels,
+            scales=self._grid.scales[first:last],
+            zero_points=None if zeros is None else zeros[first:last],
+        )
+        part._grids = [part._grid]
+        part._table = GridTable.of(part._grid, last - first)
+        part._codes = self._codes[first:last]
+        return part
+
     def clip(self, coefficients: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """Clamp the stacked coefficients to the range of their grids."""
         return clip_to_grid(coefficients, self._grid)

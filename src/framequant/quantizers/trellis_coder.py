@@ -23,7 +23,7 @@ from framequant.codes.trellis import (
     pack_states,
     tiles_from_matrix,
 )
-from framequant.codes.trellis_storage import SCALE_DTYPE
+from framequant.codes.trellis_storage import SCALE_DTYPE, encode_factors
 from framequant.kernels.viterbi import encode_tiles
 from framequant.quantizers.two_sided import Wave
 
@@ -82,7 +82,9 @@ class TrellisCoder:
 
     def quantize_cells(self, waves: Sequence[Wave], values: Sequence[Tensor]) -> list[Tensor]:
         """Search the paths of cells, each some tiles high and one panel wide; see ``two_sided.CellCoder``."""
-        scales = [self._scales[wave.linear].to(value.dtype) for wave, value in zip(waves, values, strict=True)]
+        scales = [
+            self._scales[wave.linear].to(value.dtype) for wave, value in zip(waves, values, strict=True)
+        ]
         tiles = [
             (value / scale).float().reshape(-1, self._spec.steps)
             for value, scale in zip(values, scales, strict=True)
@@ -107,6 +109,10 @@ class TrellisCoder:
         for states, scale in zip(found, self._scales, strict=True):
             packed = pack_states(states.flatten(0, 1), self._spec)
             result.append({"packed_codes": packed.reshape(len(states), -1), "scales": scale})
+        if self._spec.row_factors:
+            ones = (torch.ones(rows, 1, device=self._states.device) for rows in self._rows)
+            for stored, factors in zip(result, ones, strict=True):
+                stored["row_factors"] = encode_factors(factors)
         return result
 
 
