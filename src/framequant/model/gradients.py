@@ -26,7 +26,6 @@ from framequant.errors import DiscoveryError
 from framequant.model.capture import token_mask
 from framequant.model.replay import call_model, first_tensor
 
-
 #: Tokens, or samples other than token sequences, of one backward pass.
 TOKENS_PER_PIECE = 4096
 SAMPLES_PER_PIECE = 32
