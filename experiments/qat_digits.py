@@ -30,7 +30,9 @@ class Digits(nn.Module):
         super().__init__()
         self.embed = nn.Linear(196, width)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+            )
             for _ in range(depth)
         )
         self.head = nn.Linear(width, 10)
@@ -81,7 +83,9 @@ def main() -> None:
         torch.manual_seed(seed)
         base = Digits()
         train(base, images, labels, arguments.epochs, 3e-3, seed)
-        rows.append({"seed": seed, "bits": 32, "stage": "float", "accuracy": accuracy(base, *tests), "seconds": ""})
+        rows.append(
+            {"seed": seed, "bits": 32, "stage": "float", "accuracy": accuracy(base, *tests), "seconds": ""}
+        )
         for bits in (1, 2):
             model = copy.deepcopy(base)
             start = time.perf_counter()
@@ -89,13 +93,17 @@ def main() -> None:
             measured = fq.quantize_(model, images[:4096], settings).bits_per_weight
             taken = time.perf_counter() - start
             row = {"seed": seed, "bits": round(measured, 4)}
-            rows.append({**row, "stage": "quantized", "accuracy": accuracy(model, *tests), "seconds": f"{taken:.1f}"})
+            rows.append(
+                {**row, "stage": "quantized", "accuracy": accuracy(model, *tests), "seconds": f"{taken:.1f}"}
+            )
             start = time.perf_counter()
             fq.prepare_fake_quant_(model)
             train(model, images, labels, arguments.epochs, 1e-3, seed)
             fq.bake_fake_quant_(model)
             taken = time.perf_counter() - start
-            rows.append({**row, "stage": "trained", "accuracy": accuracy(model, *tests), "seconds": f"{taken:.1f}"})
+            rows.append(
+                {**row, "stage": "trained", "accuracy": accuracy(model, *tests), "seconds": f"{taken:.1f}"}
+            )
         for row in rows[-5:]:
             print(row, flush=True)
     if arguments.csv:

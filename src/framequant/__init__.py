@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ModelSourceError,
         NumericalError,
     )
+    from framequant.frames.harmonic import HarmonicFrame
     from framequant.integrations.hub import push_to_hub
     from framequant.layers import FrameLinear
     from framequant.model.fake_quant import bake_fake_quant_, prepare_fake_quant_
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from framequant.model.tune_config import TuneConfig, TuningReport
     from framequant.model.walk import Progress, quantize_
     from framequant.pretrained import load, save_pretrained
+    from framequant.quantizers.sigma_delta import SigmaDelta
 
 __version__ = "0.1.0"
 
@@ -44,10 +46,12 @@ _HOMES = {
     "FrameLinear": "layers",
     "FrameQuantConfig": "config",
     "FrameQuantError": "errors",
+    "HarmonicFrame": "frames.harmonic",
     "ModelSourceError": "errors",
     "NumericalError": "errors",
     "Progress": "model.walk",
     "QuantizationReport": "model.report",
+    "SigmaDelta": "quantizers.sigma_delta",
     "TuneConfig": "model.tune_config",
     "TuningReport": "model.tune_config",
     "bake_fake_quant_": "model.fake_quant",
@@ -70,10 +74,12 @@ __all__ = [
     "FrameLinear",
     "FrameQuantConfig",
     "FrameQuantError",
+    "HarmonicFrame",
     "ModelSourceError",
     "NumericalError",
     "Progress",
     "QuantizationReport",
+    "SigmaDelta",
     "TuneConfig",
     "TuningReport",
     "bake_fake_quant_",

@@ -61,7 +61,9 @@ def test_lora_trains_saves_and_reloads(checkpoint, tmp_path):
     assert len(names) == 2 * 2 * 3
     assert all("lora_" in name for name in names)
     frozen = {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" not in name}
-    assert torch.equal(output(model, data), output(fq.load(directory), data)), "an untrained adapter adds nothing"
+    assert torch.equal(output(model, data), output(fq.load(directory), data)), (
+        "an untrained adapter adds nothing"
+    )
     losses = train(model, data, 30, rate=0.05)
     assert losses[-1] < 0.9 * losses[0]
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in frozen.items())

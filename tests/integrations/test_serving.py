@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -55,11 +56,11 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _wait(process: subprocess.Popen, url: str, seconds: float) -> None:
+def _wait(process: subprocess.Popen, url: str, seconds: float, log: Path) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if process.poll() is not None:
-            pytest.fail(f"the server ended: {process.stderr.read()}")
+            pytest.fail(f"the server ended with {process.returncode}: {log.read_text()[-2000:]}")
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
                 if answer.status == 200:
@@ -70,16 +71,27 @@ def _wait(process: subprocess.Popen, url: str, seconds: float) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_client_talks_to_the_server(directory):
+def test_a_real_client_talks_to_the_server(directory, tmp_path):
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package, reason=f"{package} is not installed: {serving.INSTALL}")
     from openai import OpenAI
 
     port = _free_port()
-    command = [sys.executable, "-m", "framequant", "serve", str(directory), "--port", str(port), "--device", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "framequant",
+        "serve",
+        str(directory),
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+    ]
+    log = (tmp_path / "log").open("w+")
+    process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        _wait(process, f"http://localhost:{port}/health", 240)
+        _wait(process, f"http://localhost:{port}/health", 240, tmp_path / "log")
         client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", timeout=120, max_retries=0)
         prompt = "the old tiger walks"
         answer = client.completions.create(model=str(directory), prompt=prompt, max_tokens=5, temperature=0)
@@ -88,9 +100,12 @@ def test_a_real_client_talks_to_the_server(directory):
         )[0, 4:]
         assert answer.choices[0].text.split() == make_tokenizer().decode(expected).split()
         messages = [{"role": "user", "content": prompt}]
-        chat = client.chat.completions.create(model=str(directory), messages=messages, max_tokens=4, stream=True)
+        chat = client.chat.completions.create(
+            model=str(directory), messages=messages, max_tokens=4, stream=True
+        )
         streamed = [piece.choices[0].delta.content or "" for piece in chat if piece.choices]
         assert "".join(streamed).split()
     finally:
-        process.terminate()
-        process.wait(timeout=30)
+        process.kill()
+        process.wait(timeout=60)
+        log.close()

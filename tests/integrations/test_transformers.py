@@ -182,7 +182,9 @@ def test_a_float_model_is_quantized_without_data(preset, fallback, float_directo
             folder, quantization_config=fq.preset(preset, bits=4, state_bits=8), device_map="cpu"
         )
     assert len(quantized_linears(model)) == 14
-    seeds = {name.rpartition(".")[2]: layer.spec.frame_in.seed for name, layer in quantized_linears(model).items()}
+    seeds = {
+        name.rpartition(".")[2]: layer.spec.frame_in.seed for name, layer in quantized_linears(model).items()
+    }
     assert seeds["q_proj"] == seeds["k_proj"] == seeds["v_proj"], "a probe shows which linears share an input"
     assert model.framequant_report.linears[0].tokens == 0
     after = output(model, data)
@@ -196,7 +198,7 @@ def test_a_float_model_is_quantized_without_data(preset, fallback, float_directo
 @pytest.mark.parametrize("name", ["swin", "whisper", "qwen3_moe", "clip", "t5"])
 def test_without_data_models_of_every_kind(name):
     from framequant.integrations.transformers import probe_inputs
-    from framequant.model.data_free import quantize_without_data_
+    from framequant.model.without_data import quantize_without_data_
 
     model, data = make_family(name)
     every = fq.quantize_(make_family(name)[0], data, fq.preset("rtn", bits=4))
@@ -232,7 +234,9 @@ def test_pipeline_and_generate(quantized, directory):
     generator = pipeline("text-generation", model=str(directory), device="cpu")
     assert type(generator.model.model.layers[0].mlp.up_proj) is fq.FrameLinear
     generated = generator(text, max_new_tokens=5, do_sample=False)[0]["generated_text"]
-    assert generated.removeprefix(text).split() == make_tokenizer().decode(expected[0, ids.shape[1] :]).split()
+    assert (
+        generated.removeprefix(text).split() == make_tokenizer().decode(expected[0, ids.shape[1] :]).split()
+    )
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # pin_memory without a GPU
@@ -267,10 +271,14 @@ def test_push_to_hub_uploads_the_checkpoint_with_its_card(quantized, monkeypatch
     monkeypatch.setattr(hub, "reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create)
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
-    address = fq.push_to_hub(quantized[0], "me/tiny-2bit", source="owner/tiny", tokenizer=make_tokenizer(), private=True)
+    address = fq.push_to_hub(
+        quantized[0], "me/tiny-2bit", source="owner/tiny", tokenizer=make_tokenizer(), private=True
+    )
     assert address == "https://hub/me/tiny-2bit/commit/1"
     assert seen["created"] == ("me/tiny-2bit", True)
-    assert {"config.json", "model.safetensors", "framequant_report.json", "tokenizer.json"} <= set(seen["files"])
+    assert {"config.json", "model.safetensors", "framequant_report.json", "tokenizer.json"} <= set(
+        seen["files"]
+    )
     card = seen["files"]["README.md"].decode()
     assert "base_model: owner/tiny" in card
     assert 'LlamaForCausalLM.from_pretrained("me/tiny-2bit")' in card

@@ -79,12 +79,18 @@ def load(layers, tensors):
         layer.quant_method.process_weights_after_loading(layer)
 
 
-@pytest.fixture(scope="module", params=[{}, {"code": "trellis", "state_bits": 8, "bits": 2.25}], ids=["scalar", "trellis"])
+@pytest.fixture(
+    scope="module", params=[{}, {"code": "trellis", "state_bits": 8, "bits": 2.25}], ids=["scalar", "trellis"]
+)
 def checkpoint(request, tmp_path_factory):
     model, data = make("llama")
     fq.quantize_(model, data, fq.preset("framequant-scalar", **request.param))
     folder = fq.save_pretrained(model, tmp_path_factory.mktemp("vllm") / "out")
-    return model, load_file(folder / "model.safetensors"), read_json(folder / "config.json")["quantization_config"]
+    return (
+        model,
+        load_file(folder / "model.safetensors"),
+        read_json(folder / "config.json")["quantization_config"],
+    )
 
 
 def make_config(data):
@@ -105,7 +111,9 @@ def test_fused_layers_compute_what_their_parts_do(checkpoint):
     attention, mlp = block.self_attn, block.mlp
     expected = torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], -1)
     assert torch.equal(qkv.quant_method.apply(qkv, x), expected)
-    assert torch.equal(gate_up.quant_method.apply(gate_up, x), torch.cat([mlp.gate_proj(x), mlp.up_proj(x)], -1))
+    assert torch.equal(
+        gate_up.quant_method.apply(gate_up, x), torch.cat([mlp.gate_proj(x), mlp.up_proj(x)], -1)
+    )
     bias = torch.randn(48)
     assert torch.equal(down.quant_method.apply(down, wide, bias), mlp.down_proj(wide) + bias)
     assert not list(qkv.named_parameters()), "nothing but packed codes stays"
@@ -134,7 +142,7 @@ def test_what_is_not_quantized_is_left_to_vllm(checkpoint):
 
 
 def test_what_cannot_be_served_is_refused(checkpoint):
-    _, tensors, data = checkpoint
+    data = checkpoint[2]
     config = make_config(data)
     with pytest.raises(fq.ConfigError, match="tensor-parallel-size 1"):
         LinearBase(48, [48, 24, 24], config, "model.layers.0.self_attn.qkv_proj", divided=True)
@@ -170,8 +178,12 @@ def test_the_entry_point_registers_the_config(monkeypatch):
         setattr(sys.modules[names[3]], key, getattr(INTERFACE, key))
     sys.modules[names[5]].QuantizationConfig = QuantizationConfig
     sys.modules[names[4]].QUANTIZATION_METHODS = registered
-    sys.modules[names[4]].register_quantization_config = lambda name: lambda cls: registered.setdefault(name, cls)
-    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["vllm.general_plugins"]
+    sys.modules[names[4]].register_quantization_config = lambda name: (
+        lambda cls: registered.setdefault(name, cls)
+    )
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][
+        "vllm.general_plugins"
+    ]
     module, _, function = entry["framequant"].partition(":")
     for _ in range(2):
         getattr(__import__(module, fromlist=[function]), function)()

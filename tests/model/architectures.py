@@ -212,7 +212,11 @@ def hf_swin() -> nn.Module:
 def two_towers(kind: str) -> nn.Module:
     text = {**_DECODER, "projection_dim": 32, "eos_token_id": 1, "bos_token_id": 0, "pad_token_id": 2}
     return _transformers(
-        f"{kind}Config", f"{kind}Model", text_config=text, vision_config=_VISION, **({"projection_dim": 32} if kind == "CLIP" else {})
+        f"{kind}Config",
+        f"{kind}Model",
+        text_config=text,
+        vision_config=_VISION,
+        **({"projection_dim": 32} if kind == "CLIP" else {}),
     )
 
 

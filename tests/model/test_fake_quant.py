@@ -63,7 +63,9 @@ def test_training_moves_codes_lowers_the_loss_and_bakes_bit_for_bit(tmp_path):
     fq.bake_fake_quant_(model)
     assert torch.equal(model(data), expected)
     assert torch.nn.functional.cross_entropy(expected, labels) < 0.7 * start
-    assert any(not torch.equal(before[name], layer.packed_codes) for name, layer in quantized_linears(model).items())
+    assert any(
+        not torch.equal(before[name], layer.packed_codes) for name, layer in quantized_linears(model).items()
+    )
     fq.save_pretrained(model, tmp_path / "out")
     assert torch.equal(fq.load(tmp_path / "out", model=OwnModel())(data), expected)
 

@@ -55,7 +55,9 @@ def run(
     ] = None,
     task_data: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder of NAME.jsonl files that --tasks reads instead of the hub."),
+        typer.Option(
+            metavar="FOLDER", help="Folder of NAME.jsonl files that --tasks reads instead of the hub."
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most so many windows, images or pairs.")

@@ -82,7 +82,9 @@ def local_task(path: Path) -> dict[str, Any]:
                 "metadata": {"version": 1.0},
                 **settings,
             }
-    raise CalibrationError(f"{path}: fields {list(fields)} are no task; expected {' or '.join(map(str, KINDS))}.")
+    raise CalibrationError(
+        f"{path}: fields {list(fields)} are no task; expected {' or '.join(map(str, KINDS))}."
+    )
 
 
 def resolve_tasks(names: Sequence[str], folder: Path | None) -> list[str | dict[str, Any]]:
@@ -95,7 +97,9 @@ def resolve_tasks(names: Sequence[str], folder: Path | None) -> list[str | dict[
     tasks: list[str | dict[str, Any]] = []
     for name in names:
         path = Path(name) if name.endswith(".jsonl") else None if folder is None else folder / f"{name}.jsonl"
-        tasks.append(local_task(path) if path is not None and (path.is_file() or name.endswith(".jsonl")) else name)
+        tasks.append(
+            local_task(path) if path is not None and (path.is_file() or name.endswith(".jsonl")) else name
+        )
     foreign = [task for task in tasks if isinstance(task, str)]
     if foreign:
         from lm_eval.tasks import TaskManager
@@ -154,5 +158,9 @@ def evaluate_tasks(
 
 def _metrics(values: dict[str, Any], count: dict[str, Any]) -> dict[str, float]:
     """``acc,none`` → ``acc`` and ``acc_stderr,none`` → ``acc_stderr``; numbers only."""
-    plain = {key.partition(",")[0]: value for key, value in values.items() if isinstance(value, int | float) and key != "sample_len"}
+    plain = {
+        key.partition(",")[0]: value
+        for key, value in values.items()
+        if isinstance(value, int | float) and key != "sample_len"
+    }
     return {**plain, "items": count.get("effective", 0)} if count else plain

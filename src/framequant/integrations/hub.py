@@ -97,9 +97,13 @@ def push_to_hub(
 
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / repo_id.rpartition("/")[2]
-        save_pretrained(model, directory, source=source, tokenizer=tokenizer, model_args=model_args, name=repo_id)
+        save_pretrained(
+            model, directory, source=source, tokenizer=tokenizer, model_args=model_args, name=repo_id
+        )
         if not reachable():
-            raise ModelSourceError(f"{repo_id}: the Hugging Face hub cannot be reached, so nothing was uploaded.")
+            raise ModelSourceError(
+                f"{repo_id}: the Hugging Face hub cannot be reached, so nothing was uploaded."
+            )
         api = HfApi(token=token)
         try:
             repo = api.create_repo(repo_id, private=private, exist_ok=True)

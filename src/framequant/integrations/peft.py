@@ -93,4 +93,3 @@ def register(config_module: ModuleType) -> None:
 
 def _lazy_adapter(base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> nn.Module:
     return adapter_class()(base_layer, adapter_name, **kwargs)
-

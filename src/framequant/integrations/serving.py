@@ -47,10 +47,14 @@ def check_directory(directory: str | Path) -> Path:
 
     path = Path(directory).expanduser().resolve()
     if not is_checkpoint(path):
-        raise ModelSourceError(f"{directory} is no framequant checkpoint; make one with: framequant quantize.")
+        raise ModelSourceError(
+            f"{directory} is no framequant checkpoint; make one with: framequant quantize."
+        )
     names = read_json(path / "config.json").get("architectures") or [""]
     if not str(names[0]).endswith(("ForCausalLM", "LMHeadModel")):
-        raise ModelSourceError(f"{directory} is {names[0] or 'a timm model'}, no language model; it cannot chat.")
+        raise ModelSourceError(
+            f"{directory} is {names[0] or 'a timm model'}, no language model; it cannot chat."
+        )
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelSourceError(f"{directory} has no tokenizer; save it with save_pretrained(…, tokenizer=…).")
     return path

@@ -4,7 +4,7 @@
 ``FrameQuantHfQuantizer`` to swap the linears of the empty model for ``FrameLinear`` and then loads tensors by
 name, as for any model. Files are checked against the specs before that, since transformers only warns about
 tensors that are missing. With ``quantization_config=FrameQuantConfig(…)`` on a float model the weights are loaded
-first and quantized afterwards, without data (``model/data_free.py``).
+first and quantized afterwards, without data (``model/without_data.py``).
 """
 
 from __future__ import annotations
@@ -100,7 +100,10 @@ class FrameQuantHfQuantizer(HfQuantizer):
             checkpoint.check_header(stored, checkpoint.read_header([Path(name) for name in checkpoint_files]))
         checkpoint.install_linears(model, entry)
         guards = {f"{re.escape(name)}$" for name in checkpoint.guard(entry.linears)}
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *guards}
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            *guards,
+        }
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -119,9 +122,13 @@ class FrameQuantHfQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return dequantize_(model, dtype)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+    def get_state_dict_and_metadata(
+        self, model: nn.Module
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The model's tensors and the guard against readers that do not know us, for ``save_pretrained``."""
-        names = {name: module.spec for name, module in model.named_modules() if isinstance(module, FrameLinear)}
+        names = {
+            name: module.spec for name, module in model.named_modules() if isinstance(module, FrameLinear)
+        }
         if any(tensor.is_meta for tensor in model.state_dict().values()):
             return None, {}  # Offloaded: transformers gathers the tensors itself.
         return {**model.state_dict(), **checkpoint.guard(names)}, {}
@@ -152,7 +159,9 @@ def fit_names(entry: QuantizationEntry, model: nn.Module) -> QuantizationEntry:
     if all(name in names for name in entry.linears):
         return entry
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    inner = {name.removeprefix(prefix): spec for name, spec in entry.linears.items() if name.startswith(prefix)}
+    inner = {
+        name.removeprefix(prefix): spec for name, spec in entry.linears.items() if name.startswith(prefix)
+    }
     if inner and all(name in names for name in inner):
         return replace(entry, linears=inner)
     outer = {prefix + name: spec for name, spec in entry.linears.items()}
@@ -165,7 +174,7 @@ def quantize_loaded_(model: nn.Module, config: FrameQuantConfig) -> nn.Module:
     Raises:
         ConfigError: the model is spread over devices.
     """
-    from framequant.model.data_free import quantize_without_data_
+    from framequant.model.without_data import quantize_without_data_
 
     if any(tensor.is_meta for tensor in model.parameters()) or len(_devices(model)) > 1:
         raise ConfigError(
@@ -202,13 +211,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     """Replace every ``FrameLinear`` of a model by the dense ``nn.Linear`` that it is equal to."""
     for name, module in list(model.named_modules()):
         if isinstance(module, FrameLinear):
-            dense = module.dequantize(dtype or torch.get_default_dtype())
-            linear = nn.Linear(
-                module.in_features, module.out_features, module.bias is not None, device="meta"
-            )
-            linear.weight = nn.Parameter(dense)
-            if module.bias is not None:
-                linear.bias = nn.Parameter(module.bias.detach().to(dense.dtype))
+            linear = module.to_linear(dtype or torch.get_default_dtype())
             model.set_submodule(name, linear)
     return model
 

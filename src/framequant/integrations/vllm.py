@@ -186,7 +186,9 @@ def make_classes(interface: Any) -> tuple[type, type]:
             """The method of a linear that is quantized; vLLM's own float method for other linears."""
             if not isinstance(layer, interface.LinearBase):
                 if prefix in self.entry.linears:
-                    raise ConfigError(f"{prefix} is quantized; in vLLM heads and embeddings must stay in float.")
+                    raise ConfigError(
+                        f"{prefix} is quantized; in vLLM heads and embeddings must stay in float."
+                    )
                 return None
             fused = getattr(self, "packed_modules_mapping", None)
             names = part_names(prefix, self.entry.linears, fused)
@@ -207,7 +209,13 @@ def check_partition(
         CheckpointError: the shapes differ.
     """
     first = next(iter(specs))
-    if input_size_per_partition != input_size or sum(output_sizes) < sum(s.out_features for s in specs.values()):
+    if any(storage.holds_bias(spec) for spec in specs.values()):
+        raise ConfigError(
+            f"{first}: its code holds the bias, which vLLM keeps itself; use quantize_bias = false."
+        )
+    if input_size_per_partition != input_size or sum(output_sizes) < sum(
+        s.out_features for s in specs.values()
+    ):
         raise ConfigError(
             f"{first}: tensor parallelism needs frame blocks that are local to a shard, which this checkpoint does "
             "not have. Use --tensor-parallel-size 1; pipeline and data parallelism work."
@@ -218,14 +226,16 @@ def check_partition(
 
 
 def _loader(parts: FusedParts, name: str) -> Any:
-    """vLLM's ``weight_loader`` of one stored tensor: put it into the part that the shard names."""
+    """VLLM's ``weight_loader`` of one stored tensor: put it into the part that the shard names."""
 
     def load(parameter: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
         number = shard_number(shard)
         part, owner = parts.parts[number], parts.names[number]
         expected = part.tensors.get(name)
         if expected is None or expected.shape != loaded.shape or expected.dtype != loaded.dtype:
-            raise CheckpointError(f"{owner}.{name}: {loaded.dtype} {tuple(loaded.shape)} does not fit its scheme.")
+            raise CheckpointError(
+                f"{owner}.{name}: {loaded.dtype} {tuple(loaded.shape)} does not fit its scheme."
+            )
         expected.copy_(loaded)
         part._loaded = getattr(part, "_loaded", set()) | {name}
 

@@ -1,141 +1,135 @@
-"""Quantize a model without calibration data: every Hessian is the identity, so all directions matter alike.
+"""Quantize the linears of any model from their weights alone: the second paper's algorithm over a whole model.
 
-The walk is the usual one, on a probe whose values play no part: it only shows which linears read one tensor, so
-that these share an input frame as they do with data. Settings that need data fall back, and the report says so.
+No blocks, no calibration data, no order: every selected linear is taken by itself. Linears whose weight is tied to
+another module's stay float, since their codes would be stored beside the float weight.
 """
 
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from collections import Counter
+from collections.abc import Callable
 
-from torch import Tensor, nn
+from torch import nn
 
-from framequant.config import CodeKind, FrameQuantConfig
+from framequant.config import FrameQuantConfig
+from framequant.errors import DiscoveryError
+from framequant.layers import FrameLinear
 from framequant.model import discovery
-from framequant.model.replay import Call, Replay, call_model, inference_mode
-from framequant.model.report import QuantizationReport
-from framequant.model.trace import Group
-from framequant.model.walk import FloatBlock, _Walk, release_decoded, untie
-from framequant.quantizers.hessian import Moments
-
-#: What each setting that needs data becomes without.
-FALLBACKS: dict[str, Any] = {
-    "allocation": "uniform",
-    "output_feedback": False,
-    "token_weights": 0.0,
-    "float_targets": 0.0,
-    "residual_targets": 0.0,
-    "recapture": False,
-}
+from framequant.model.network_bounds import network_bounds
+from framequant.model.report import QuantizationReport, environment, linear_report
+from framequant.quantizers.sigma_delta_weight import DataFreeResult, linear_spec, quantize_linear
 
 
-def without_data(config: FrameQuantConfig) -> tuple[FrameQuantConfig, list[str]]:
-    """The settings as far as they can be followed without data.
-
-    Returns:
-        The settings; and for each field that changed one ``"name = old became new"``.
-    """
-    changes = dict(FALLBACKS)
-    if config.code is CodeKind.SCALAR and config.sweeps:
-        changes["refine_sweeps"] = 0
-    if config.code is CodeKind.TRELLIS:
-        changes["bits"] = int(8 * config.bits) / 8
-    changed = replace(config, **changes)
-    notes = [
-        f"{name} = {_plain(getattr(config, name))} became {_plain(value)}"
-        for name, value in changes.items()
-        if getattr(config, name) != value and name != "recapture"
-    ]
-    return changed, notes
-
-
-def _plain(value: Any) -> str:
-    return str(getattr(value, "value", value))
-
-
-def quantize_without_data_(
-    model: nn.Module, config: FrameQuantConfig, probe: Mapping[str, Tensor] | None = None
+def quantize_data_free(
+    model: nn.Module, config: FrameQuantConfig, progress: Callable[[int, int, str], None] | None = None
 ) -> QuantizationReport:
-    """Quantize a model in place without calibration data.
+    """Quantize a model in place without data.
 
     Args:
-        model: any module with repeated blocks, with its weights loaded.
-        config: settings; those that need data fall back, with a warning that names them.
-        probe: arguments to run the model with once. Without it, or where the model cannot be run on it, every linear
-            has an input frame of its own, which costs time when the model runs and no accuracy.
+        model: any module that holds linears.
+        config: settings of a Sigma-Delta code.
+        progress: called with weights done, weights in all and the linear's name after each.
 
     Returns:
         The report; it is also kept on the model for ``save_pretrained``.
 
     Raises:
         ConfigError: a pattern matches nothing.
-        DiscoveryError: the model has no repeated blocks.
+        DiscoveryError: no linear is left to quantize.
         NumericalError: NaN or infinity in a weight; the linear is named.
+        FrameError: no harmonic frame of the ratio exists for a dimension.
     """
-    config, notes = without_data(config)
-    note = "quantized without calibration data: identity Hessians. " + "; ".join(notes)
-    warnings.warn(f"framequant: the model is {note.rstrip('. ')}.", stacklevel=2)
-    with inference_mode(model):
-        problem = _problem(model, probe)
-        walk = _WalkWithoutData(model, [] if problem else [probe], config, None)
-        report = walk.run_apart() if problem else walk.run()
-    report.warnings = [note.rstrip(". ") + "."]
-    if problem:
-        report.warnings.append(f"every linear has an input frame of its own: {problem}.")
+    start = time.perf_counter()
+    linears = discovery.linears(model)
+    if not linears or "" in linears:
+        raise DiscoveryError(f"{type(model).__name__} holds no linears; give a model with linears inside.")
+    selected = discovery.select_linears(model, None, config)
+    first = next(model.parameters())
+    report = QuantizationReport(config.to_dict())
+    report.environment = environment(str(first.device), str(first.dtype).removeprefix("torch."))
+    report.model = {
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "blocks": 0,
+        "chains": [],
+        "block_linear_weights": sum(module.weight.numel() for module in linears.values()),
+    }
+    tied = _tied(model)
+    names = [name for name in selected if name not in tied]
+    for name in linears:
+        if name not in names:
+            reason = (
+                "its weight is tied to another module's" if name in tied else "left in float by a pattern"
+            )
+            report.skipped[name] = reason
+    if not names:
+        raise DiscoveryError("every linear is tied to another module, so nothing is left to quantize.")
+    results = _quantize_all(model, names, config, report, progress)
+    report.bounds = network_bounds(model, results)
+    report.seconds = time.perf_counter() - start
+    _warn(report)
+    model.framequant_report = report
     return report
 
 
-def _problem(model: nn.Module, probe: Mapping[str, Tensor] | None) -> str | None:
-    """Why a model cannot be run on a probe, or None if it can."""
-    if probe is None:
-        return "the inputs of this model are not known"
-    try:
-        call_model(model, probe)
-    except Exception as error:  # whatever a model of any library raises on inputs it does not like
-        return f"the model does not run on a probe ({type(error).__name__}: {error})"
-    return None
+def _quantize_all(
+    model: nn.Module,
+    names: list[str],
+    config: FrameQuantConfig,
+    report: QuantizationReport,
+    progress: Callable[[int, int, str], None] | None,
+) -> dict[str, DataFreeResult]:
+    modules = {name: model.get_submodule(name) for name in names}
+    total = sum(module.weight.numel() for module in modules.values())
+    done, results = 0, {}
+    configs = {name: config.for_linear(name) or config for name in names}
+    for name, module in modules.items():  # refuse what cannot be done before anything is replaced
+        rows, columns = discovery.linear_weight(module).shape
+        linear_spec(configs[name], columns, rows, module.bias is not None, name)
+    for name, module in modules.items():
+        begun, settings = time.perf_counter(), configs[name]
+        bias = None if module.bias is None else module.bias.detach()
+        result = quantize_linear(discovery.linear_weight(module), bias, settings, name)
+        kept = None if settings.quantize_bias else bias
+        layer = FrameLinear.from_tensors(result.quantized.spec, result.quantized.tensors, kept)
+        model.set_submodule(name, layer.train(module.training))
+        entry = linear_report(name, result.quantized, 0, False, time.perf_counter() - begun)
+        entry.details = result.details
+        report.linears.append(entry)
+        results[name] = result
+        done += result.quantized.spec.num_weights
+        if progress:
+            progress(done, total, name)
+    return results
 
 
-class _WalkWithoutData(_Walk):
-    """The walk with identity Hessians, over every selected linear, whether the probe reaches it or not."""
-
-    def run_apart(self) -> QuantizationReport:
-        """Quantize every linear by itself, running nothing."""
-        start = time.perf_counter()
-        chains = discovery.find_blocks(self.model)
-        blocks = [name for names in chains.values() for name in names]
-        self.selected = discovery.select_linears(self.model, blocks, self.config)
-        modules = dict(self.model.named_modules())
-        self.total = sum(modules[name].weight.numel() for name in self.selected)
-        self._describe_model(chains)
-        self._prepare()
-        self._quantize_rest()
-        self._finish(time.perf_counter() - start)
-        return self.report
-
-    def _capture(
-        self, prefix: str, block: nn.Module, original: FloatBlock | None, calls: list[Call], stage: list[Group]
-    ) -> dict[str, Moments]:
-        return {group.name: _no_moments(block.get_submodule(group.name)) for group in stage}
-
-    def _quantize_outside(self, replay: Replay) -> None:
-        self._quantize_rest()
-
-    def _quantize_rest(self) -> None:
-        done = {entry.name for entry in self.report.linears}
-        for name in self.selected:
-            if name not in done:
-                module = self.model.get_submodule(name)
-                untie(self.model, module)
-                self._quantize_group("", self.model, Group([name]), _no_moments(module))
-        self.report.skipped.clear()
-        release_decoded(self.model)
+def _tied(model: nn.Module) -> set[str]:
+    """Linears whose weight another module holds too."""
+    owners = Counter(
+        parameter.data_ptr()
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.numel()
+    )
+    return {name for name, module in discovery.linears(model).items() if owners[module.weight.data_ptr()] > 1}
 
 
-def _no_moments(module: nn.Module) -> Moments:
-    return Moments(discovery.linear_weight(module).shape[1])
-
+def _warn(report: QuantizationReport) -> None:
+    """Say where plain rounding at equal bits has the smaller weight error."""
+    worse = [
+        entry
+        for entry in report.linears
+        if entry.details["nearest_at_equal_bits"]["relative_error"] < entry.relative_loss
+    ]
+    if worse:
+        report.warnings.append(
+            f"{len(worse)} of {len(report.linears)} linears would have a smaller weight error by plain rounding "
+            f"to nearest at the same {report.bits_per_weight:.3g} bits per weight; see nearest_at_equal_bits in it."
+        )
+    overloads = sum(entry.details["overloads"] for entry in report.linears)
+    if overloads:
+        share = overloads / sum(entry.details["coefficients"] for entry in report.linears)
+        report.warnings.append(
+            f"{share:.2%} of the recursion's states overloaded: a step below the stable one had the smaller error."
+        )

@@ -4,7 +4,7 @@
 matrix D of frame coefficients; the forward rounds D to the layer's own grid, so the model computes exactly what the
 quantized one will, and the backward takes the rounding for the identity within a step of the grid and for a constant
 beyond it (straight-through estimator). ``bake_fake_quant_`` turns the rounded coefficients back into codes. Grids,
-frames and bits stay as they are. Scalar codes only: a trellis code is no function of one coefficient.
+frames and bits stay as they are. Scalar codes only: others do not round coefficients one by one.
 
 References:
     Bengio, Léonard, Courville 2013, arXiv 1308.3432, for the straight-through estimator.
@@ -57,15 +57,15 @@ class FakeQuantLinear(nn.Module):
         layer: a quantized linear with a scalar code; its values are where D starts.
 
     Raises:
-        ConfigError: the layer has a trellis code.
+        ConfigError: the layer's code is not scalar.
     """
 
     def __init__(self, layer: FrameLinear) -> None:
         super().__init__()
         if not isinstance(layer.spec.code, GridSpec):
             raise ConfigError(
-                "quantization-aware training needs code = 'scalar': a trellis code rounds whole tiles. "
-                "framequant.tune_ trains the scales of trellis codes."
+                "quantization-aware training needs code = 'scalar': a trellis or Sigma-Delta code does not round "
+                "coefficients one by one. framequant.tune_ trains the scales of trellis codes."
             )
         self.spec = layer.spec
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -114,7 +114,7 @@ def prepare_fake_quant_(model: nn.Module) -> list[str]:
         an optimizer made before this call does not know them.
 
     Raises:
-        ConfigError: a linear has a trellis code.
+        ConfigError: a linear's code is not scalar.
         DiscoveryError: the model has no quantized linear.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, FrameLinear)}

@@ -28,9 +28,7 @@ def _loading(report: QuantizationReport, library: str, name: str | None) -> str:
     return code.replace("PATH", name or "PATH")
 
 
-def model_card(
-    report: QuantizationReport, source: str | None, library: str, name: str | None = None
-) -> str:
+def model_card(report: QuantizationReport, source: str | None, library: str, name: str | None = None) -> str:
     """Return the text of the card.
 
     Args:
