@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 from transformers.quantizers import auto
 
 import framequant as fq
+from framequant.codes import grid
 from framequant.integrations import hub
 from framequant.integrations.transformers import FrameQuantHfQuantizer
 from framequant.model.walk import quantized_linears
@@ -50,6 +51,11 @@ def test_device_map_auto(quantized, directory):
         assert torch.equal(output(loaded, quantized[1]), output(*quantized))
     assert not any(tensor.is_meta for tensor in loaded.state_dict().values())
     assert loaded.framequant_report == quantized[0].framequant_report
+
+
+def test_a_process_that_has_computed_nothing_yet_loads_too(quantized, directory):
+    grid._uniform_step.cache_clear()  # as in a fresh process; transformers parses our config on the meta device
+    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(directory), quantized[1]), output(*quantized))
 
 
 @pytest.mark.parametrize("buffers", [False, True])

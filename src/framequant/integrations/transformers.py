@@ -62,7 +62,8 @@ class FrameQuantHfConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: a field is wrong; the key is named.
         """
-        return checkpoint.parse_quantization(self.to_dict())
+        with torch.device("cpu"):  # transformers calls this inside its meta device, where nothing can be computed
+            return checkpoint.parse_quantization(self.to_dict())
 
 
 class FrameQuantHfQuantizer(HfQuantizer):
