@@ -20,10 +20,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from tests.model.architectures import ARCHITECTURES, FAMILIES, OwnModel, make, make_family, output  # noqa: E402
+
 import framequant as fq  # noqa: E402
 from framequant.integrations.transformers import probe_inputs  # noqa: E402
 from framequant.model.without_data import quantize_without_data_  # noqa: E402
-from tests.model.architectures import ARCHITECTURES, FAMILIES, OwnModel, make, make_family, output  # noqa: E402
 
 CONFIG = fq.FrameQuantConfig(bits=4, redundancy=1.0)
 SKIP = {"own", "llama_tied"}
@@ -45,7 +46,9 @@ def show(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         fq.save_pretrained(model, f"{folder}/a")
         skeleton = OwnModel() if name == "own" else None
-        row["framequant.load"] = yes(torch.equal(output(fq.load(f"{folder}/a", model=skeleton), data), expected))
+        row["framequant.load"] = yes(
+            torch.equal(output(fq.load(f"{folder}/a", model=skeleton), data), expected)
+        )
         row["from_pretrained"] = row["save_pretrained again"] = row["without data"] = "–"
         if is_hf:
             loaded = type(model).from_pretrained(f"{folder}/a")
@@ -108,7 +111,9 @@ def main() -> None:
         import timm
         import transformers
 
-        versions = f"transformers {transformers.__version__}, timm {timm.__version__}, torch {torch.__version__}"
+        versions = (
+            f"transformers {transformers.__version__}, timm {timm.__version__}, torch {torch.__version__}"
+        )
         arguments.markdown.write_text(markdown(rows, versions), encoding="utf-8")
 
 

@@ -55,7 +55,9 @@ def test_device_map_auto(quantized, directory):
 
 def test_a_process_that_has_computed_nothing_yet_loads_too(quantized, directory):
     grid._uniform_step.cache_clear()  # as in a fresh process; transformers parses our config on the meta device
-    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(directory), quantized[1]), output(*quantized))
+    assert torch.equal(
+        output(AutoModelForCausalLM.from_pretrained(directory), quantized[1]), output(*quantized)
+    )
 
 
 @pytest.mark.parametrize("buffers", [False, True])

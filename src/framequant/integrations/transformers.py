@@ -62,7 +62,9 @@ class FrameQuantHfConfig(QuantizationConfigMixin):
         Raises:
             CheckpointError: a field is wrong; the key is named.
         """
-        with torch.device("cpu"):  # transformers calls this inside its meta device, where nothing can be computed
+        with torch.device(
+            "cpu"
+        ):  # transformers calls this inside its meta device, where nothing can be computed
             return checkpoint.parse_quantization(self.to_dict())
 
 
