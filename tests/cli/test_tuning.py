@@ -29,8 +29,15 @@ def test_tuning_is_reported_and_counted(tmp_path, llama_directory, text_file):
     before, after = json.loads(plain.stdout), json.loads(tuned.stdout)
     assert "tuning" not in before
     assert after["tuning"]["loss_after"] < after["tuning"]["loss_before"]
-    assert after["bits_per_weight"] > before["bits_per_weight"]
-    assert after["bytes"]["model_on_disk"] > before["bytes"]["model_on_disk"]
+    reports = [
+        json.loads((tmp_path / name / "framequant_report.json").read_text()) for name in ("plain", "tuned")
+    ]
+    for report, factors in zip(reports, (False, True), strict=True):
+        assert all(("row_factors" in entry["bytes"]) is factors for entry in report["linears"])
+        assert all(("a factor per row" in entry["code"]) is factors for entry in report["linears"])
+    assert after["bits_per_weight"] == pytest.approx(before["bits_per_weight"], rel=0.03), (
+        "one budget for both"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "tuned"]
     assert "| tuned |" in (tmp_path / "tuned" / "README.md").read_text()
     evaluated = run(
