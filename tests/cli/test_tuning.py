@@ -29,15 +29,9 @@ def test_tuning_is_reported_and_counted(tmp_path, llama_directory, text_file):
     before, after = json.loads(plain.stdout), json.loads(tuned.stdout)
     assert "tuning" not in before
     assert after["tuning"]["loss_after"] < after["tuning"]["loss_before"]
-    reports = [
-        json.loads((tmp_path / name / "framequant_report.json").read_text()) for name in ("plain", "tuned")
-    ]
-    for report, factors in zip(reports, (False, True), strict=True):
-        assert all(("row_factors" in entry["bytes"]) is factors for entry in report["linears"])
-        assert all(("a factor per row" in entry["code"]) is factors for entry in report["linears"])
-    assert after["bits_per_weight"] == pytest.approx(before["bits_per_weight"], rel=0.03), (
-        "one budget for both"
-    )
+    report = json.loads((tmp_path / "tuned" / "framequant_report.json").read_text())
+    assert all(entry["bytes"]["row_factors"] == entry["out_features"] for entry in report["linears"])
+    assert after["bits_per_weight"] <= after["budget_bits"] == before["budget_bits"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "tuned"]
     assert "| tuned |" in (tmp_path / "tuned" / "README.md").read_text()
     evaluated = run(

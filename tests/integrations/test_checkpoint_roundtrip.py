@@ -278,7 +278,7 @@ DAMAGE = {
     _truncate: "truncated|damaged",
     _rename: "packed_codes is missing",
     _reshape: "packed_codes: expected",
-    _retype: "scales: expected (BF16|F32)",
+    _retype: r"scales: expected (BF16|F32)",
     _extra: "scales_old",
     _drop_norm: "norm",
     _newer: "format_version is 99.*Upgrade",
