@@ -62,7 +62,9 @@ def transform(
     wait_for_previous(PDL)
     x = tl.load(x_ptr + token * x_stride + source, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTS):
-        x += tl.load(x_ptr + part * part_stride + token * x_stride + source, mask=inside, other=0.0).to(tl.float32)
+        x += tl.load(x_ptr + part * part_stride + token * x_stride + source, mask=inside, other=0.0).to(
+            tl.float32
+        )
     bits = tl.max(tl.max(tl.abs(x), axis=1), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
     bits = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)
     x = x * (0x7F000000 - bits).to(tl.float32, bitcast=True)

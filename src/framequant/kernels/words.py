@@ -75,7 +75,9 @@ def _padded(words: int, size: int) -> int:
     return -(-words // per_sector) * per_sector
 
 
-def to_words(packed: UInt8[Tensor, "..."], spec: LinearSpec, layout: WordLayout) -> Int[Tensor, "rows stride"]:
+def to_words(
+    packed: UInt8[Tensor, "..."], spec: LinearSpec, layout: WordLayout
+) -> Int[Tensor, "rows stride"]:
     """Arrange stored bytes as words.
 
     Args:
@@ -97,7 +99,9 @@ def to_words(packed: UInt8[Tensor, "..."], spec: LinearSpec, layout: WordLayout)
     return words.view(down * 16, layout.stride)
 
 
-def stored_bytes(words: Int[Tensor, "rows stride"], spec: LinearSpec, layout: WordLayout) -> UInt8[Tensor, "..."]:
+def stored_bytes(
+    words: Int[Tensor, "rows stride"], spec: LinearSpec, layout: WordLayout
+) -> UInt8[Tensor, "..."]:
     """Give the stored bytes back; the inverse of ``to_words``, bit for bit."""
     if not layout.trellis:
         size = bytes_per_row(spec.coefficient_shape[1], spec.code.num_levels)
@@ -105,5 +109,3 @@ def stored_bytes(words: Int[Tensor, "rows stride"], spec: LinearSpec, layout: Wo
     rows = words.shape[0]
     tiles = words.view(rows // 16, 16, layout.stride)[:, :, : layout.words].transpose(1, 2).flip(2)
     return tiles.contiguous().view(rows // 16, layout.words * 16).view(torch.uint8)
-
-
