@@ -234,15 +234,14 @@ def linear(table: Table, case: Case, tokens: int, best: tuple, base: float, full
         "early": (True, False, True, 4),
         "early+prefetch": (True, True, True, 4),
     }
-    if full:
-        modes |= {
-            "early+prefetch, one half": (True, True, False, 4),
-            "early+prefetch, 8 warps": (True, True, True, 8),
-        }
+    if full and case.rows == 4096:
+        modes["early+prefetch, one half"] = (True, True, False, 4)
+    if full and case.rows > 22016:
+        modes["early+prefetch, 8 warps"] = (True, True, True, 8)
     for name, args in modes.items():
         us = table.add("linear", shape, tokens, name, lambda a=args: graph_us(chain(*a)))
         print(f"          {base / us:.2f}x cuBLAS")
-    for warps in (4, 8) if full else (4,):
+    for warps in (4, 8) if full and case.rows > 22016 else (4,):
         table.add("linear", shape, tokens, f"analysis only, {warps} warps",
                   lambda w=warps: graph_us([lambda: case.transform(True, warps=w)] * 40))  # fmt: skip
         table.add("linear", shape, tokens, f"synthesis only, {warps} warps",

@@ -88,7 +88,7 @@ def trellis_levels(
     return (total.to(tl.int32) - 510).to(tl.float16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def product(
     words_ptr, z_ptr, scale_ptr, u_ptr,
     rows, words, stride, span, tokens, factor,

@@ -28,7 +28,7 @@ def _two_halves_dot(t, matrix, LOW: tl.constexpr):
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def transform(
     x_ptr, signs_ptr, m0_ptr, m1_ptr, m2_ptr, bias_ptr, out_ptr, unit_ptr,
     tokens, x_stride, part_stride, words, norm,
