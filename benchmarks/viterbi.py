@@ -4,9 +4,10 @@
     python benchmarks/viterbi.py --device cpu --csv benchmarks/viterbi_cpu.csv
 
 `search` is one pass with free ends; `encode` closes tiles of 256 to rings (a pass over the seam, then one
-over the tile). The squared error on unit Gaussians stands beside each figure, and on a GPU the first tiles
-are checked against the plain torch search. Figures are the best of several runs after one that compiles; the
-CSV names device and commit.
+over the tile). Rows of few tiles show what one panel of a small matrix costs, when most of the GPU is idle, and
+`smollm2` adds up the panels of SmolLM2-135M: seconds instead of weights a second. The squared error on unit
+Gaussians stands beside each figure, and on a GPU the first tiles are checked against the plain torch search.
+Figures are the best of several runs after one that compiles; the CSV names device and commit.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ from framequant.codes.trellis import TrellisSpec, codebook_values, decode_states
 from framequant.codes.trellis_codebook import codebook
 from framequant.kernels.viterbi import encode_tiles, search
 
+FEW = 60  # tiles of a panel of SmolLM2's q, k and v
 COLUMNS = ("what", "state_bits", "bits", "variant", "tiles", "weights_per_second", "mse", "device", "commit")
 
 
-def variants(state_bits: int) -> list[dict[str, int | bool]]:
+def variants(state_bits: int, rates: tuple[int, ...]) -> list[dict[str, int | bool]]:
     """Launch options worth comparing: the default first, then other warps and places of the codebook."""
     from framequant.kernels.viterbi_triton import launch_options
 
-    default = launch_options(state_bits)
+    default = launch_options(state_bits, rates)
     warps = sorted({max(1, min(32, int(default["num_warps"] * f))) for f in (0.5, 1, 2)})
-    others = [{"num_warps": w, "RESIDENT": r} for w in warps for r in (True, False)]
-    return [default, *(o for o in others if o != default and not (state_bits > 14 and o["RESIDENT"]))]
+    places = (True, False) if state_bits <= 14 and len(set(rates)) == 1 else (False,)
+    others = [{"num_warps": w, "RESIDENT": r} for w in warps for r in places]
+    return [default, *(o for o in others if o != default)]
 
 
 def gpu_rows(state_bits: int, bits: float, tiles: int, repeats: int) -> list[tuple[object, ...]]:
@@ -44,27 +47,41 @@ def gpu_rows(state_bits: int, bits: float, tiles: int, repeats: int) -> list[tup
     values = torch.randn(tiles, 256, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
     constants = codebook(state_bits)
     levels = constants.levels(torch.arange(1 << state_bits, device="cuda")).to(
-        torch.float32
+        torch.float16
     )  # as in encoding
     targets = values / constants.scale
     weights, free = torch.ones_like(values), torch.full((tiles,), -1, device="cuda")
     oracle = search(targets[:2], levels, rates, backend="torch")
-    least = ((targets[:2] - levels[oracle.long()]) ** 2).sum()
-    for options in variants(state_bits):
+    for options in variants(state_bits, rates):
         name = f"triton warps={options['num_warps']} resident={options['RESIDENT']}"
+
+        def run(count: int, options: dict[str, int | bool] = options) -> torch.Tensor:
+            part = slice(count)
+            given = (targets[part], weights[part], levels, rates, free[part], state_bits, options)
+            return viterbi_triton.search(*given)
+
         try:
-            states = viterbi_triton.search(targets, weights, levels, rates, free, state_bits, options)
-            found = ((targets[:2] - levels[states[:2].long()]) ** 2).sum()
-            if abs(found - least) > 1e-3 * least:
-                print(f"!! {name} L={state_bits} {rates}: cost {found:.5f}, oracle {least:.5f}")
-            arguments = (targets, weights, levels, rates, free, state_bits, options)
-            seconds = best_seconds(lambda a=arguments: viterbi_triton.search(*a), True, repeats)
+            states = run(tiles)
+            seconds = {count: best_seconds(lambda n=count: run(n), True, repeats) for count in (tiles, FEW)}
         except Exception as error:  # a variant that does not fit the device is a row, not the end
             print(f"!! {name} L={state_bits} {rates}: {type(error).__name__}: {str(error)[:200]}")
             continue
+        found, least = (((targets[:2] - levels[s[:2].long()]) ** 2).sum() for s in (states, oracle))
+        if abs(found - least) > 1e-3 * least:
+            print(f"!! {name} L={state_bits} {rates}: cost {found:.5f}, oracle {least:.5f}")
         mse = ((values - levels[states.long()] * constants.scale) ** 2).mean().item()
-        rows.append(("search", state_bits, bits, name, tiles, values.numel() / seconds, mse))
+        rows += [("search", state_bits, bits, name, n, n * 256 / s, mse) for n, s in seconds.items()]
     return rows
+
+
+def model_row(state_bits: int, bits: float, repeats: int) -> tuple[object, ...]:
+    """Seconds of all panels of SmolLM2-135M in tiles of 16 x 16, one after the other as LDLQ needs them."""
+    spec, total = TrellisSpec(state_bits, rate_pattern(bits)), 0.0
+    panels = {960: 36, 576: 36 + 96, 3072: 36}  # rows: panels a block; q/k/v, o and down, gate/up
+    for rows, count in panels.items():
+        values = torch.randn(rows // 16, 256, device="cuda")
+        total += 30 * count * best_seconds(lambda v=values: encode_tiles(v, spec), True, repeats)
+    return ("smollm2", state_bits, bits, "auto", sum(panels.values()) * 30, total, 0.0)
 
 
 def cpu_rows(state_bits: int, bits: float, tiles: int, repeats: int) -> list[tuple[object, ...]]:
@@ -117,11 +134,14 @@ def main() -> None:
                 tiles = 1 << max(5, 22 - state_bits)
                 found = cpu_rows(state_bits, bits, tiles, args.repeats)
             found.append(encode_row(state_bits, bits, tiles, args.repeats, args.device))
+            if args.device == "cuda":
+                found.append(model_row(state_bits, bits, args.repeats))
             for row in found:
                 rows.append((*row, *origin))
-                what, _, _, variant, _, speed, mse = row
-                where = f"{what:7} L={state_bits:2} {bits:5.3f} bits  {variant:32}"
-                print(f"{where} {speed / 1e6:9.2f} M/s  mse {mse:.5f}", flush=True)
+                what, _, _, variant, count, speed, mse = row
+                where = f"{what:7} L={state_bits:2} {bits:5.3f} bits  {variant:32} {count:6} tiles"
+                rate = f"{speed:9.2f} s" if what == "smollm2" else f"{speed / 1e6:9.2f} M/s  mse {mse:.5f}"
+                print(f"{where} {rate}", flush=True)
     if args.csv is not None:
         with args.csv.open("w", newline="") as file:
             writer = csv.writer(file)

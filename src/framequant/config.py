@@ -31,6 +31,13 @@ class CodeKind(StrEnum):
     TRELLIS = "trellis"
 
 
+class Allocation(StrEnum):
+    """How the bits are shared out: the same rate for all, or where the model's loss feels them most."""
+
+    UNIFORM = "uniform"
+    SENSITIVITY = "sensitivity"
+
+
 class Rounding(StrEnum):
     """How codes are chosen: each by itself, or with errors fed forward through the Hessian."""
 
@@ -69,7 +76,15 @@ class FrameQuantConfig:
         state_bits: log2 of the number of trellis states, 8…16.
         tile_rows: rows of a trellis tile.
         tile_cols: columns of a trellis tile, the panel of block LDLQ.
+        allocation: "uniform": every linear has ``bits``; "sensitivity" (trellis): ``bits`` is what all linears
+            together take on disk per weight, any real number, and each gets the rate that serves the model best.
         rounding: "ldlq" or "nearest".
+        output_feedback: feed errors also from row to row, through the second moment of output gradients
+            (trellis). It needs a backward pass through the float model.
+        output_damping: of that moment, a fraction of its mean diagonal.
+        token_weights: exponent γ in [0, 1]: calibration tokens count with the γ-th power of their squared output
+            gradient, so that tokens which the loss does not feel weigh less.
+        output_block: rows that are rounded without feedback among them, a multiple of ``tile_rows``.
         column_order: "natural" or "descending".
         refine_sweeps: how often the codes that LDLQ chose are revisited, 0…16: each column is rounded again
             with all others known, which never raises the loss. Scalar codes only; a sweep costs two LDLQ. None
@@ -102,7 +117,12 @@ class FrameQuantConfig:
     state_bits: int = 12
     tile_rows: int = 16
     tile_cols: int = 16
+    allocation: Allocation = Allocation.UNIFORM
     rounding: Rounding = Rounding.LDLQ
+    output_feedback: bool = False
+    output_damping: float = 0.1
+    output_block: int = 64
+    token_weights: float = 0.0
     column_order: ColumnOrder = ColumnOrder.NATURAL
     refine_sweeps: int | None = None
     damping: float = 0.01
@@ -136,10 +156,10 @@ class FrameQuantConfig:
         self.code_spec()
 
     def _check_types(self) -> None:
-        for name in ("two_sided", "per_tensor_scale", "clip_coefficients", "recapture"):
+        for name in ("two_sided", "per_tensor_scale", "clip_coefficients", "recapture", "output_feedback"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected true or false.")
-        for name in ("state_bits", "tile_rows", "tile_cols", "seed"):
+        for name in ("state_bits", "tile_rows", "tile_cols", "output_block", "seed"):
             if not _is_int(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected an integer.")
         for name in ("levels", "group_size", "refine_sweeps"):
@@ -182,6 +202,12 @@ class FrameQuantConfig:
             raise ConfigError(
                 "column_order = 'descending' needs code = 'scalar': trellis tiles are adjacent columns."
             )
+        if self.output_block % self.tile_rows or self.output_block < 1:
+            raise ConfigError(
+                f"output_block = {self.output_block}: expected a multiple of tile_rows = {self.tile_rows}."
+            )
+        if self.code is CodeKind.SCALAR and (self.output_feedback or self.allocation is Allocation.SENSITIVITY):
+            raise ConfigError("output_feedback and allocation = 'sensitivity' need code = 'trellis'.")
         if self.refine_sweeps and self.code is CodeKind.TRELLIS:
             raise ConfigError(
                 f"refine_sweeps = {self.refine_sweeps} needs code = 'scalar': sweeps move single columns."
@@ -198,7 +224,8 @@ class FrameQuantConfig:
             ConfigError: the code does not exist.
         """
         if self.code is CodeKind.TRELLIS:
-            return TrellisSpec(self.state_bits, rate_pattern(self.bits), self.tile_rows, self.tile_cols)
+            bits = round(8 * self.bits) / 8 if self.allocation is Allocation.SENSITIVITY else self.bits
+            return TrellisSpec(self.state_bits, rate_pattern(bits), self.tile_rows, self.tile_cols)
         levels = self.levels if self.levels is not None else 2 ** int(self.bits)
         return GridSpec(
             kind=self.grid,
@@ -229,6 +256,13 @@ class FrameQuantConfig:
         if self.refine_sweeps is not None:
             return self.refine_sweeps
         return DEFAULT_SWEEPS if self.code is CodeKind.SCALAR and self.rounding is Rounding.LDLQ else 0
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether a backward pass through the float model comes before the walk."""
+        return (
+            self.allocation is Allocation.SENSITIVITY or self.output_feedback or self.token_weights > 0
+        )
 
     @property
     def carries_float_stream(self) -> bool:
@@ -264,6 +298,7 @@ _ENUMS: dict[str, type[Enum]] = {
     "grid": GridKind,
     "zero_point": ZeroPoint,
     "rounding": Rounding,
+    "allocation": Allocation,
     "column_order": ColumnOrder,
 }
 
@@ -275,6 +310,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "clip_sigmas": (0.1, 16),
     "refine_sweeps": (0, 16),
     "damping": (0, 10),
+    "output_damping": (0, 100),
+    "token_weights": (0, 1),
     "float_targets": (0, 1),
     "residual_targets": (0, 1),
 }

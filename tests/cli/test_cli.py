@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from framequant.cli.app import app
 from framequant.integrations import hub
-from tests.conftest import make_image
+from tests.conftest import make_image, make_tokenizer
+from tests.evaluation.test_sentences import make_encoder, table
 
 COMMANDS = ("quantize", "evaluate", "inspect", "generate", "demo")
 SMALL = ["--samples", "4", "--sequence-length", "32", "--device", "cpu"]
@@ -127,6 +128,38 @@ def test_vision_end_to_end(tmp_path, vit_directory, image_folder):
     values = json.loads(result.stdout)
     assert values["imagenet"]["images"] == 12
     assert values["kl"]["positions"] == 12
+
+
+def test_encoder_end_to_end(tmp_path):
+    encoder, pairs, out = tmp_path / "encoder", table(tmp_path / "pairs.csv"), tmp_path / "out"
+    make_encoder().save_pretrained(encoder)
+    make_tokenizer().save_pretrained(encoder)
+    result = run("quantize", encoder, "--out", out, "--calibration", pairs, "--device", "cpu", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["calibration"].startswith("24 sentences (")
+    result = run("evaluate", out, "--sts", pairs, "--limit", 10, "--json")
+    assert result.exit_code == 0, result.stderr
+    values = json.loads(result.stdout)["sts"]
+    assert values["pairs"] == 10
+    assert -1 <= values["spearman"] <= 1
+    assert "Spearman" in run("evaluate", out, "--sts", pairs).stdout
+    fails("24 sentences, 99 are asked for", "quantize", encoder, "--out", tmp_path / "b", "--calibration", pairs,
+          "--samples", 99)  # fmt: skip
+
+
+def test_sentence_tables_are_no_images(tmp_path, vit_directory, llama_directory):
+    pairs = table(tmp_path / "pairs.csv")
+    fails(
+        "--calibration gives a text",
+        "quantize",
+        vit_directory,
+        "--out",
+        tmp_path / "a",
+        "--calibration",
+        pairs,
+    )
+    fails("no sentence encoder", "evaluate", llama_directory, "--sts", pairs)
+    fails("no text file", "evaluate", llama_directory, "--sts", tmp_path / "missing.csv")
 
 
 def test_settings_come_from_preset_then_file_then_flags(tmp_path, llama_directory, text_file):

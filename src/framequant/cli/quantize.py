@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from framequant.cli.console import Reporter, count, facts, seconds, size
-from framequant.cli.inputs import DEFAULT_SAMPLES, calibration_tensor, find_calibration
+from framequant.cli.inputs import calibration_tensor, find_calibration
 from framequant.cli.options import DeviceOption, DtypeOption, JsonOption, build_config, choose_device
 
 if TYPE_CHECKING:
@@ -46,9 +46,14 @@ def run(
         bool | None, typer.Option("--two-sided/--one-sided", help="Redundancy on the output side too.")
     ] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="A text file, an image folder, or a dataset NAME[:CONFIG] on the hub.")
+        str | None,
+        typer.Option(
+            help="A text file, an image folder, a .csv of sentence pairs, or a dataset NAME[:CONFIG] on the hub."
+        ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration windows or images.")] = DEFAULT_SAMPLES,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration windows or images, 128; or sentences, all of them.")
+    ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of a calibration window; 1024, or what the model reads.")
     ] = None,
@@ -143,7 +148,10 @@ def open_float(name: str, dtype: str, device: str, reporter: Reporter) -> Opened
 
 
 def describe_calibration(data: Any) -> str:
-    """The size of a calibration tensor in words."""
+    """The size of the calibration data in words."""
+    if isinstance(data, list):
+        sentences = sum(len(batch["input_ids"]) for batch in data)
+        return f"{sentences} sentences ({count(sum(int(b['attention_mask'].sum()) for b in data))} tokens)"
     if data.ndim == 2:
         return f"{data.shape[0]} windows of {data.shape[1]} tokens ({count(data.numel())} tokens)"
     return f"{data.shape[0]} images of {data.shape[3]} × {data.shape[2]} pixels"

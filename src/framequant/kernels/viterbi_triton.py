@@ -1,13 +1,17 @@
 """Viterbi search for bit-shift trellises on a GPU: one Triton program per sequence.
 
-The metrics are one tensor in registers, indexed by ``p = s >> low`` with the smaller of the pattern's two
-rates; after a step of the larger rate, each metric stands there several times, so every step has the same
-shape. With ``s = (p << low) | b`` and ``p = j * R + a`` a step is a broadcast sum over ``[j, a, b]``, a
-minimum over ``j``, and a reshape of ``[a, b]`` to the next ``[j, a]``: the only traffic between threads,
-through shared memory. The codebook in its own order is ``[j, a, b]``; it stays in registers while it fits
-(``RESIDENT``) and is read through the caches otherwise, as halves where that is exact. The predecessor rides
-in the low mantissa bits of the metric, so one integer minimum finds both, and several predecessors share a
-byte. Back-pointers go to global scratch; the same program traces them back.
+A state's predecessors share one metric, so a step keeps ``2**(L - k)`` of them, indexed by ``p = s >> low``
+with the smaller of the pattern's two rates; after a step of the larger rate, each metric stands there several
+times, so every step has the same shape. With ``s = (p << low) | b`` and ``p = j * R + a`` a step is a minimum
+over ``j`` of ``metric[j, a] + cost(codebook[j, a, b])``, and its result ``[a, b]`` is the next step's ``[j,
+a]``. A thread keeps all ``j`` of its ``a``: the minimum is its own business, and regrouping the result is the
+only traffic between threads, once a step, through shared memory. One ``j`` is worked off after the other,
+which keeps the live values of 2**16 states in registers. The codebook of a pattern of one rate may stay in
+registers (``RESIDENT``) and is read through the caches otherwise, as halves where that is exact.
+
+The predecessor rides in the low mantissa bits of the metric, so one integer minimum finds both. Words of 32
+bits collect the back-pointers of neighbouring ``b`` and of distant ``a``, which are one thread's too; they go
+to global scratch, and the same program traces them back.
 
 Only ``framequant.kernels.viterbi`` imports this module. Imports torch and triton.
 """
@@ -23,52 +27,113 @@ _SCRATCH_BYTES = 1 << 31  # back-pointers of the sequences in flight
 HUGE = tl.constexpr(1e30)  # an impossible path: finite, so that index bits in its mantissa cannot make a NaN
 
 
-def _per_byte(low, bits):
-    """Return how many back-pointers of ``bits`` share a byte: a power of two, at most ``2**low``."""
-    return min(8 if bits == 1 else 4 if bits == 2 else 2 if bits <= 4 else 1, 1 << low)
+@triton.constexpr_function
+def _pointer_bits(bits):
+    """Return the width of a stored back-pointer of ``bits``: a power of two."""
+    return 1 if bits == 1 else 2 if bits == 2 else 4 if bits <= 4 else 8
 
 
-_group = triton.constexpr_function(_per_byte)
+@triton.constexpr_function
+def _pointer_share(low, bits):
+    """Return how many values of ``b`` share a word."""
+    return min(32 // _pointer_bits(bits), 1 << low)
+
+
+@triton.constexpr_function
+def _pointer_fold(state_bits, low, bits):
+    """Return how many values of ``a`` share a word: the ones that differ in their top bits."""
+    most = 32 // (_pointer_bits(bits) * _pointer_share(low, bits))
+    return min(most, 1 << (state_bits - low - bits))
+
+
+def _pointer_words(state_bits, low, bits):
+    """Return the words of back-pointers of one step."""
+    pairs = 1 << (state_bits - bits)
+    return pairs // (_pointer_share(low, bits) * _pointer_fold(state_bits, low, bits))
 
 
 @triton.jit
-def _codes(table, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexpr):
-    """Load the codebook as ``[j, a, b]``, which is its own order."""
-    rows: tl.constexpr = 1 << (L - LOW - KN)
-    j = tl.arange(0, 1 << KN)[:, None, None]
-    a = tl.arange(0, rows)[None, :, None]
-    b = tl.arange(0, 1 << LOW)[None, None, :]
-    return tl.load(table + (((j * rows + a) << LOW) + b))
+def _column(matrix, j: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr):
+    """Return column ``j`` of ``[ROWS, 2**BITS]`` by halvings, which are free where a thread has whole rows."""
+    for i in tl.static_range(BITS):
+        even, odd = tl.split(tl.reshape(matrix, [ROWS, 1 << (BITS - 1 - i), 2]))
+        matrix = odd if (j >> i) & 1 == 1 else even
+    return tl.reshape(matrix, [ROWS])
 
 
 @triton.jit
-def _advance(metric, codes, gain, slope, offset, back, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexpr):
-    """Take one step: write its back-pointers, several a byte, and return the next step's metric."""
+def _old(metric, j: tl.constexpr, L: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, KN: tl.constexpr):
+    """Return the metrics ``[a]`` of predecessor ``j``; ``metric`` is ``[r, top HIGH bits of p]``."""
+    rows: tl.constexpr = 1 << (L - LOW - HIGH)
+    rest: tl.constexpr = HIGH - KN
+    if rest == 0:
+        return _column(metric, j, rows, KN)
+    split = tl.permute(tl.reshape(metric, [rows, 1 << KN, 1 << rest]), [0, 2, 1])
+    part = _column(tl.reshape(split, [rows << rest, 1 << KN]), j, rows << rest, KN)
+    return tl.reshape(tl.permute(tl.reshape(part, [rows, 1 << rest]), [1, 0]), [rows << rest])
+
+
+@triton.jit
+def _codes(table, L: tl.constexpr, KN: tl.constexpr):
+    """Load the codebook as ``[(a, b), j]``."""
+    pairs: tl.constexpr = 1 << (L - KN)
+    return tl.load(table + (tl.arange(0, 1 << KN)[None, :] * pairs + tl.arange(0, pairs)[:, None]))
+
+
+@triton.jit
+def _codes_of(table, codes, j: tl.constexpr, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexpr,
+              RESIDENT: tl.constexpr):  # fmt: skip
+    """Return the codes ``[a, b]`` that follow predecessor ``j``."""
     rows: tl.constexpr = 1 << (L - LOW - KN)
-    group: tl.constexpr = _group(LOW, KN)
-    words: tl.constexpr = (1 << LOW) // group
-    codes = codes.to(tl.float32)
-    old = tl.reshape(metric, [1 << KN, rows, 1])
-    bits = (old + codes * (gain * codes - slope)).to(tl.int32, bitcast=True)
-    j = tl.arange(0, 1 << KN)[:, None, None]
-    best = tl.min((bits & -(1 << KN)) | j, axis=0)
-    place = tl.arange(0, group)[None, None, :] * KN
-    word = tl.sum(tl.reshape(best & ((1 << KN) - 1), [rows, words, group]) << place, axis=2)
+    if RESIDENT:
+        return tl.reshape(_column(codes, j, rows << LOW, KN), [rows, 1 << LOW])
+    a = tl.arange(0, rows)[:, None]
+    return tl.load(table + (((j * rows + a) << LOW) + tl.arange(0, 1 << LOW)[None, :]))
+
+
+@triton.jit
+def _store_pointers(best, back, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexpr):
+    """Store the low bits of ``best``, ``[a, b]``, many a word."""
+    share: tl.constexpr = _pointer_share(LOW, KN)
+    fold: tl.constexpr = _pointer_fold(L, LOW, KN)
+    width: tl.constexpr = _pointer_bits(KN)
+    rows: tl.constexpr = (1 << (L - LOW - KN)) // fold
+    words: tl.constexpr = (1 << LOW) // share
+    pointer = tl.reshape(best & ((1 << KN) - 1), [fold, rows, words, share])
+    word = tl.sum(pointer << (tl.arange(0, share) * width)[None, None, None, :], axis=3)
+    word = tl.sum(word << (tl.arange(0, fold) * (share * width))[:, None, None], axis=0)
     where = tl.arange(0, rows)[:, None] * words + tl.arange(0, words)[None, :]
-    tl.store(back + where, word.to(tl.uint8))
+    tl.store(back + where, word)
+
+
+@triton.jit
+def _advance(metric, table, codes, gain, slope, offset, back, L: tl.constexpr, LOW: tl.constexpr,
+             HIGH: tl.constexpr, KN: tl.constexpr, RESIDENT: tl.constexpr):  # fmt: skip
+    """Take one step: write its back-pointers and return the next step's metric."""
+    rows: tl.constexpr = 1 << (L - LOW - KN)
+    for j in tl.static_range(1 << KN):
+        code = _codes_of(table, codes, j, L, LOW, KN, RESIDENT).to(tl.float32)
+        old = _old(metric, j, L, LOW, HIGH, KN)
+        bits = (old[:, None] + code * (gain * code - slope)).to(tl.int32, bitcast=True)
+        bits = (bits & -(1 << KN)) | j
+        best = bits if j == 0 else tl.minimum(best, bits)
+    _store_pointers(best, back, L, LOW, KN)
     new = best.to(tl.float32, bitcast=True) + offset
     if KN > LOW:
         new = tl.broadcast_to(new[:, :, None], [rows, 1 << LOW, 1 << (KN - LOW)])
-    return tl.reshape(new, [1 << (L - LOW)])
+    return tl.permute(tl.reshape(new, [1 << HIGH, 1 << (L - LOW - HIGH)]), [1, 0])
 
 
 @triton.jit
 def _predecessor(node, back, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexpr):
     """Return the state of a step from the node that follows it."""
-    group: tl.constexpr = _group(LOW, KN)
-    b = node & ((1 << LOW) - 1)
-    word = tl.load(back + (node >> LOW) * ((1 << LOW) // group) + b // group).to(tl.int32)
-    return node | (((word >> ((b % group) * KN)) & ((1 << KN) - 1)) << (L - KN))
+    share: tl.constexpr = _pointer_share(LOW, KN)
+    width: tl.constexpr = _pointer_bits(KN)
+    rows: tl.constexpr = (1 << (L - LOW - KN)) // _pointer_fold(L, LOW, KN)
+    a, b = node >> LOW, node & ((1 << LOW) - 1)
+    word = tl.load(back + (a % rows) * ((1 << LOW) // share) + b // share)
+    place = ((a // rows) * share + b % share) * width
+    return node | (((word >> place) & ((1 << KN) - 1)) << (L - KN))
 
 
 @triton.jit(do_not_specialize=["rates", "period"])
@@ -78,23 +143,24 @@ def _viterbi(
 ):  # fmt: skip
     """Search one sequence; bit ``t % period`` of ``rates`` says whether step t has ``HIGH`` bits.
 
-    A step has ``STRIDE`` bytes of back-pointers.
+    A step has ``STRIDE`` words of back-pointers.
     """
-    size: tl.constexpr = 1 << (L - LOW)
     tile = tl.program_id(0).to(tl.int64)
     values += tile * steps
     weights += tile * steps
     states += tile * steps
     back += tile * steps * STRIDE
+    codes = table
     if RESIDENT:
-        codes_low = _codes(table, L, LOW, LOW)
-        if HIGH > LOW:
-            codes_high = _codes(table, L, LOW, HIGH)
+        tl.static_assert(HIGH == LOW, "a resident codebook is laid out for one rate")
+        codes = _codes(table, L, LOW)
     ends = tl.load(overlap + tile).to(tl.int32)
     x = tl.load(values)
     first = tl.where((rates & 1) == 1, HIGH, LOW)
-    node = tl.arange(0, size) >> (first - LOW)
-    metric = tl.where((ends < 0) | (node == ends), tl.load(weights) * x * x, HUGE)
+    rows: tl.constexpr = 1 << (L - LOW - HIGH)
+    node = tl.arange(0, 1 << HIGH)[None, :] * rows + tl.arange(0, rows)[:, None]
+    bound = (ends < 0) | ((node >> (first - LOW)) == ends)
+    metric = tl.where(bound, tl.load(weights) * x * x, HUGE)
     for t in range(0, steps):
         gain = tl.load(weights + t)
         slope = 2.0 * gain * tl.load(values + t)
@@ -103,21 +169,13 @@ def _viterbi(
         offset = tl.load(weights + t + 1, mask=more, other=0.0) * following * following
         row = back + t * STRIDE
         if HIGH == LOW:
-            if RESIDENT:
-                metric = _advance(metric, codes_low, gain, slope, offset, row, L, LOW, LOW)
-            else:
-                metric = _advance(metric, _codes(table, L, LOW, LOW), gain, slope, offset, row, L, LOW, LOW)
+            metric = _advance(metric, table, codes, gain, slope, offset, row, L, LOW, HIGH, LOW, RESIDENT)
         elif ((rates >> ((t + 1) % period)) & 1) == 1:
-            if RESIDENT:
-                metric = _advance(metric, codes_high, gain, slope, offset, row, L, LOW, HIGH)
-            else:
-                metric = _advance(metric, _codes(table, L, LOW, HIGH), gain, slope, offset, row, L, LOW, HIGH)
+            metric = _advance(metric, table, table, gain, slope, offset, row, L, LOW, HIGH, HIGH, False)
         else:
-            if RESIDENT:
-                metric = _advance(metric, codes_low, gain, slope, offset, row, L, LOW, LOW)
-            else:
-                metric = _advance(metric, _codes(table, L, LOW, LOW), gain, slope, offset, row, L, LOW, LOW)
-    best = tl.argmin(metric, axis=0) >> (first - LOW)
+            metric = _advance(metric, table, table, gain, slope, offset, row, L, LOW, HIGH, LOW, False)
+    least = tl.min(tl.min(metric, axis=1), axis=0)
+    best = tl.min(tl.min(tl.where(metric == least, node, 1 << L), axis=1), axis=0) >> (first - LOW)
     last = tl.where(ends < 0, best, ends)
     tl.debug_barrier()  # the back-pointers of all threads are written
     for i in range(0, steps):
@@ -138,14 +196,16 @@ def supports(state_bits: int, rates: tuple[int, ...]) -> bool:
     return len(set(rates)) <= 2 and 2 * max(rates) <= state_bits
 
 
-def launch_options(state_bits: int) -> dict[str, int | bool]:
-    """Return warps and the place of the codebook: 32 branches a thread and step, up to 1024 threads."""
-    warps = min(32, max(1, 1 << (state_bits - 10)) if state_bits >= 10 else 1)
-    return {"num_warps": warps, "RESIDENT": state_bits <= 14}
+def launch_options(state_bits: int, rates: tuple[int, ...]) -> dict[str, int | bool]:
+    """Return warps and the place of the codebook: 128 branches a thread and step at 2**16 states."""
+    warps = 1 << max(0, min(5, state_bits - (12 if state_bits > 14 else 11 if state_bits > 13 else 10)))
+    return {"num_warps": warps, "RESIDENT": state_bits <= 14 and len(set(rates)) == 1}
 
 
 def _halves(codebook: Tensor) -> Tensor:
     """Return the codebook in half precision if that is exact (levels of the computed codebook are)."""
+    if codebook.dtype == torch.float16:
+        return codebook
     half = codebook.to(torch.float16)
     return half if bool((half.to(torch.float32) == codebook).all()) else codebook.to(torch.float32)
 
@@ -165,13 +225,13 @@ def search(
     """
     values, weights, overlap = values.contiguous(), weights.contiguous(), overlap.contiguous()
     steps, low, high = values.shape[1], min(rates), max(rates)
-    stride = max((1 << (state_bits - k)) // _per_byte(low, k) for k in (low, high))
+    stride = max(_pointer_words(state_bits, low, k) for k in (low, high))
     states = torch.empty(values.shape, dtype=torch.int32, device=values.device)
-    share = max(1, min(len(values), _SCRATCH_BYTES // (steps * stride)))
-    back = torch.empty((share, steps, stride), dtype=torch.uint8, device=values.device)
+    share = max(1, min(len(values), _SCRATCH_BYTES // (4 * steps * stride)))
+    back = torch.empty((share, steps, stride), dtype=torch.int32, device=values.device)
     pattern = sum((k > low) << i for i, k in enumerate(rates))
     table = _halves(codebook.contiguous())
-    options = options or launch_options(state_bits)
+    options = options or launch_options(state_bits, rates)
     for i in range(0, len(values), share):
         part = slice(i, min(i + share, len(values)))
         with torch.cuda.device_of(values):

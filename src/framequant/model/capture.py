@@ -9,7 +9,7 @@ Must not import layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,6 +124,7 @@ def add_moments(
     mask: Tensor | None,
     use_drift: bool,
     use_residual: bool,
+    token_weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Add one batch's moments for each group.
 
@@ -135,6 +136,7 @@ def add_moments(
         mask: real tokens; padding takes no part.
         use_drift: whether to sum the drift between both inputs.
         use_residual: whether to sum the deviation of the residual streams.
+        token_weights: by group name, the weight of each real token, of mean one.
     """
     for group in groups:
         reads = quantized.inputs.get(group.name, [])
@@ -146,13 +148,24 @@ def add_moments(
         for index, inputs in enumerate(reads):
             keep = _applicable(mask, inputs)
             other = float_reads[index] if paired and use_drift else None
-            moments.add(_kept(inputs, keep), None if other is None else _kept(other, keep))
+            root = _root_weights(token_weights, group, inputs, keep)
+            moments.add(
+                _weighted(_kept(inputs, keep), root), None if other is None else _weighted(_kept(other, keep), root)
+            )
         if floating is not None and use_residual and len(reads) == 1:
-            _add_residuals(moments, group, quantized, floating, _applicable(mask, reads[0]), reads[0])
+            keep = _applicable(mask, reads[0])
+            root = _root_weights(token_weights, group, reads[0], keep)
+            _add_residuals(moments, group, quantized, floating, keep, root, reads[0])
 
 
 def _add_residuals(
-    moments: Moments, group: Group, quantized: Seen, floating: Seen, keep: Tensor | None, inputs: Tensor
+    moments: Moments,
+    group: Group,
+    quantized: Seen,
+    floating: Seen,
+    keep: Tensor | None,
+    root: Tensor | None,
+    inputs: Tensor,
 ) -> None:
     for name, terms in group.streams.items():
         deviation: Tensor | None = None
@@ -162,7 +175,21 @@ def _add_residuals(
             difference = floating.terms[term] - quantized.terms[term]
             deviation = difference if deviation is None else deviation + difference
         if deviation is not None and deviation.shape[0] == inputs.shape[0]:
-            moments.add_residual(name, _kept(deviation, keep), _kept(inputs, keep))
+            kept, read = _kept(deviation, keep), _kept(inputs, keep)
+            moments.add_residual(name, _weighted(kept, root), _weighted(read, root))
+
+
+def _root_weights(
+    weights: Mapping[str, Tensor] | None, group: Group, inputs: Tensor, keep: Tensor | None
+) -> Tensor | None:
+    """Square roots of the tokens' weights, if there is one for each token that counts."""
+    found = None if weights is None else weights.get(group.name)
+    count = inputs.shape[0] if keep is None else int(keep.sum())
+    return None if found is None or found.numel() != count else found.sqrt()
+
+
+def _weighted(tensor: Tensor, root: Tensor | None) -> Tensor:
+    return tensor if root is None else tensor * root[:, None].to(tensor)
 
 
 def _applicable(mask: Tensor | None, inputs: Tensor) -> Tensor | None:

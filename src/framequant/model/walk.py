@@ -10,22 +10,25 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from framequant.config import FrameQuantConfig
+from framequant.config import Allocation, FrameQuantConfig
 from framequant.errors import DiscoveryError, NumericalError
 from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
 from framequant.model import discovery
+from framequant.model.allocation import allocate_bits
 from framequant.model.calibration import as_batches, to_device
 from framequant.model.capture import Seen, add_moments, observe, token_mask
+from framequant.model.gradients import OutputGradients, output_gradients
 from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.model.trace import Group, trace_block
+from framequant.quantizers.budget import Option
 from framequant.quantizers.hessian import Moments
 from framequant.quantizers.weight import quantize_group
 
@@ -178,6 +181,7 @@ class _Walk:
         modules = dict(self.model.named_modules())
         self.total = sum(modules[name].weight.numel() for name in self.selected)
         self._describe_model(chains)
+        self._prepare()
         replay = Replay(self.model, chains, self.batches[0])
         quantized, floating = Stream(replay, self.batches), Stream(replay, self.batches)
         carry = self.config.carries_float_stream
@@ -195,6 +199,45 @@ class _Walk:
         self._quantize_outside(replay)
         self._finish(time.perf_counter() - start)
         return self.report
+
+    def _prepare(self) -> None:
+        """What needs the whole float model: gradients, and from them the rate of each linear."""
+        self.gradients: dict[str, OutputGradients] = {}
+        self.choices: dict[str, Option] = {}
+        if not self.config.needs_gradients:
+            return
+        allocate = self.config.allocation is Allocation.SENSITIVITY
+        self.gradients = output_gradients(
+            self.model, self.batches, self.selected, self.config.seed, inputs=allocate
+        )
+        if allocate:
+            self.choices = allocate_bits(self.model, self.selected, self.gradients, self.config)
+        for found in self.gradients.values():
+            found.input_sum = None
+        return_freed_memory()
+
+    def _config_of(self, name: str) -> FrameQuantConfig:
+        """Settings of one linear: those of the run, its overrides, and the rate that was chosen for it."""
+        config = self.config.for_linear(name) or self.config
+        choice = self.choices.get(name)
+        if choice is None:
+            return replace(config, allocation=Allocation.UNIFORM)
+        return replace(
+            config, allocation=Allocation.UNIFORM, bits=choice.bits, redundancy=choice.redundancy
+        )
+
+    def _token_weights(self, prefix: str, stage: list[Group], number: int) -> dict[str, Tensor] | None:
+        """Weights of a batch's tokens for each group, of mean one over the whole calibration set."""
+        power = self.config.token_weights
+        if not power:
+            return None
+        weights = {}
+        for group in stage:
+            found = [self.gradients[prefix + name] for name in group.linears if prefix + name in self.gradients]
+            if found and all(len(one.squares) == len(self.batches) for one in found):
+                powered = [sum(one.squares[i] for one in found) ** power for i in range(len(self.batches))]
+                weights[group.name] = powered[number] / torch.cat(powered).mean()
+        return weights
 
     def _quantize_outside(self, replay: Replay) -> None:
         """Quantize linears outside the blocks (heads) that ``include`` names, on what the whole model gives them."""
@@ -239,12 +282,13 @@ class _Walk:
             original.remember(groups)
         stages = [[group] for group in groups] if self.config.recapture else [groups]
         for stage in stages:
-            moments = self._capture(block, original, calls, stage)
+            moments = self._capture(prefix, block, original, calls, stage)
             for group in stage:
                 self._quantize_group(prefix, block, group, moments[group.name])
 
     def _capture(
         self,
+        prefix: str,
         block: nn.Module,
         original: FloatBlock | None,
         calls: list[Call],
@@ -263,6 +307,7 @@ class _Walk:
                 mask,
                 use_drift=self.config.float_targets > 0,
                 use_residual=self.config.residual_targets > 0,
+                token_weights=self._token_weights(prefix, stage, number),
             )
         return totals
 
@@ -272,7 +317,11 @@ class _Walk:
         moments.residual_sum = {prefix + linear: total for linear, total in moments.residual_sum.items()}
         _require_finite(moments, prefix + group.name)
         weights = {name: discovery.linear_weight(module) for name, module in modules.items()}
-        configs = {name: self.config.for_linear(name) or self.config for name in modules}
+        configs = {name: self._config_of(name) for name in modules}
+        if self.config.output_feedback:
+            moments.output_gram = {
+                name: self.gradients[name].gram() for name in modules if name in self.gradients
+            }
         results = quantize_group(weights, moments, configs, prefix + group.name)
         seconds = (time.perf_counter() - start) / len(modules)
         for name, result in results.items():

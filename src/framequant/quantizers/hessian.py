@@ -40,6 +40,7 @@ class Moments:
         drift_sum: Σ (x_f - x_q) x_qᵀ, (features, features); None when the float chain is not carried.
             Summing the difference rather than C = Σ x_f x_qᵀ loses no digits to cancellation.
         residual_sum: Σ e x_qᵀ per residual-writing linear, (out_features, features), by linear name.
+        output_gram: E[g gᵀ] of the gradients of a linear's outputs, (out_features, out_features), by linear name.
         count: number of tokens.
     """
 
@@ -47,6 +48,7 @@ class Moments:
     hessian_sum: Tensor | None = None
     drift_sum: Tensor | None = None
     residual_sum: dict[str, Tensor] = field(default_factory=dict)
+    output_gram: dict[str, Tensor] = field(default_factory=dict)
     count: int = 0
 
     def add(self, inputs: Float[Tensor, "t n"], float_inputs: Float[Tensor, "t n"] | None = None) -> None:

@@ -23,6 +23,7 @@ from framequant.codes.trellis import (
 )
 from framequant.codes.trellis_storage import SCALE_DTYPE
 from framequant.kernels.viterbi import encode_tiles
+from framequant.quantizers.two_sided import Wave
 
 
 class TrellisCoder:
@@ -38,7 +39,14 @@ class TrellisCoder:
         self._spec = spec
         self._rows = [matrix.shape[0] for matrix in matrices]
         self._scales = [_scale(matrix, spec) for matrix in matrices]
-        self._states: dict[int, list[Tensor]] = {}
+        grids = [spec.grid(*matrix.shape) for matrix in matrices]
+        self._tile_rows = [down for down, _ in grids]
+        #: Paths found so far: (rows of tiles of all matrices, panels, steps).
+        self._states = torch.zeros(
+            (sum(self._tile_rows), grids[0][1], spec.steps), dtype=torch.int32, device=matrices[0].device
+        )
+        #: The same by matrix and block row, (blocks, tiles of a block row, panels, steps), when cells are rounded.
+        self._blocks: list[Tensor] = []
 
     def clip(self, coefficients: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """Return the coefficients as they are: a trellis has no range to clamp to."""
@@ -51,10 +59,9 @@ class TrellisCoder:
             for part, scale in zip(columns.split(self._rows), self._scales, strict=True)
         ]
         tiles = [tiles_from_matrix(part, self._spec) for part in scaled]
-        counts = [len(part) for part in tiles]
         states = encode_tiles(torch.cat(tiles), self._spec)
-        self._states[first] = list(states.split(counts))
-        values = decode_states(states, self._spec.state_bits, torch.float32).split(counts)
+        self._states[:, first // self.panel] = states
+        values = decode_states(states, self._spec.state_bits, torch.float32).split(self._tile_rows)
         restored = [
             matrix_from_tiles(value, rows, columns.shape[1], self._spec).to(columns.dtype)
             * scale.to(columns.dtype)
@@ -62,15 +69,42 @@ class TrellisCoder:
         ]
         return torch.cat(restored)
 
+    def open_blocks(self, heights: Sequence[int]) -> None:
+        """Prepare to record block rows of this many rows, whole tiles; see ``two_sided.CellCoder``."""
+        highs = [height // self._spec.tile_rows for height in heights]
+        shapes = [
+            (-(-rows // high), high, *self._states.shape[1:])
+            for rows, high in zip(self._tile_rows, highs, strict=True)
+        ]
+        self._blocks = [torch.zeros(shape, dtype=torch.int32, device=self._states.device) for shape in shapes]
+
+    def quantize_cells(self, waves: Sequence[Wave], values: Sequence[Tensor]) -> list[Tensor]:
+        """Search the paths of cells, each some tiles high and one panel wide; see ``two_sided.CellCoder``."""
+        scales = [self._scales[wave.linear].to(value.dtype) for wave, value in zip(waves, values, strict=True)]
+        tiles = [
+            (value / scale).float().reshape(-1, self._spec.steps)
+            for value, scale in zip(values, scales, strict=True)
+        ]
+        states = encode_tiles(torch.cat(tiles), self._spec, check=False)
+        decoded = decode_states(states, self._spec.state_bits, torch.float32)
+        counts = [len(part) for part in tiles]
+        for wave, found in zip(waves, states.split(counts), strict=True):
+            place = wave.cells(self._blocks[wave.linear])
+            place.copy_(found.reshape(place.shape))
+        return [
+            part.to(value.dtype).reshape(value.shape) * scale
+            for part, value, scale in zip(decoded.split(counts), values, scales, strict=True)
+        ]
+
     def tensors(self) -> list[dict[str, Tensor]]:
         """The stored tensors of each linear, in the order in which the matrices were given."""
-        panels = [self._states[first] for first in sorted(self._states)]
         result = []
-        for index, rows in enumerate(self._rows):
-            down = self._spec.grid(rows, 1)[0]
-            states = torch.stack([panel[index] for panel in panels], dim=1)
+        found = list(self._states.split(self._tile_rows))
+        if self._blocks:
+            found = [b.flatten(0, 1)[:rows] for b, rows in zip(self._blocks, self._tile_rows, strict=True)]
+        for states, scale in zip(found, self._scales, strict=True):
             packed = pack_states(states.flatten(0, 1), self._spec)
-            result.append({"packed_codes": packed.reshape(down, -1), "scales": self._scales[index]})
+            result.append({"packed_codes": packed.reshape(len(states), -1), "scales": scale})
         return result
 
 

@@ -29,6 +29,8 @@ from framequant.quantizers.coders import make_coder
 from framequant.quantizers.hessian import FeedbackFactor, Moments, damped, feedback_factor
 from framequant.quantizers.refine import refine_codes
 from framequant.quantizers.rounding import Coder, FeedbackCoder, proxy_loss, round_ldlq, round_nearest
+from framequant.quantizers.trellis_coder import TrellisCoder
+from framequant.quantizers.two_sided import round_two_sided
 from framequant.quantizers.targets import float_target
 from framequant.spec import LinearSpec
 
@@ -151,7 +153,10 @@ def _quantize_alike(
     coder = make_coder(matrices, specs[first].code)
     stacked = torch.cat(matrices)
     clipped = coder.clip(stacked) if config.clip_coefficients else stacked
-    rounded, factor = _round(clipped, coefficient_hessian, coder, config, first)
+    if isinstance(coder, TrellisCoder) and config.rounding is Rounding.LDLQ:
+        rounded, factor = _round_tiles(matrices, coefficient_hessian, frames_out, coder, moments, config)
+    else:
+        rounded, factor = _round(clipped, coefficient_hessian, coder, config, first)
     if factor is not None and isinstance(coder, FeedbackCoder):
         smooth = damped(coefficient_hessian, factor.damping)
         rounded = refine_codes(stacked, rounded, smooth, coder, config.sweeps)
@@ -196,6 +201,27 @@ def _round(
         hessian = hessian[order][:, order]
     factor = feedback_factor(hessian, config.damping, name)
     return round_ldlq(coefficients, factor.upper, coder, order), factor
+
+
+def _round_tiles(
+    matrices: list[Tensor],
+    hessian: Tensor,
+    frames_out: Mapping[str, FrameOperator],
+    coder: TrellisCoder,
+    moments: Moments,
+    config: FrameQuantConfig,
+) -> tuple[Tensor, FeedbackFactor]:
+    """Round with feedback from panel to panel, and from row to row where output gradients are known."""
+    factor = feedback_factor(hessian, config.damping, next(iter(frames_out)))
+    rows: list[Tensor | None] = []
+    for name, frame in frames_out.items():
+        gram = moments.output_gram.get(name)
+        if gram is not None:
+            rotated = frame.analysis(frame.analysis(gram.to(hessian)).T)
+            rows.append(feedback_factor(rotated, config.output_damping, name).upper)
+        else:
+            rows.append(None)
+    return round_two_sided(matrices, factor.upper, rows, coder, config.output_block), factor
 
 
 def _reconstruct(coefficients: Tensor, frame_in: FrameOperator, frame_out: FrameOperator) -> Tensor:
