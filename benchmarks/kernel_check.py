@@ -1,15 +1,16 @@
-import torch, sys, warnings
+
+import torch
+
+from framequant import storage
 from framequant.codes.grid import GridSpec
 from framequant.codes.trellis import TrellisSpec
 from framequant.frames import *
-from framequant.spec import LinearSpec
-from framequant import storage
 from framequant.kernels import reference
-from framequant.kernels.words import *
+from framequant.kernels.product_triton import dequantize, product
 from framequant.kernels.transform_plan import *
 from framequant.kernels.transform_triton import transform
-from framequant.kernels.product_triton import product, dequantize
-import triton
+from framequant.kernels.words import *
+from framequant.spec import LinearSpec
 
 torch.manual_seed(0)
 dev = "cuda" if torch.cuda.is_available() else "cpu"

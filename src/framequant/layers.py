@@ -8,6 +8,7 @@ Must not import models, checkpoints or integrations.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from framequant import storage
 from framequant.frames import FrameOperator, build_frame
-from framequant.kernels import reference
+from framequant.kernels import cpu, reference
 from framequant.spec import LinearSpec
 
 
@@ -32,6 +33,10 @@ class FrameLinear(nn.Module):
         bias: whether the layer adds a bias.
         dtype: of the bias; the stored tensors have the dtypes that the format gives them, always.
         device: where the empty tensors are made; ``meta`` for a skeleton to load into.
+
+    Attributes:
+        backend: "auto": compiled kernels where they cover the layer and the inputs, else plain torch; "reference":
+            plain torch always. The default is the environment variable ``FRAMEQUANT_BACKEND``, else "auto".
     """
 
     def __init__(
@@ -55,6 +60,8 @@ class FrameLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self._frames: tuple[FrameOperator, FrameOperator] | None = None
+        self._prepared: tuple[list[tuple[Tensor, int]], cpu.CpuPlan | None] | None = None
+        self.backend = os.environ.get("FRAMEQUANT_BACKEND", "auto")
 
     @classmethod
     def from_tensors(
@@ -83,10 +90,32 @@ class FrameLinear(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
         """Apply the layer."""
+        plan = self._plan() if self.backend != "reference" and cpu.takes(inputs, self.in_features) else None
+        if plan is not None and cpu.is_few(inputs):
+            return cpu.linear(plan, inputs)
         frame_in, frame_out = self.frames
         coefficients = reference.analysis(frame_in, inputs)
-        outputs = reference.synthesis(frame_out, reference.product(coefficients, self.spec, self.tensors))
+        if plan is not None:
+            outputs = cpu.many(plan, coefficients)
+        else:
+            outputs = reference.product(coefficients, self.spec, self.tensors)
+        outputs = reference.synthesis(frame_out, outputs)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+
+    def _plan(self) -> cpu.CpuPlan | None:
+        """Constants of the compiled CPU kernels, made again when a tensor was replaced or written to."""
+        held = [t for t in (*self._buffers.values(), *self._parameters.values()) if t is not None]
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in held]
+        if self._prepared is not None:
+            before, plan = self._prepared
+            if len(before) == len(held) and all(
+                old is new and count == version
+                for (old, count), new, version in zip(before, held, versions, strict=True)
+            ):
+                return plan
+        plan = cpu.cpu_plan(self.spec, self.tensors, self.frames, self.bias)
+        self._prepared = list(zip(held, versions, strict=True)), plan
+        return plan
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o n"]:
         """The dense weight that the layer is equal to, up to rounding of ``dtype``; a new tensor."""
@@ -113,12 +142,16 @@ class FrameLinear(nn.Module):
                 setattr(self, name, before[name].to(device=moved.device))
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: not the prepared constants, which hold addresses."""
+        return {**self.__dict__, "_prepared": None}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FrameLinear:
         """Copy tensors; the frames are rebuilt from the spec."""
         bias = None if self.bias is None else self.bias.detach()
         tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
         copy = FrameLinear.from_tensors(self.spec, tensors, bias)
-        copy.training = self.training
+        copy.training, copy.backend = self.training, self.backend
         memo[id(self)] = copy
         return copy
 

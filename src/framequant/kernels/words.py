@@ -15,7 +15,6 @@ from torch import Tensor
 
 from framequant.codes.grid import GridSpec, ZeroPoint
 from framequant.codes.packing import bytes_per_row
-from framequant.codes.trellis import TrellisSpec
 from framequant.codes.trellis_codebook import codebook
 from framequant.spec import LinearSpec
 
@@ -53,8 +52,7 @@ def word_layout(spec: LinearSpec) -> WordLayout | None:
     Covered: uniform grids of 2, 4, 16 levels, symmetric, one scale a row or a tensor, and trellises of two
     bits a weight with tiles of 16 columns and 16 rows.
     """
-    rows, cols = spec.coefficient_shape
-    code = spec.code
+    cols, code = spec.coefficient_shape[1], spec.code
     if isinstance(code, GridSpec):
         uniform = code.is_uniform and code.zero_point is ZeroPoint.SYMMETRIC and code.group_size is None
         if not uniform or code.num_levels not in (2, 4, 16):
@@ -75,9 +73,7 @@ def _padded(words: int, size: int) -> int:
     return -(-words // per_sector) * per_sector
 
 
-def to_words(
-    packed: UInt8[Tensor, "..."], spec: LinearSpec, layout: WordLayout
-) -> Int[Tensor, "rows stride"]:
+def to_words(packed: UInt8[Tensor, ...], spec: LinearSpec, layout: WordLayout) -> Int[Tensor, "rows stride"]:
     """Arrange stored bytes as words.
 
     Args:
@@ -101,7 +97,7 @@ def to_words(
 
 def stored_bytes(
     words: Int[Tensor, "rows stride"], spec: LinearSpec, layout: WordLayout
-) -> UInt8[Tensor, "..."]:
+) -> UInt8[Tensor, ...]:
     """Give the stored bytes back; the inverse of ``to_words``, bit for bit."""
     if not layout.trellis:
         size = bytes_per_row(spec.coefficient_shape[1], spec.code.num_levels)
