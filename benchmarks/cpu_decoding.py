@@ -60,8 +60,8 @@ def num_bytes(model: torch.nn.Module) -> int:
     seen = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     for module in model.modules():
         prepared = getattr(module, "_prepared", None)
-        if prepared is not None and prepared[1] is not None:
-            seen.update({array.ctypes.data: array.nbytes for array in prepared[1].arrays})
+        if prepared is not None and prepared[2] is not None:
+            seen.update({array.ctypes.data: array.nbytes for array in prepared[2].arrays})
     return sum(seen.values())
 
 
@@ -125,7 +125,11 @@ def main() -> None:
         row["decode_cpu_ratio"] = first["decode_cpu_ms"] / row["decode_cpu_ms"]
         row["memory_ratio"] = row["model_mb"] / first["model_mb"]
         rows.append(row)
-        print(" ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
+        print(
+            " ".join(
+                f"{key}={value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()
+            )
+        )
     if options.csv:
         with open(options.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [*rows[0], "commit"])

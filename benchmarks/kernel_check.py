@@ -1,15 +1,14 @@
-
 import torch
 
 from framequant import storage
 from framequant.codes.grid import GridSpec
 from framequant.codes.trellis import TrellisSpec
-from framequant.frames import *
+from framequant.frames import build_frame, choose_frame
 from framequant.kernels import reference
 from framequant.kernels.product_triton import dequantize, product
-from framequant.kernels.transform_plan import *
+from framequant.kernels.transform_plan import transform_plan
 from framequant.kernels.transform_triton import transform
-from framequant.kernels.words import *
+from framequant.kernels.words import stored_bytes, to_words, word_layout
 from framequant.spec import LinearSpec
 
 torch.manual_seed(0)
@@ -44,7 +43,7 @@ def run(o, i, code, two, M, dtype=torch.float16, splits=1, **cfg):
     z = torch.zeros(M, cpw, lay.words, dtype=torch.float16, device=dev)
     unit = torch.empty(M, device=dev)
 
-    def T(p, x, out, ana, parts=1, il=1, words=0):
+    def apply(p, x, out, ana, parts=1, il=1, words=0):
         f = p.sizes
         q = p.padded
         transform[(M, p.num_rows)](
@@ -70,13 +69,13 @@ def run(o, i, code, two, M, dtype=torch.float16, splits=1, **cfg):
             PDL=False,
         )
 
-    T(pa, x, z, True, il=cpw, words=lay.words)
+    apply(pa, x, z, True, il=cpw, words=lay.words)
     zr = fi.analysis(x.double())
     zz = z.transpose(1, 2).reshape(M, -1)[:, :cols].double() * unit.double()[:, None]
     e1 = (zz - zr).norm() / zr.norm()
     span = -(-lay.words // splits // 16) * 16
     u = torch.full((splits, M, rows), float("nan"), device=dev)
-    c = dict(BR=64, BK=16, BN=16, STAGES=2)
+    c = {"BR": 64, "BK": 16, "BN": 16, "STAGES": 2}
     c.update(cfg)
     product[(-(-rows // c["BR"]), splits, -(-M // c["BN"]))](
         w,
@@ -104,7 +103,7 @@ def run(o, i, code, two, M, dtype=torch.float16, splits=1, **cfg):
     uu = u.sum(0).double() * unit.double()[:, None]
     e2 = (uu - ur).norm() / ur.norm()
     y = torch.empty(M, o, dtype=dtype, device=dev)
-    T(ps, u, y, False, parts=splits)
+    apply(ps, u, y, False, parts=splits)
     yr = fo.synthesis(zr @ D.T)
     e3 = (y.double() - yr).norm() / yr.norm()
     pan = torch.full((rows, cpw, lay.words), float("nan"), dtype=torch.float16, device=dev)
@@ -126,11 +125,7 @@ def run(o, i, code, two, M, dtype=torch.float16, splits=1, **cfg):
     )
     e4 = (pan.transpose(1, 2).reshape(rows, -1)[:, :cols].double() - D).norm() / D.norm()
     # reference in same dtype
-    tr = (
-        reference.synthesis(fo, reference.product(reference.analysis(fi, x), spec, t))
-        if dev == "cuda" or True
-        else None
-    )
+    tr = reference.synthesis(fo, reference.product(reference.analysis(fi, x), spec, t))
     e5 = (tr.double() - yr).norm() / yr.norm()
     print(
         o,
@@ -149,7 +144,10 @@ def attempt(*a, **k):
 
 
 if __name__ == "__main__":
-    g = lambda n: GridSpec("sigma_clip", n, "symmetric")
+
+    def g(n):
+        return GridSpec("sigma_clip", n, "symmetric")
+
     attempt(128, 256, g(4), False, 3)
     attempt(192, 576, g(2), True, 2, splits=2)
     attempt(192, 576, g(16), True, 17, torch.bfloat16)

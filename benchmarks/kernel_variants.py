@@ -182,7 +182,7 @@ def cublas(table: Table, tokens: int, shapes: tuple[tuple[int, int], ...]) -> di
         copies = max(1, min(24, -(-int(COLD) // (2 * o * i))))
         weights = [torch.randn(o, i, device="cuda", dtype=torch.float16) for _ in range(copies)]
         x = torch.randn(tokens, i, device="cuda", dtype=torch.float16)
-        runs = [lambda w=w: torch.nn.functional.linear(x, w) for w in weights] * max(1, 8 // copies)
+        runs = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in weights] * max(1, 8 // copies)
         found[o, i] = table.add("cublas", f"{o}x{i}", tokens, "fp16", lambda r=runs: graph_us(r))
     return found
 
@@ -209,7 +209,8 @@ def variants(
             best = (found, config, splits, span)
     rate = case.bytes / best[0] / 1e6
     print(
-        f"--> {shape} {tokens}: {best[0]:.2f} us, {rate:.2f} TB/s, {base / best[0]:.2f}x cuBLAS  {best[1]} split {best[2]}"
+        f"--> {shape} {tokens}: {best[0]:.2f} us, {rate:.2f} TB/s, {base / best[0]:.2f}x cuBLAS  "
+        f"{best[1]} split {best[2]}"
     )
     return best
 
@@ -264,7 +265,7 @@ def prompt(table: Table, case: Case, tokens: int) -> None:
         for BR, BK in ((32, 64), (16, 128), (64, 64)):
             starts = range(0, case.rows, rows)
 
-            def fill(BR: int = BR, BK: int = BK, panel: torch.Tensor = panel) -> None:
+            def fill(BR: int = BR, BK: int = BK, panel: torch.Tensor = panel, rows: int = rows) -> None:
                 case.panel(0, 0, rows, panel, BR, BK)
 
             table.add(

@@ -9,7 +9,9 @@ Must not import models, checkpoints or integrations.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +22,11 @@ from framequant import storage
 from framequant.frames import FrameOperator, build_frame
 from framequant.kernels import cpu, reference
 from framequant.spec import LinearSpec
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 class FrameLinear(nn.Module):
@@ -35,8 +42,9 @@ class FrameLinear(nn.Module):
         device: where the empty tensors are made; ``meta`` for a skeleton to load into.
 
     Attributes:
-        backend: "auto": compiled kernels where they cover the layer and the inputs, else plain torch; "reference":
-            plain torch always. The default is the environment variable ``FRAMEQUANT_BACKEND``, else "auto".
+        backend: "auto": compiled CPU kernels where they cover the layer and the inputs, else plain torch;
+            "reference": plain torch always; "triton": GPU kernels too, which no hardware has tested yet. The default
+            is the environment variable ``FRAMEQUANT_BACKEND``, else "auto".
     """
 
     def __init__(
@@ -60,7 +68,7 @@ class FrameLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self._frames: tuple[FrameOperator, FrameOperator] | None = None
-        self._prepared: tuple[list[tuple[Tensor, int]], cpu.CpuPlan | None] | None = None
+        self._prepared: tuple[list[tuple[Tensor, int]], str, Any] | None = None
         self.backend = os.environ.get("FRAMEQUANT_BACKEND", "auto")
 
     @classmethod
@@ -90,6 +98,10 @@ class FrameLinear(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
         """Apply the layer."""
+        if self.backend == "triton":
+            fast = self._triton(inputs)
+            if fast is not None:
+                return fast
         plan = self._plan() if self.backend != "reference" and cpu.takes(inputs, self.in_features) else None
         if plan is not None and cpu.is_few(inputs):
             return cpu.linear(plan, inputs)
@@ -103,18 +115,43 @@ class FrameLinear(nn.Module):
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
     def _plan(self) -> cpu.CpuPlan | None:
-        """Constants of the compiled CPU kernels, made again when a tensor was replaced or written to."""
+        """Constants of the compiled CPU kernels."""
+        return self._prepare("cpu", cpu.cpu_plan)
+
+    def _triton(self, inputs: Tensor) -> Tensor | None:
+        """The outputs by Triton, or None where it cannot serve."""
+        try:
+            from framequant.kernels import triton_ops
+        except ImportError:
+            _warn_once("backend = 'triton' needs triton, which is not installed; plain torch is used.")
+            return None
+        if torch.compiler.is_compiling() or not triton_ops.takes(inputs, self.in_features):
+            return None
+        plan = self._prepare("triton", triton_ops.triton_plan)
+        if plan is None:
+            _warn_once(f"No Triton kernel covers linears like {self.spec.scheme()}; plain torch is used.")
+            return None
+        if not triton_ops.is_right(plan, self.tensors, self.frames, inputs.dtype):
+            return None
+        return triton_ops.linear(plan, inputs)
+
+    def _prepare(self, kind: str, make: Callable[..., Any]) -> Any:
+        """What ``make`` returns for this layer's tensors, made again when one was replaced or written to."""
         held = [t for t in (*self._buffers.values(), *self._parameters.values()) if t is not None]
         versions = [0 if tensor.is_inference() else tensor._version for tensor in held]
         if self._prepared is not None:
-            before, plan = self._prepared
-            if len(before) == len(held) and all(
-                old is new and count == version
-                for (old, count), new, version in zip(before, held, versions, strict=True)
+            before, known, plan = self._prepared
+            if (
+                known == kind
+                and len(before) == len(held)
+                and all(
+                    old is new and count == version
+                    for (old, count), new, version in zip(before, held, versions, strict=True)
+                )
             ):
                 return plan
-        plan = cpu.cpu_plan(self.spec, self.tensors, self.frames, self.bias)
-        self._prepared = list(zip(held, versions, strict=True)), plan
+        plan = make(self.spec, self.tensors, self.frames, self.bias)
+        self._prepared = list(zip(held, versions, strict=True)), kind, plan
         return plan
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o n"]:
