@@ -10,8 +10,9 @@ Vision::
     python experiments/main_job.py ../shared/models/deit_tiny_patch16_224 \\
         --calibration ../shared/data/imagenet/train --imagenet ../shared/data/imagenet/val
 
-Rows are ``preset`` or ``preset:key=value,key=value``; without ``--row`` the rows of the issue are run. Every figure
-is that of the model *reloaded* from disk, and "equal" says whether its logits are the in-memory model's, bit for bit.
+Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards; without ``--row``
+the rows of the issue are run. Every figure is that of the model *reloaded* from disk, and "equal" says whether its
+logits are the in-memory model's, bit for bit.
 """
 
 from __future__ import annotations
@@ -54,10 +55,14 @@ LANGUAGE_ROWS = [
 VISION_ROWS = [*LANGUAGE_ROWS, "framequant-scalar:redundancy=1.25"]
 
 
-def parse_row(row: str) -> fq.FrameQuantConfig:
+def parse_row(row: str) -> tuple[fq.FrameQuantConfig, int]:
+    """The settings of a row, and how many steps its tuning has."""
     name, _, settings = row.partition(":")
-    values = dict(part.split("=", 1) for part in settings.split(",") if part)
-    return fq.preset(name, **{key: yaml.safe_load(value) for key, value in values.items()})
+    values = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in settings.split(",") if part)}
+    steps = values.pop("tune", 0)
+    if steps:
+        values.setdefault("row_factors", name == "framequant")
+    return fq.preset(name, **values), steps
 
 
 class Evaluator:
@@ -95,7 +100,7 @@ class Evaluator:
 
 
 def run_row(row: str, opened: OpenedModel, data: Any, evaluate: Evaluator) -> dict[str, Any]:
-    config = parse_row(row)
+    config, steps = parse_row(row)
     model = copy.deepcopy(opened.model)
     device = next(model.parameters()).device
     start = time.perf_counter()
@@ -103,6 +108,14 @@ def run_row(row: str, opened: OpenedModel, data: Any, evaluate: Evaluator) -> di
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - start
+    tuned = {}
+    if steps:
+        found = fq.tune_(model, opened.model, data, steps)
+        tuned = {
+            "tune_seconds": round(found.seconds, 1),
+            "held_out_kl_before": round(found.loss_before, 5),
+            "held_out_kl_after": round(found.loss_after, 5),
+        }
     with tempfile.TemporaryDirectory() as folder:
         path = fq.save_pretrained(model, Path(folder) / "out")
         size = sum(file.stat().st_size for file in path.iterdir())
@@ -120,6 +133,7 @@ def run_row(row: str, opened: OpenedModel, data: Any, evaluate: Evaluator) -> di
         "reload_equal": equal,
         "mean_relative_loss": round(sum(e.relative_loss for e in report.linears) / len(report.linears), 5),
         "warnings": len(report.warnings),
+        **tuned,
     }
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -21,7 +22,11 @@ CONFIGS = {
     "v1_two_sided": fq.preset("framequant-paper", levels=5),
     "v1_groups": fq.preset("gptq", bits=3, group_size=8),
     "v1_trellis": fq.FrameQuantConfig(code="trellis", bits=2.25, redundancy=1.25, state_bits=8),
+    "v1_sigma_delta": fq.preset("sigma-delta", frame_size_ratio=3, levels=6),
+    "v1_sigma_delta_columns": fq.preset("sigma-delta", order=2, levels=4, dual="sobolev", vectors="columns"),
+    "v1_row_factors": fq.FrameQuantConfig(code="trellis", bits=2, redundancy=1.25, state_bits=8),
 }
+TUNED = {"v1_row_factors": fq.TuneConfig(steps=8, learning_rate=0.05, evaluations=2)}
 
 
 class Tiny(nn.Module):
@@ -46,6 +51,12 @@ def fingerprint(model: nn.Module) -> dict[str, list[float]]:
     return values
 
 
+def test_the_tuned_checkpoint_has_row_factors():
+    for layer in quantized_linears(fq.load(FOLDER / "v1_row_factors", model=Tiny())).values():
+        assert layer.spec.code.row_factors
+        assert layer.tensors["row_factors"].unique().numel() > 1
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_golden_checkpoints_load_to_the_same_weights(name):
     found = fingerprint(fq.load(FOLDER / name, model=Tiny()))
@@ -61,7 +72,10 @@ def _write() -> None:
             continue
         torch.manual_seed(0)
         model = Tiny()
-        fq.quantize_(model, torch.randn(64, 24), config)
+        teacher, data = copy.deepcopy(model), torch.randn(64, 24)
+        fq.quantize_(model, data, config)
+        if name in TUNED:
+            fq.tune_(model, teacher, data, TUNED[name])
         fq.save_pretrained(model, FOLDER / name)
         (FOLDER / name / "README.md").unlink()
         (FOLDER / name / "framequant_report.json").unlink()

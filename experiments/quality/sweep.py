@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,20 +26,9 @@ import yaml
 import framequant as fq
 from framequant.cli.options import choose_device
 from framequant.evaluation.perplexity import perplexity
+from framequant.evaluation.renderings import mixed, word_tokenized
 from framequant.evaluation.text import read_text, tokenize, windows
 from framequant.integrations.sources import open_model
-
-
-def old_rendering(text: str) -> str:
-    """A text as a word tokenizer of the 2000s leaves it: every mark of punctuation a word of its own."""
-    text = re.sub(r"(?<=\w)-(?=\w)", " @-@ ", text)
-    text = re.sub(r"(?<=\d),(?=\d)", " @,@ ", text)
-    text = re.sub(r"(?<=\d)\.(?=\d)", " @.@ ", text)
-    text = re.sub(r"(?<=\w)('s|n't|'re|'ve|'ll|'d|'m)\b", r" \1", text)
-    text = re.sub(r"(?<! )([,;:!?()\[\]\"%])", r" \1", text)
-    text = re.sub(r"([(\[\"$])(?! )", r"\1 ", text)
-    text = re.sub(r"(?<=\w)\.(?=\s|$)", " .", text)
-    return re.sub(r"\n+", " \n ", text)
 
 
 class Data:
@@ -53,15 +41,13 @@ class Data:
         self.plain = pieces[order[:samples]]
         rest = pieces[order[samples : samples + held].sort().values]
         self.texts = {"held": rest, "held_old": self.rendered(rest)}
-        self.old = self.rendered(self.plain)
 
     def rendered(self, pieces: torch.Tensor) -> torch.Tensor:
-        text = "\n".join(old_rendering(self.tokenizer.decode(piece)) for piece in pieces)
+        text = "\n".join(word_tokenized(self.tokenizer.decode(piece)) for piece in pieces)
         return windows(tokenize(self.tokenizer, text), self.length)[: len(pieces)]
 
     def calibration(self, mix: float) -> torch.Tensor:
-        count = round(mix * len(self.plain))
-        return torch.cat([self.plain[count:], self.old[:count]])
+        return mixed(self.tokenizer, self.plain, mix)
 
 
 def run_row(row: str, opened: Any, data: Data) -> dict[str, Any]:
@@ -92,7 +78,13 @@ def main(
     opened = open_model(model, dtype=dtype, device=choose_device(device))
     data = Data(opened, read_text(calibration), samples, sequence_length, held)
     base = {key: perplexity(opened.model, text).perplexity for key, text in data.texts.items()}
-    print({"row": "float", **{k: round(v, 3) for k, v in base.items()}, "windows": [len(t) for t in data.texts.values()]})
+    print(
+        {
+            "row": "float",
+            **{k: round(v, 3) for k, v in base.items()},
+            "windows": [len(t) for t in data.texts.values()],
+        }
+    )
     rows = []
     for text in row or []:
         try:

@@ -23,10 +23,14 @@ if TYPE_CHECKING:
         ModelSourceError,
         NumericalError,
     )
+    from framequant.frames.harmonic import HarmonicFrame
     from framequant.layers import FrameLinear
     from framequant.model.report import QuantizationReport
+    from framequant.model.tune import tune_
+    from framequant.model.tune_config import TuneConfig, TuningReport
     from framequant.model.walk import Progress, quantize_
     from framequant.pretrained import load, save_pretrained
+    from framequant.quantizers.sigma_delta import SigmaDelta
 
 __version__ = "0.1.0"
 
@@ -40,14 +44,19 @@ _HOMES = {
     "FrameLinear": "layers",
     "FrameQuantConfig": "config",
     "FrameQuantError": "errors",
+    "HarmonicFrame": "frames.harmonic",
     "ModelSourceError": "errors",
     "NumericalError": "errors",
     "Progress": "model.walk",
     "QuantizationReport": "model.report",
+    "SigmaDelta": "quantizers.sigma_delta",
+    "TuneConfig": "model.tune_config",
+    "TuningReport": "model.tune_config",
     "load": "pretrained",
     "preset": "config",
     "quantize_": "model.walk",
     "save_pretrained": "pretrained",
+    "tune_": "model.tune",
 }
 
 __all__ = [
@@ -60,14 +69,19 @@ __all__ = [
     "FrameLinear",
     "FrameQuantConfig",
     "FrameQuantError",
+    "HarmonicFrame",
     "ModelSourceError",
     "NumericalError",
     "Progress",
     "QuantizationReport",
+    "SigmaDelta",
+    "TuneConfig",
+    "TuningReport",
     "load",
     "preset",
     "quantize_",
     "save_pretrained",
+    "tune_",
 ]
 
 

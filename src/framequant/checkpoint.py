@@ -53,6 +53,7 @@ MAX_CONFIG_BYTES = 64 * 1024**2
 
 _SAFETENSORS_DTYPES = {
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int16: "I16",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
@@ -412,6 +413,9 @@ def install_linears(model: nn.Module, entry: QuantizationEntry) -> None:
         if tuple(weight.shape) != shape:
             raise CheckpointError(f"{name}: the checkpoint has {shape}, the model {tuple(weight.shape)}.")
         has_bias = getattr(module, "bias", None) is not None
+        if storage.holds_bias(spec) and not has_bias:
+            raise CheckpointError(f"{name}: the checkpoint has a bias, the model's linear has none.")
+        has_bias = has_bias and not storage.holds_bias(spec)
         model.set_submodule(name, FrameLinear(spec, bias=has_bias, dtype=weight.dtype, device="meta"))
 
 

@@ -8,9 +8,11 @@ Must not import models, checkpoints or integrations.
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -68,6 +70,8 @@ class FrameLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self._frames: tuple[FrameOperator, FrameOperator] | None = None
+        self._bias_frame: FrameOperator | None = None
+        self._held: dict[tuple[torch.dtype, bool], list[Tensor]] | None = None
         self._prepared: tuple[list[tuple[Tensor, int]], str, Any] | None = None
         self.backend = os.environ.get("FRAMEQUANT_BACKEND", "auto")
 
@@ -108,11 +112,45 @@ class FrameLinear(nn.Module):
         frame_in, frame_out = self.frames
         coefficients = reference.analysis(frame_in, inputs)
         if plan is not None:
-            outputs = cpu.many(plan, coefficients)
-        else:
-            outputs = reference.product(coefficients, self.spec, self.tensors)
-        outputs = reference.synthesis(frame_out, outputs)
-        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+            coefficients = cpu.arranged(plan, coefficients)
+        products = reference.multiply(coefficients, self._tiles(coefficients.dtype, plan)).to(inputs.dtype)
+        outputs = reference.synthesis(frame_out, products)
+        bias = self.dense_bias(outputs.dtype)
+        return outputs if bias is None else outputs + bias
+
+    def dense_bias(self, dtype: torch.dtype) -> Float[Tensor, " o"] | None:
+        """The bias in ``dtype``, decoded if the code holds it; None if there is none."""
+        if storage.holds_bias(self.spec):
+            if self._bias_frame is None:
+                self._bias_frame = build_frame(storage.bias_frame(self.spec))
+            return storage.decode_bias(self.spec, self.tensors, self._bias_frame, dtype)
+        return None if self.bias is None else self.bias.to(dtype)
+
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """Synthesise the weight once into an ordinary linear: more memory, and no decoding at run time."""
+        bias = self.dense_bias(dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dequantize(dtype))
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().clone())
+        return linear.train(self.training)
+
+    def hold_decoded(self, hold: bool) -> None:
+        """Keep D̃ decoded between forward passes, or no longer: for a block that is run many times over."""
+        self._held = {} if hold else None
+
+    def _tiles(self, dtype: torch.dtype, plan: cpu.CpuPlan | None) -> Iterable[Tensor]:
+        tiles = (
+            reference.decoded_tiles(self.spec, self.tensors, dtype)
+            if plan is None
+            else cpu.decoded_tiles(plan, dtype)
+        )
+        if self._held is None:
+            return tiles
+        key = dtype, plan is None
+        if key not in self._held:
+            self._held[key] = list(tiles)
+        return self._held[key]
 
     def _plan(self) -> cpu.CpuPlan | None:
         """Constants of the compiled CPU kernels."""
@@ -139,6 +177,8 @@ class FrameLinear(nn.Module):
         """What ``make`` returns for this layer's tensors, made again when one was replaced or written to."""
         held = [t for t in (*self._buffers.values(), *self._parameters.values()) if t is not None]
         versions = [0 if tensor.is_inference() else tensor._version for tensor in held]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held):
+            return None  # no kernel has a derivative for what it holds
         if self._prepared is not None:
             before, known, plan = self._prepared
             if (
@@ -198,3 +238,26 @@ class FrameLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"redundancy={self.spec.redundancy:.4g}, code={type(self.spec.code).__name__}"
         )
+
+
+#: Bytes of decoded matrices that may be held while a model is evaluated.
+HELD_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}
+
+
+@contextmanager
+def decoded_once(model: nn.Module) -> Iterator[None]:
+    """Decode the codes of a model's linears once for many forward passes, where that fits ``HELD_BYTES``.
+
+    Results are the same bits; only time and memory differ.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FrameLinear)]
+    place = next(model.parameters())
+    size = place.element_size() * sum(math.prod(layer.spec.coefficient_shape) for layer in layers)
+    hold = size <= HELD_BYTES.get(place.device.type, HELD_BYTES["cpu"])
+    for layer in layers:
+        layer.hold_decoded(hold)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.hold_decoded(False)

@@ -30,6 +30,7 @@ CODES = [
     TrellisSpec(10, rate_pattern(1.125)),
     TrellisSpec(12, rate_pattern(2.25)),
     TrellisSpec(16, (4,)),
+    TrellisSpec(12, (2,), row_factors=True),
 ]
 
 
@@ -47,6 +48,8 @@ def make_layer(code, features=(100, 36), redundancy=(1.125, 1.0), kind=None, bia
             tensors[name] = (torch.rand(shape, generator=generator) * 0.05 + 0.01).to(dtype)
         elif name == "zero_points":
             tensors[name] = (2 * torch.randn(shape, generator=generator)).to(dtype)
+        elif name == "row_factors":
+            tensors[name] = torch.randint(-127, 128, shape, generator=generator).to(dtype)
         elif isinstance(code, GridSpec):
             codes = torch.randint(0, code.num_levels, spec.coefficient_shape, generator=generator)
             tensors[name] = pack_codes(codes.to(torch.uint8), code.num_levels)
@@ -157,6 +160,21 @@ def test_constants_follow_the_tensors():
     loaded = pickle.loads(pickle.dumps(layer))
     assert torch.equal(loaded(x), layer(x))
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+def test_held_tiles_give_the_same_bits():
+    layer, x = make_layer(CODES[7]), torch.randn(20, 100)
+    before = layer(x)
+    layer.hold_decoded(True)
+    assert torch.equal(layer(x), before)
+    assert torch.equal(layer(x), before)
+
+
+def test_parameters_that_learn_keep_their_gradients():
+    layer = make_layer(CODES[0])
+    layer.bias.requires_grad_(True)
+    layer(torch.randn(2, 100)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((36,), 2.0))
 
 
 def test_the_reference_can_be_forced(monkeypatch):

@@ -110,7 +110,10 @@ def test_every_preset_runs_and_reports_its_true_bits(preset):
         layer = model.get_submodule(entry.name)
         stored = layer.num_bytes() * 8 / entry.num_weights
         assert stored <= entry.bits_per_weight < stored + 8 * 80 / entry.num_weights
-    assert report.bits_per_weight > 3 * report.redundancy
+    if report.allocation:
+        assert 0.995 * 3 <= report.bits_per_weight <= 3
+    else:
+        assert report.bits_per_weight > 3 * report.redundancy
 
 
 def test_ignore_include_and_overrides_select_linears():

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 1024
+#: Share of a calibration text's windows that is written with its punctuation apart.
+DEFAULT_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,18 @@ def calibration_tensor(
     sequence_length: int | None,
     seed: int,
     reporter: Reporter,
+    word_tokenized: float = DEFAULT_SHARE,
 ) -> Any:
     """Token windows, images or batches of sentences for a model.
 
+    A share ``word_tokenized`` of a text's windows is written with its punctuation apart, see
+    ``evaluation.renderings``; sentences and an encoder's framed windows stay as they are.
     Without ``samples`` there are ``DEFAULT_SAMPLES`` windows or images, or all the sentences.
 
     Raises:
         CalibrationError: too little data, or data of the other kind than the model reads.
     """
-    from framequant.evaluation import images, sentences, text
+    from framequant.evaluation import images, renderings, sentences, text
 
     if opened.is_vision:
         if source.folder is None:
@@ -95,7 +100,9 @@ def calibration_tensor(
             "Text like what the model will read gives better results."
         )
     count = DEFAULT_SAMPLES if samples is None else samples
-    return text.calibration_windows(opened.require_tokenizer(), content, count, length, seed)
+    tokenizer = opened.require_tokenizer()
+    windows = text.calibration_windows(tokenizer, content, count, length, seed)
+    return windows if text.is_framed(tokenizer) else renderings.mixed(tokenizer, windows, word_tokenized)
 
 
 def sequence_length_for(opened: OpenedModel, wanted: int | None) -> int:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from framequant.cli.console import Reporter, count, facts, seconds, size
-from framequant.cli.inputs import calibration_tensor, find_calibration
+from framequant.cli.inputs import DEFAULT_SHARE, calibration_tensor, find_calibration
 from framequant.cli.options import DeviceOption, DtypeOption, JsonOption, build_config, choose_device
+from framequant.cli.tuning import Tuning, describe_tuning, request_of, tune_settings
+from framequant.errors import ConfigError
 
 if TYPE_CHECKING:
+    from framequant.config import FrameQuantConfig
     from framequant.integrations.sources import OpenedModel
     from framequant.model.report import QuantizationReport
 
@@ -21,7 +24,9 @@ EXAMPLES = (
     "framequant quantize smollm2 --out smol-2bit\n\n"
     "framequant quantize timm/deit_tiny_patch16_224 --calibration train/ --out deit-2bit\n\n"
     "framequant quantize HuggingFaceTB/SmolLM2-135M --calibration wiki.txt --redundancy 1.25 --out smol\n\n"
-    "framequant quantize model.gguf --preset gptq --bits 3 --ignore down_proj --out gptq-3bit"
+    "framequant quantize smollm2 --calibration wiki.txt --tune 250 --out smol-tuned\n\n"
+    "framequant quantize model.gguf --preset gptq --bits 3 --ignore down_proj --out gptq-3bit\n\n"
+    "framequant quantize timm/deit_tiny_patch16_224 --preset sigma-delta --frame-size-ratio 8 --levels 2 --out deit-sd"
 )
 
 
@@ -36,9 +41,17 @@ def run(
     out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist or be empty.")],
     preset: Annotated[
         str | None,
-        typer.Option(help="framequant (default), framequant-scalar, framequant-paper, quip, gptq or rtn."),
+        typer.Option(
+            help="framequant (default), framequant-scalar, framequant-paper, quip, gptq, rtn or sigma-delta."
+        ),
     ] = None,
-    bits: Annotated[float | None, typer.Option(help="Width of a code, 1 to 8.")] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="What the quantized linears take on disk per weight, everything counted: any number from 1.5 to 8. "
+            "Of the scalar presets, the width of a code."
+        ),
+    ] = None,
     redundancy: Annotated[
         float | None, typer.Option(help="Redundancy r ≥ 1; a code costs bits times r.")
     ] = None,
@@ -57,6 +70,12 @@ def run(
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of a calibration window; 1024, or what the model reads.")
     ] = None,
+    word_tokenized: Annotated[
+        float,
+        typer.Option(
+            help="Share of a text's windows that is written with its punctuation apart, as many test texts are."
+        ),
+    ] = DEFAULT_SHARE,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: Annotated[
@@ -74,12 +93,24 @@ def run(
     group_size: Annotated[
         int | None, typer.Option(help="Columns that share a scale; whole rows if not given.")
     ] = None,
+    frame_size_ratio: Annotated[
+        float | None, typer.Option(help="N/d of sigma-delta's frame; a weight costs N/d · log2(levels) bits.")
+    ] = None,
+    levels: Annotated[int | None, typer.Option(help="Levels of a code; sigma-delta: an even number.")] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="Settings from a file; flags win over it.")
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting by name; repeatable.")
     ] = None,
+    tune: Annotated[
+        int | None,
+        typer.Option(
+            metavar="STEPS", help="Afterwards train scales, norms and biases towards the float model."
+        ),
+    ] = None,
+    tune_lr: Annotated[float | None, typer.Option(help="Learning rate of --tune; 0.001.")] = None,
+    tune_batch: Annotated[int | None, typer.Option(help="Samples of a step of --tune; 8.")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what lies in the output directory.")
     ] = False,
@@ -95,23 +126,48 @@ def run(
         "include": include,
         "damping": damping,
         "group_size": group_size,
+        "frame_size_ratio": frame_size_ratio,
+        "levels": levels,
     }
     reporter = Reporter(as_json)
     chosen = build_config(preset, config, settings or [], flags)
     check_output(out, overwrite, model)
     place = choose_device(device)
+    tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed)
+    if tune_config is not None and chosen.is_data_free:
+        raise ConfigError("--tune needs calibration data, and sigma-delta codes use none; leave --tune out.")
+    chosen = with_room_for_tuning(chosen) if tune_config else chosen
+    request = request_of(model, chosen, calibration, samples, sequence_length, dtype)
+    tuning = None if tune_config is None else Tuning(out, tune_config, request)
     source = find_calibration(calibration)
     opened = open_float(model, dtype, place, reporter)
     float_parameters = sum(parameter.numel() for parameter in opened.model.parameters())
-    with reporter.stage("reading the calibration data"):
-        data = calibration_tensor(source, opened, samples, sequence_length, chosen.seed, reporter)
-    reporter.err.print(f"  {describe_calibration(data)}")
-    report = quantize_model(opened, data, chosen, reporter)
+    data = None
+    if not chosen.is_data_free:
+        with reporter.stage("reading the calibration data"):
+            data = calibration_tensor(
+                source, opened, samples, sequence_length, chosen.seed, reporter, word_tokenized
+            )
+        reporter.err.print(f"  {describe_calibration(data)}")
+    if tuning is None:
+        report = quantize_model(opened, data, chosen, reporter)
+    else:
+        opened = quantize_and_tune(opened, data, chosen, tuning, reporter)
+        report = opened.model.framequant_report
     save(opened, out, overwrite, reporter)
+    if tuning is not None:
+        tuning.finish()
     summary = summarize(report, opened, out, float_parameters)
     summary["calibration"] = describe_calibration(data)
     print_summary(summary, report, reporter)
     reporter.print_json(summary)
+
+
+def with_room_for_tuning(config: FrameQuantConfig) -> FrameQuantConfig:
+    """The settings with row factors in the budget, where the code has any."""
+    from dataclasses import replace
+
+    return replace(config, row_factors=True) if config.code == "trellis" else config
 
 
 def check_output(out: Path, overwrite: bool, model: str) -> None:
@@ -149,6 +205,8 @@ def open_float(name: str, dtype: str, device: str, reporter: Reporter) -> Opened
 
 def describe_calibration(data: Any) -> str:
     """The size of the calibration data in words."""
+    if data is None:
+        return "none needed"
     if isinstance(data, list):
         sentences = sum(len(batch["input_ids"]) for batch in data)
         return f"{sentences} sentences ({count(sum(int(b['attention_mask'].sum()) for b in data))} tokens)"
@@ -167,6 +225,28 @@ def quantize_model(opened: OpenedModel, data: Any, config: Any, reporter: Report
             update(progress.done, progress.total, progress.message)
 
         return quantize_(opened.model, data, config, progress=show)
+
+
+def quantize_and_tune(
+    opened: OpenedModel, data: Any, config: Any, tuning: Tuning, reporter: Reporter
+) -> OpenedModel:
+    """Quantize, or take the untuned model of a run that was begun, and tune it against the float model.
+
+    Raises:
+        CalibrationError: too few samples for the steps asked for.
+    """
+    tuning.check(data)
+    parameter = next(opened.model.parameters())
+    dtype, device = str(parameter.dtype).removeprefix("torch."), str(parameter.device)
+    if tuning.begun:
+        student, teacher = tuning.reopen(device, reporter), opened
+        student.name = opened.name
+    else:
+        quantize_model(opened, data, config, reporter)
+        tuning.keep(opened, reporter)
+        student, teacher = opened, open_float(opened.name, dtype, device, reporter)
+    tuning.tune(student, teacher, data, reporter)
+    return student
 
 
 def save(opened: OpenedModel, out: Path, overwrite: bool, reporter: Reporter) -> None:
@@ -201,6 +281,7 @@ def summarize(
         "model_class": report.model.get("class"),
         "out": str(out),
         "bits_per_weight": report.bits_per_weight,
+        "budget_bits": report.allocation.get("budget_bits"),
         "redundancy": report.redundancy,
         "coverage": report.coverage,
         "quantized_linears": len(report.linears),
@@ -216,6 +297,7 @@ def summarize(
         "seconds": report.seconds,
         "environment": report.environment,
         "warnings": report.warnings,
+        **({"tuning": report.tuning} if report.tuning else {}),
         "config": report.config,
     }
 
@@ -223,18 +305,26 @@ def summarize(
 def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter: Reporter) -> None:
     """Print the final table and the next command."""
     sizes = summary["bytes"]
-    asked = report.config["redundancy"] ** (2 if report.config["two_sided"] else 1)
+    data_free = report.config["code"] == "sigma_delta"
+    asked = (
+        report.config["frame_size_ratio"]
+        if data_free
+        else report.config["redundancy"] ** (2 if report.config["two_sided"] else 1)
+    )
     worst = [f"{loss:.4f}  {name}" for name, loss in summary["worst_linears"].items()]
     rows = {
         "model": f"{summary['model']} ({summary['model_class']})",
         "quantized": f"{summary['quantized_linears']} linears, {count(summary['quantized_weights'])} weights "
         f"({summary['coverage']:.1%} of those in the blocks)",
         "bits per weight": f"{summary['bits_per_weight']:.4f}, measured: every byte stored for these linears",
+        **describe_allocation(report),
         "true redundancy": f"{summary['redundancy']:.4f} (asked for {asked:.4g})",
         "these linears": f"{size(sizes['linears_float16'])} in 16 bits → {size(sizes['linears_quantized'])}",
         "whole model": f"{size(sizes['model_float16'])} in 16 bits → {size(sizes['model_on_disk'])} on disk "
         f"(the rest is kept in {report.environment['dtype']})",
         "largest relative loss": "\n".join(worst),
+        **nearest_row(report),
+        **({"tuned": describe_tuning(report.tuning)} if report.tuning else {}),
         "time": f"{seconds(summary['seconds'])} on {report.environment['device']}",
         "saved in": summary["out"],
     }
@@ -242,6 +332,32 @@ def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter:
     for warning in _shorten(report.warnings):
         reporter.notice(warning)
     reporter.print(f"Next: {next_command(report, summary['out'])}")
+
+
+def nearest_row(report: QuantizationReport) -> dict[str, str]:
+    """For Sigma-Delta codes: plain rounding at equal bits, beside the weight error; else nothing."""
+    entries = [entry for entry in report.linears if "nearest_at_equal_bits" in entry.details]
+    if not entries:
+        return {}
+    weights = sum(entry.num_weights for entry in entries)
+    own = sum(entry.relative_loss * entry.num_weights for entry in entries) / weights
+    plain = (
+        sum(e.details["nearest_at_equal_bits"]["relative_error"] * e.num_weights for e in entries) / weights
+    )
+    return {"relative weight error": f"{own:.3g}; plain rounding to nearest at equal bits: {plain:.3g}"}
+
+
+def describe_allocation(report: QuantizationReport) -> dict[str, str]:
+    """The rates that a bit budget was shared out as, in words."""
+    choices = report.allocation.get("choices", {})
+    if not choices:
+        return {}
+    rates = sorted(choice["bits"] for choice in choices.values())
+    text = f"{rates[0]:g} to {rates[-1]:g} bits a linear, half of them {rates[len(rates) // 2]:g} or more"
+    predicted, uniform = report.allocation["predicted_loss"], report.allocation["uniform_loss"]
+    if uniform:
+        text += f"; predicted to cost {predicted / uniform:.2f} of what one rate for all would"
+    return {"budget": f"{report.allocation['budget_bits']:g} bits, shared out: {text}"}
 
 
 def _shorten(warnings: list[str]) -> list[str]:

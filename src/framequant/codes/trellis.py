@@ -54,7 +54,17 @@ _GAINS = (
 )  # (bits, gain)
 
 #: Mean squared error of a unit Gaussian times 4**bits, tail-biting tiles of 256, L = 12 (benchmarks/codebook.py).
-_EXCESS = ((1.0, 1.09), (1.5, 1.13), (2.0, 1.15), (2.5, 1.18), (3.0, 1.20), (4.0, 1.26), (5.0, 1.35), (6.0, 1.55), (8.0, 3.07))
+_EXCESS = (
+    (1.0, 1.09),
+    (1.5, 1.13),
+    (2.0, 1.15),
+    (2.5, 1.18),
+    (3.0, 1.20),
+    (4.0, 1.26),
+    (5.0, 1.35),
+    (6.0, 1.55),
+    (8.0, 3.07),
+)
 
 
 def _interpolate(table: tuple[tuple[float, float], ...], bits: float) -> float:
@@ -101,6 +111,7 @@ class TrellisSpec:
         tile_rows: rows of a tile.
         tile_cols: columns of a tile.
         codebook: the identifier of the computed codebook, with its version.
+        row_factors: whether every row of the matrix has a factor of its own beside the matrix's scale.
 
     Raises:
         ConfigError: if the fields do not make a code.
@@ -111,6 +122,7 @@ class TrellisSpec:
     tile_rows: int = 16
     tile_cols: int = 16
     codebook: str = CODEBOOK_ID
+    row_factors: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rates", tuple(self.rates))
@@ -127,6 +139,8 @@ class TrellisSpec:
                 f"a tile of {self.bits_per_tile} bits is shorter than its state of {self.state_bits} bits: "
                 "use larger tiles or fewer state bits"
             )
+        if not isinstance(self.row_factors, bool):
+            raise ConfigError(f"row_factors must be true or false, not {self.row_factors!r}")
         if self.codebook != CODEBOOK_ID:
             raise ConfigError(f"unknown codebook {self.codebook!r}.{nearest(self.codebook, [CODEBOOK_ID])}")
 
@@ -181,8 +195,9 @@ class TrellisSpec:
         return down * across * self.bytes_per_tile
 
     def to_dict(self) -> dict[str, object]:
-        """Return a plain dictionary, fit for JSON."""
-        return {**asdict(self), "rates": list(self.rates)}
+        """Return a plain dictionary, fit for JSON; ``row_factors`` only where there are some."""
+        data = {**asdict(self), "rates": list(self.rates)}
+        return data if self.row_factors else {k: v for k, v in data.items() if k != "row_factors"}
 
     @classmethod
     def from_dict(cls, data: dict[str, object]) -> TrellisSpec:

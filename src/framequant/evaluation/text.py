@@ -118,6 +118,11 @@ def calibration_windows(
     return chosen
 
 
+def is_framed(tokenizer: Any) -> bool:
+    """Whether calibration windows of this tokenizer stand between special tokens, as encoders read them."""
+    return _encoder_frame(tokenizer) is not None
+
+
 def _encoder_frame(tokenizer: Any) -> tuple[int, int] | None:
     first, last = getattr(tokenizer, "cls_token_id", None), getattr(tokenizer, "sep_token_id", None)
     return None if first is None or last is None else (first, last)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -29,6 +29,7 @@ from framequant.codes.grid import GridSpec
 from framequant.codes.packing import bytes_per_row, pack_codes, unpack_codes
 from framequant.codes.trellis import TrellisSpec
 from framequant.codes.trellis_codebook import CENTRE, codebook
+from framequant.codes.trellis_storage import decode_factors
 from framequant.frames import FrameOperator, FusionFrame, RandomizedHadamard
 from framequant.spec import LinearSpec
 
@@ -89,14 +90,18 @@ def cpu_plan(
     analysis, synthesis = frame_constants(frames[0], True), frame_constants(frames[1], False)
     if analysis is None or synthesis is None or compiled() is None:
         return None
-    made = (
-        _grid_product(spec, tensors) if isinstance(spec.code, GridSpec) else _trellis_product(spec, tensors)
-    )
+    made: _Product | None = None
+    if isinstance(spec.code, GridSpec):
+        made = _grid_product(spec, spec.code, tensors)
+    elif isinstance(spec.code, TrellisSpec):
+        made = _trellis_product(spec, spec.code, tensors)
     if made is None:
         return None
     codes, sizes, places, book, factor, offsets = made
     rows = spec.coefficient_shape[0]
     scales = (tensors["scales"].flatten().float() * factor).expand(rows)
+    if "row_factors" in tensors:
+        scales = scales * decode_factors(tensors["row_factors"].flatten(), torch.float32)
     arrays = (
         codes.view(-1).view(torch.uint8).numpy(),
         *analysis,
@@ -117,10 +122,8 @@ def cpu_plan(
 _Product = tuple[Tensor, list[int], NDArray[np.int64], NDArray[np.int32], float, Tensor]
 
 
-def _grid_product(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> _Product | None:
+def _grid_product(spec: LinearSpec, grid: GridSpec, tensors: Mapping[str, Tensor]) -> _Product | None:
     rows, cols = spec.coefficient_shape
-    grid = spec.code
-    assert isinstance(grid, GridSpec)
     if not grid.is_uniform or grid.group_size is not None or grid.num_levels > 16:
         return None
     codes, bits = tensors["packed_codes"].contiguous(), (grid.num_levels - 1).bit_length()
@@ -138,10 +141,8 @@ def _grid_product(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> _Product |
     return codes, sizes, np.zeros((1, 3), np.int64), np.zeros(3, np.int32), 1.0, offsets
 
 
-def _trellis_product(spec: LinearSpec, tensors: Mapping[str, Tensor]) -> _Product | None:
+def _trellis_product(spec: LinearSpec, code: TrellisSpec, tensors: Mapping[str, Tensor]) -> _Product | None:
     rows, cols = spec.coefficient_shape
-    code = spec.code
-    assert isinstance(code, TrellisSpec)
     if (code.tile_rows, code.tile_cols) != (16, 16) or code.bits_per_tile % 32:
         return None
     down, across = code.grid(rows, cols)
@@ -236,29 +237,42 @@ def linear(plan: CpuPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"
     return out if out.dtype == inputs.dtype else out.to(inputs.dtype)
 
 
-def many(plan: CpuPlan, coefficients: Float[Tensor, "*b m_in"]) -> Float[Tensor, "*b m_out"]:
-    """``D̃ z`` for many tokens: rows of D̃ are decoded a tile at a time for a dense product in the inputs' dtype.
+def _groups(plan: CpuPlan) -> tuple[int, int]:
+    """Into how many groups the codes of a row fall, and how many are in each; see ``dense_cpu``."""
+    bits, stride, across = (int(plan.arrays[SIZES][i]) for i in (0, 3, 7))
+    if across:
+        return across, 16
+    return (-(-stride // 3), 8) if bits == 3 else (stride, 8 // bits)
+
+
+def arranged(plan: CpuPlan, coefficients: Float[Tensor, "*b m_in"]) -> Float[Tensor, "*b columns"]:
+    """Coefficients in the order of the columns of ``decoded_tiles``, zero where these have padding.
 
     Args:
         plan: the linear's plan.
-        coefficients: of any shape and a dtype that ``takes`` allows; gradients flow through them.
+        coefficients: of a dtype that ``takes`` allows.
 
     Returns:
-        A new tensor of that dtype; halves are multiplied in float32.
+        A new tensor of the same dtype, float32 for halves, in which the product is to be taken.
     """
-    if coefficients.dtype == torch.float16:
-        return many(plan, coefficients.float()).half()
-    bits, cols, stride, across = (int(plan.arrays[SIZES][i]) for i in (0, 2, 3, 7))
-    group = 16 if across else (8 if bits % 2 else 8 // bits)
-    groups = across or (-(-stride // 3) if bits == 3 else stride)
-    z = torch.nn.functional.pad(coefficients, (0, groups * group - cols))
-    z = z.unflatten(-1, (groups, group)).transpose(-1, -2).flatten(-2)
-    outputs = []
+    groups, size = _groups(plan)
+    z = coefficients.float() if coefficients.dtype == torch.float16 else coefficients
+    z = torch.nn.functional.pad(z, (0, groups * size - z.shape[-1]))
+    return z.unflatten(-1, (groups, size)).transpose(-1, -2).flatten(-2)
+
+
+def decoded_tiles(plan: CpuPlan, dtype: torch.dtype) -> Iterator[Float[Tensor, "rows columns"]]:
+    """Tiles of rows of D̃, decoded one after the other, their columns in the order of ``arranged``.
+
+    Args:
+        plan: the linear's plan.
+        dtype: bfloat16 or float32.
+    """
+    groups, size = _groups(plan)
     for first in range(0, plan.rows, TILE):
-        tile = z.new_empty((min(TILE, plan.rows - first), groups * group))
+        tile = torch.empty((min(TILE, plan.rows - first), groups * size), dtype=dtype)
         share(partial(_decode, plan, groups, tile, first), len(tile), torch.get_num_threads(), 16)
-        outputs.append(torch.nn.functional.linear(z, tile))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        yield tile
 
 
 def _decode(plan: CpuPlan, groups: int, tile: Tensor, first: int, start: int, stop: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from framequant.codes.grid import GridSpec, ZeroPoint
 from framequant.codes.packing import bytes_per_row
+from framequant.codes.trellis import TrellisSpec
 from framequant.codes.trellis_codebook import codebook
 from framequant.spec import LinearSpec
 
@@ -60,6 +61,8 @@ def word_layout(spec: LinearSpec) -> WordLayout | None:
         bits = code.num_levels.bit_length() - 1
         words = -(-cols * bits // 16)
         return WordLayout(False, bits, 16 // bits, words, _padded(words, 2), factor=float(code.num_levels))
+    if not isinstance(code, TrellisSpec) or code.row_factors:
+        return None
     if set(code.rates) != {2} or (code.tile_rows, code.tile_cols) != (16, 16):
         return None
     words, book = -(-cols // 16), codebook(code.state_bits)

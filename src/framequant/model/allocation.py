@@ -11,27 +11,59 @@ Must not import layers.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from torch import Tensor, nn
 
-from framequant.codes import trellis_storage
-from framequant.codes.trellis import TrellisSpec, gaussian_error, rate_pattern
-from framequant.config import Allocation, FrameQuantConfig
+from framequant.codes.trellis import gaussian_error
+from framequant.config import Allocation, CodeKind, FrameQuantConfig
 from framequant.frames import FrameSpec, build_frame
 from framequant.model import discovery
 from framequant.model.gradients import OutputGradients
+from framequant.model.report import config_entry
 from framequant.quantizers.budget import Option, share_out
 from framequant.quantizers.hessian import feedback_factor
 from framequant.quantizers.two_sided import feedback_loss
 from framequant.quantizers.weight import frame_specs
+from framequant.spec import LinearSpec
+from framequant.storage import layout
 
 #: Rates that are tried: the code's multiples of 1/8 bit.
 RATES = tuple(step / 8 for step in range(8, 65))
-#: Bytes of a linear's entry in ``config.json``: its name, scheme and two seeds, about.
-ENTRY_BYTES = 60
+#: Share of the budget that may stay unused before frames of a little redundancy fill it up.
+SLACK = 0.002
+#: Redundancies for that, the largest first.
+FILL = tuple(1 + step / 64 for step in range(8, 0, -1))
+
+
+@dataclass
+class Shares:
+    """What each linear was given of the budget.
+
+    Attributes:
+        choices: by name.
+        budget: bits per weight that were asked for.
+        predicted: nats per token that quantization is predicted to cost.
+        uniform: the same for one rate for all that fits the budget; None if no rate does.
+    """
+
+    choices: dict[str, Option] = field(default_factory=dict)
+    budget: float = 0.0
+    predicted: float = 0.0
+    uniform: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, for the report."""
+        return {
+            "budget_bits": self.budget,
+            "predicted_loss": self.predicted,
+            "uniform_loss": self.uniform,
+            "choices": {name: asdict(choice) for name, choice in self.choices.items()},
+        }
 
 
 def allocate_bits(
@@ -39,17 +71,17 @@ def allocate_bits(
     names: Sequence[str],
     gradients: Mapping[str, OutputGradients],
     config: FrameQuantConfig,
-) -> dict[str, Option]:
-    """Choose the rate of each linear.
+) -> Shares:
+    """Choose the rate of each linear so that all of them take ``config.bits`` bits per weight on disk.
 
     Args:
         model: the float model.
         names: linears to quantize.
-        gradients: with inputs, by name; a linear that was not reached gets the mean rate.
-        config: its ``bits`` is the budget: bits on disk per weight, over all these linears.
+        gradients: with inputs, by name; a linear that was not reached counts as insensitive.
+        config: an override that names a linear's ``bits`` or ``code`` fixes what it takes of the budget.
 
     Returns:
-        The chosen option of each linear.
+        The choices; predicted to lose no more than one rate for all.
 
     Raises:
         ConfigError: the budget cannot be met.
@@ -62,39 +94,109 @@ def allocate_bits(
         settings = config.for_linear(name) or config
         found = gradients.get(name)
         sensitivity = 0.0 if found is None else _sensitivity(weight, found, settings, name)
-        options[name] = _options(weight, sensitivity, settings, name)
-    return share_out(options, int(config.bits * weights / 8))
+        options[name] = _options(weight, sensitivity, settings, name, config.fixes_code(name))
+    budget = int(config.bits * weights / 8)
+    choices = share_out(options, budget, weights)
+    uniform = _uniform(options, budget)
+    if uniform is not None and _loss(uniform) < _loss(choices):
+        choices = uniform
+    predicted = _loss(choices)
+    fixed = {name for name in names if config.fixes_code(name)}
+    choices = _fill(model, choices, budget, config, fixed)
+    return Shares(choices, config.bits, predicted, None if uniform is None else _loss(uniform))
 
 
-def _options(weight: Tensor, sensitivity: float, settings: FrameQuantConfig, name: str) -> list[Option]:
-    """What each rate costs and loses."""
-    out_features, in_features = weight.shape
-    plain = replace(settings, allocation=Allocation.UNIFORM, bits=RATES[0])
-    frame_in, frame_out = frame_specs(plain, in_features, out_features, name, name)
-    rows, cols = frame_out.num_coefficients, frame_in.num_coefficients
-    result = []
-    for rate in RATES:
-        spec = TrellisSpec(plain.state_bits, rate_pattern(rate), plain.tile_rows, plain.tile_cols)
-        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in trellis_storage.layout(spec, rows, cols).values()]
-        size = sum(sizes) + ENTRY_BYTES + len(name)
-        result.append(Option(rate, settings.redundancy, size, sensitivity * gaussian_error(rate)))
-    return result
+def _loss(choices: Mapping[str, Option]) -> float:
+    return sum(choice.loss for choice in choices.values())
+
+
+def _uniform(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option] | None:
+    """The highest rate that all linears can have; those with a code of their own keep it."""
+    best = None
+    for index in range(len(RATES)):
+        choices = {name: some[min(index, len(some) - 1)] for name, some in options.items()}
+        if sum(choice.size for choice in choices.values()) <= budget:
+            best = choices
+    return best
+
+
+def _options(
+    weight: Tensor, sensitivity: float, settings: FrameQuantConfig, name: str, fixed: bool
+) -> list[Option]:
+    """What each rate costs and loses; one option where an override has fixed the code."""
+    if fixed:
+        plain = replace(settings, allocation=Allocation.UNIFORM)
+        rate = plain.bits if plain.code is CodeKind.TRELLIS else math.log2(plain.code_spec().num_levels)
+        return [_option(weight, sensitivity, plain, name, rate)]
+    return [_option(weight, sensitivity, at_rate(settings, rate), name, rate) for rate in RATES]
+
+
+def _option(weight: Tensor, sensitivity: float, settings: FrameQuantConfig, name: str, rate: float) -> Option:
+    size = stored_bytes(weight.shape, settings, name)
+    return Option(rate, settings.redundancy, size, sensitivity * gaussian_error(rate))
+
+
+def at_rate(settings: FrameQuantConfig, rate: float, redundancy: float | None = None) -> FrameQuantConfig:
+    """Settings of a linear whose rate is chosen."""
+    chosen = settings.redundancy if redundancy is None else redundancy
+    return replace(settings, allocation=Allocation.UNIFORM, bits=rate, redundancy=chosen)
+
+
+def stored_bytes(shape: Sequence[int], settings: FrameQuantConfig, name: str) -> int:
+    """Bytes on disk of a linear, its entry in ``config.json`` included."""
+    out_features, in_features = shape
+    frame_in, frame_out = frame_specs(settings, in_features, out_features, name, name)
+    spec = LinearSpec(in_features, out_features, frame_in, frame_out, settings.code_spec())
+    sizes = [math.prod(size) * dtype.itemsize for size, dtype in layout(spec).values()]
+    return sum(sizes) + len(json.dumps(config_entry(name, spec))) - 1
+
+
+def _fill(
+    model: nn.Module,
+    choices: dict[str, Option],
+    budget: int,
+    config: FrameQuantConfig,
+    fixed: set[str],
+) -> dict[str, Option]:
+    """Use up what steps of 1/8 bit leave of the budget: frames of a little redundancy, largest linears first."""
+    left = budget - sum(choice.size for choice in choices.values())
+    filled = dict(choices)
+    for name in sorted(choices, key=lambda key: -choices[key].size):
+        choice = choices[name]
+        if left <= SLACK * budget:
+            break
+        if name in fixed or choice.redundancy > 1:
+            continue
+        shape = discovery.linear_weight(model.get_submodule(name)).shape
+        settings = config.for_linear(name) or config
+        for redundancy in FILL:
+            size = stored_bytes(shape, at_rate(settings, choice.bits, redundancy), name)
+            if choice.size < size <= choice.size + left:
+                filled[name] = replace(choice, redundancy=redundancy, size=size)
+                left -= size - choice.size
+                break
+    return filled
 
 
 def _sensitivity(weight: Tensor, found: OutputGradients, settings: FrameQuantConfig, name: str) -> float:
     """Loss of unit errors, in nats per token and unit of the code's relative error."""
     out_features, in_features = weight.shape
-    frame_in, frame_out = frame_specs(
-        replace(settings, allocation=Allocation.UNIFORM, bits=RATES[0]), in_features, out_features, name, name
-    )
-    upper = feedback_factor(_rotated(found.hessian(), frame_in), settings.damping, name).upper
-    gram = found.gram()
-    rows = float(gram.diagonal().sum())
-    if settings.output_feedback:
-        row_upper = feedback_factor(_rotated(gram, frame_out), settings.output_damping, name).upper
-        rows = feedback_loss(row_upper, settings.output_block)
+    frame_in, frame_out = frame_specs(settings, in_features, out_features, name, name)
     variance = float(weight.double().square().mean()) / (frame_in.num_coefficients / in_features)
-    return 0.5 * variance * feedback_loss(upper, settings.tile_cols) * rows
+    if found.input_sum is None:  # nothing but sizes: as if neither side had feedback
+        return 0.5 * variance * found.input_square / max(found.inputs, 1) * found.mean_square
+    hessian = found.hessian()
+    columns = feedback_loss(
+        feedback_factor(_rotated(hessian, frame_in), settings.damping, name).upper, settings.tile_cols
+    )
+    if found.gram_sum is None:  # no gradients: the error relative to the layer's output
+        wide = weight.double()
+        return 0.5 * variance * columns * out_features / max(float(((wide @ hessian) * wide).sum()), 1e-300)
+    rows = found.mean_square
+    if settings.output_feedback:
+        row_upper = feedback_factor(_rotated(found.gram(), frame_out), settings.output_damping, name).upper
+        rows = feedback_loss(row_upper, settings.output_block)
+    return 0.5 * variance * columns * rows
 
 
 def _rotated(matrix: Tensor, frame: FrameSpec) -> Tensor:

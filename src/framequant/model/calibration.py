@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from framequant.errors import CalibrationError
 
@@ -96,3 +97,60 @@ def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None
     if isinstance(batch, tuple | list):
         return tuple(to_device(value, device, dtype) for value in batch)
     return batch
+
+
+def as_samples(batches: list[Any]) -> list[Any]:
+    """Cut batches into samples, batches of one row each; tensors are views. ``collate`` inverts it.
+
+    Raises:
+        CalibrationError: a batch's tensors have different numbers of rows.
+    """
+    return [sample for batch in batches for sample in _rows(batch)]
+
+
+def _rows(batch: Any) -> list[Any]:
+    if isinstance(batch, Tensor):
+        return list(batch.split(1))
+    entries = dict(batch) if isinstance(batch, Mapping) else dict(enumerate(batch))
+    counts = {len(value) for value in entries.values() if isinstance(value, Tensor) and value.ndim}
+    if len(counts) != 1:
+        raise CalibrationError(
+            f"the tensors of a calibration batch have {sorted(counts)} rows; expected the same number in all."
+        )
+    rows = []
+    for row in range(counts.pop()):
+        part = {
+            key: value[row : row + 1] if isinstance(value, Tensor) and value.ndim else value
+            for key, value in entries.items()
+        }
+        rows.append(part if isinstance(batch, Mapping) else tuple(part.values()))
+    return rows
+
+
+def collate(samples: list[Any]) -> Any:
+    """Join samples to one batch; sequences of a mapping with an attention mask are padded with zeros.
+
+    Raises:
+        CalibrationError: samples of different shape that no mask could tell from padding.
+    """
+    first = samples[0]
+    if isinstance(first, Tensor):
+        return _joined(samples, padded=False)
+    if isinstance(first, Mapping):
+        padded = "attention_mask" in first
+        return {key: _joined([sample[key] for sample in samples], padded) for key in first}
+    return tuple(_joined(list(values), padded=False) for values in zip(*samples, strict=True))
+
+
+def _joined(values: list[Any], padded: bool) -> Any:
+    if not isinstance(values[0], Tensor) or values[0].ndim == 0:
+        return values[0]
+    if all(value.shape[1:] == values[0].shape[1:] for value in values):
+        return torch.cat(values)
+    if not padded or any(value.ndim != 2 for value in values):
+        raise CalibrationError(
+            "calibration samples of different length need an attention mask to be run together; give mappings with "
+            "'attention_mask', or samples of one length."
+        )
+    length = max(value.shape[1] for value in values)
+    return torch.cat([functional.pad(value, (0, length - value.shape[1])) for value in values])

@@ -150,7 +150,8 @@ def add_moments(
             other = float_reads[index] if paired and use_drift else None
             root = _root_weights(token_weights, group, inputs, keep)
             moments.add(
-                _weighted(_kept(inputs, keep), root), None if other is None else _weighted(_kept(other, keep), root)
+                _weighted(_kept(inputs, keep), root),
+                None if other is None else _weighted(_kept(other, keep), root),
             )
         if floating is not None and use_residual and len(reads) == 1:
             keep = _applicable(mask, reads[0])

@@ -12,7 +12,7 @@ Must not import layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from framequant.errors import DiscoveryError
+from framequant.memory import free_bytes
 from framequant.model.capture import token_mask
+from framequant.model.discovery import linear_weight
 from framequant.model.replay import call_model, first_tensor
-
 
 #: Tokens, or samples other than token sequences, of one backward pass.
 TOKENS_PER_PIECE = 4096
 SAMPLES_PER_PIECE = 32
+#: Tokens whose second moments are summed without leaving any out, on a CPU.
+TOKENS_IN_FULL = 8192
 
 
 @dataclass
@@ -40,14 +43,25 @@ class OutputGradients:
         gram_sum: Σ g gᵀ, (out_features, out_features), float32.
         input_sum: Σ x xᵀ of the linear's inputs, (in_features, in_features), float32; linears that read one
             tensor share it. None unless asked for.
+        input_square: Σ ‖x‖² of the tokens in ``inputs``.
         squares: ‖g‖² of each real token, by number of the batch.
-        count: number of tokens.
+        count: number of tokens in ``gram_sum``.
+        inputs: number of tokens in ``input_sum`` and ``input_square``.
     """
 
     gram_sum: Tensor | None = None
     input_sum: Tensor | None = None
+    input_square: float = 0.0
     squares: dict[int, Tensor] = field(default_factory=dict)
     count: int = 0
+    inputs: int = 0
+
+    @property
+    def mean_square(self) -> float:
+        """Mean of ‖g‖², the trace of G; 0 without gradients."""
+        if not self.squares:
+            return 0.0
+        return float(torch.cat(list(self.squares.values())).double().mean())
 
     def gram(self) -> Float[Tensor, "o o"]:
         """Mean of g gᵀ in float64."""
@@ -57,7 +71,19 @@ class OutputGradients:
     def hessian(self) -> Float[Tensor, "n n"]:
         """Mean of x xᵀ in float64."""
         assert self.input_sum is not None
-        return self.input_sum.double() / max(self.count, 1)
+        return self.input_sum.double() / max(self.inputs, 1)
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """Σ r rᵀ in float32, whatever autocast says."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows.T @ rows
+
+
+def _thinned(rows: Tensor, taken: int) -> Tensor:
+    """The rows to sum: on a CPU, every eighth once ``TOKENS_IN_FULL`` were taken; a mean needs no more."""
+    enough = rows.device.type == "cpu" and taken >= TOKENS_IN_FULL
+    return rows[::8] if enough else rows
 
 
 @dataclass
@@ -65,6 +91,7 @@ class _Pass:
     """One pass in progress: the sums, and the mask of the batch that is running."""
 
     inputs: bool
+    grams: bool = True
     number: int = 0
     totals: dict[str, OutputGradients] = field(default_factory=dict)
     mask: Tensor | None = None
@@ -79,11 +106,14 @@ class _Pass:
     def add(self, name: str, gradient: Tensor) -> None:
         flat = self.flat(gradient)
         total = self.totals.setdefault(name, OutputGradients())
-        total.count += flat.shape[0]
         squares = flat.square().sum(dim=1)
         before = total.squares.get(self.number)
         total.squares[self.number] = squares if before is None else torch.cat([before, squares])
-        gram = flat.T @ flat
+        if not self.grams:
+            return
+        flat = _thinned(flat, total.count)
+        total.count += flat.shape[0]
+        gram = _gram(flat)
         total.gram_sum = gram if total.gram_sum is None else total.gram_sum.add_(gram)
 
     def add_input(self, name: str, tensor: Tensor) -> None:
@@ -91,15 +121,29 @@ class _Pass:
         first, _ = self.read.setdefault(id(tensor), (name, tensor))
         total = self.totals.setdefault(name, OutputGradients())
         if first != name:
-            total.input_sum = self.totals[first].input_sum
+            source = self.totals[first]
+            total.input_sum, total.inputs, total.input_square = (
+                source.input_sum,
+                source.inputs,
+                source.input_square,
+            )
             return
-        flat = self.flat(tensor)
-        gram = flat.T @ flat
+        flat = _thinned(self.flat(tensor), total.inputs)
+        total.inputs += flat.shape[0]
+        total.input_square += float(flat.square().sum())
+        if not self.grams:
+            return
+        gram = _gram(flat)
         total.input_sum = gram if total.input_sum is None else total.input_sum.add_(gram)
 
 
 def output_gradients(
-    model: nn.Module, batches: Sequence[Any], names: Sequence[str], seed: int = 0, inputs: bool = False
+    model: nn.Module,
+    batches: Sequence[Any],
+    names: Sequence[str],
+    seed: int = 0,
+    inputs: bool = False,
+    grams: bool = True,
 ) -> dict[str, OutputGradients]:
     """Run the model forwards and backwards on every batch and sum the output gradients of its linears.
 
@@ -109,6 +153,7 @@ def output_gradients(
         names: qualified names of the linears.
         seed: of the sampled labels.
         inputs: also sum x xᵀ of what the linears read.
+        grams: sum whole matrices; without them only ‖g‖² and ‖x‖², for models whose matrices fit nowhere.
 
     Returns:
         Sums by name; linears that no batch reached are missing.
@@ -116,10 +161,12 @@ def output_gradients(
     Raises:
         DiscoveryError: the model's output depends on none of the linears.
     """
-    state = _Pass(inputs)
+    state = _Pass(inputs, grams)
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    with _watched(model, names, state), torch.enable_grad():
-        for state.number, batch in ((i, piece) for i, whole in enumerate(batches) for piece in _pieces(whole)):
+    with _watched(model, names, state), torch.enable_grad(), _fast(model):
+        for state.number, batch in (
+            (i, piece) for i, whole in enumerate(batches) for piece in _pieces(whole)
+        ):
             state.mask = token_mask(batch)
             state.read.clear()
             loss = sampled_loss(model, call_model(model, batch), state.mask, generator)
@@ -131,15 +178,35 @@ def output_gradients(
     return state.totals
 
 
+@contextmanager
+def _fast(model: nn.Module) -> Iterator[None]:
+    """Half precision on a GPU: sampled labels are far noisier than bfloat16, and it takes a third of the time."""
+    place = next(model.parameters())
+    half = place.device.type == "cuda" and place.dtype == torch.float32 and torch.cuda.is_bf16_supported()
+    precise = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = precise or half
+    try:
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = precise
+
+
 def _pieces(batch: Any) -> list[Any]:
     """A batch cut into smaller ones: a backward pass keeps every activation, and logits are wide."""
-    tensors = [value for value in (batch.values() if isinstance(batch, dict) else [batch]) if isinstance(value, Tensor)]
+    tensors = [
+        value
+        for value in (batch.values() if isinstance(batch, dict) else [batch])
+        if isinstance(value, Tensor)
+    ]
     if len(tensors) == 0 or not isinstance(batch, dict | Tensor):
         return [batch]
     count = len(tensors[0])
-    tokens = max(tensor.numel() // count for tensor in tensors if tensor.ndim == 2) if any(
-        tensor.ndim == 2 for tensor in tensors
-    ) else TOKENS_PER_PIECE // SAMPLES_PER_PIECE
+    tokens = (
+        max(tensor.numel() // count for tensor in tensors if tensor.ndim == 2)
+        if any(tensor.ndim == 2 for tensor in tensors)
+        else TOKENS_PER_PIECE // SAMPLES_PER_PIECE
+    )
     size = max(TOKENS_PER_PIECE // max(tokens, 1), 1)
     if isinstance(batch, Tensor):
         return list(batch.split(size))
@@ -152,8 +219,50 @@ def _pieces(batch: Any) -> list[Any]:
     ]
 
 
+def gradients_or_inputs(
+    model: nn.Module, batches: Sequence[Any], names: Sequence[str], seed: int, inputs: bool
+) -> tuple[dict[str, OutputGradients], str]:
+    """``output_gradients``, or the inputs alone where a backward pass is impossible.
+
+    Returns:
+        Sums by name, without gradients in the second case, and then a note that says why.
+    """
+    fits = gram_bytes(model, names, inputs) <= free_bytes(next(model.parameters()).device) // 2
+    note = (
+        ""
+        if fits
+        else (
+            "the second moments of all output gradients do not fit into memory: their sizes alone share the bits out, "
+            "and errors are not fed from row to row."
+        )
+    )
+    try:
+        return output_gradients(model, batches, names, seed, inputs, fits), note
+    except (RuntimeError, DiscoveryError) as error:
+        reason = str(error).splitlines()[0]
+    state = _Pass(inputs, fits)
+    with _watched(model, names, state, gradients=False), torch.no_grad():
+        for batch in batches if inputs else []:
+            state.mask = token_mask(batch)
+            state.read.clear()
+            call_model(model, batch)
+    return state.totals, (
+        "no backward pass through the float model, so errors are weighed layer by layer and not fed from row to "
+        f"row: {reason}"
+    )
+
+
+def gram_bytes(model: nn.Module, names: Sequence[str], inputs: bool) -> int:
+    """Bytes that the second moments of these linears take, those of shared inputs counted each time."""
+    total = 0
+    for name in names:
+        out_features, in_features = linear_weight(model.get_submodule(name)).shape
+        total += 4 * (out_features**2 + (in_features**2 if inputs else 0))
+    return total
+
+
 @contextmanager
-def _watched(model: nn.Module, names: Sequence[str], state: _Pass) -> Iterator[None]:
+def _watched(model: nn.Module, names: Sequence[str], state: _Pass, gradients: bool = True) -> Iterator[None]:
     """Freeze the parameters and hook the linears; the first ones reached start the graph."""
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
@@ -162,6 +271,8 @@ def _watched(model: nn.Module, names: Sequence[str], state: _Pass) -> Iterator[N
     def after(_module: nn.Module, args: Any, output: Tensor, name: str) -> Tensor:
         if state.inputs:
             state.add_input(name, args[0])
+        if not gradients:
+            return output
         if not output.requires_grad:
             output = output.detach().requires_grad_(True)
         output.register_hook(lambda gradient: state.add(name, gradient))
@@ -192,7 +303,7 @@ def sampled_loss(
         return sum(
             (_label_loss(rows, generator) for rows in flat.split(4096)), start=flat.new_zeros(()).float()
         )
-    hidden = first_tensor(list(output.values()) if hasattr(output, "values") else [output])
+    hidden = first_tensor(list(output.values()) if isinstance(output, Mapping) else [output])
     cotangent = torch.randn(hidden.shape, generator=generator).to(hidden)
     return (hidden * cotangent).float().sum()
 

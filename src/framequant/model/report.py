@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
+from torch import Tensor
+
+from framequant.codes.sigma_delta import SigmaDeltaSpec
 from framequant.frames import FrameKind, FrameSpec
 from framequant.quantizers.weight import QuantizedWeight
 from framequant.spec import LinearSpec
@@ -40,6 +43,7 @@ class LinearReport:
         tokens: calibration tokens seen; 0 means that an identity Hessian was used.
         residual_correction: whether the residual stream's deviation was corrected.
         seconds: time spent on this linear's group, divided by the number of its members.
+        details: what only some codes have: Sigma-Delta's overloads, bounds and nearest rounding at equal bits.
     """
 
     name: str
@@ -59,6 +63,7 @@ class LinearReport:
     tokens: int
     residual_correction: bool
     seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_weights(self) -> int:
@@ -76,8 +81,11 @@ class QuantizationReport:
         skipped: linears inside the blocks that stayed float, with the reason.
         model: class name and parameter counts.
         environment: versions, device, dtype, threads.
+        allocation: what each linear was given of a bit budget, see ``allocation.Shares``; empty without one.
         warnings: what a reader should know.
         seconds: wall-clock time of the walk.
+        tuning: what tuning did, as ``TuningReport.to_dict`` gives it; empty without tuning.
+        bounds: of the whole network's error, where they are known (Sigma-Delta).
     """
 
     config: dict[str, Any]
@@ -85,8 +93,11 @@ class QuantizationReport:
     skipped: dict[str, str] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
+    allocation: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    tuning: dict[str, Any] = field(default_factory=dict)
+    bounds: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -133,7 +144,7 @@ def linear_report(
 ) -> LinearReport:
     """Make the entry of one linear."""
     spec = result.spec
-    parts = {**num_bytes(result.tensors), "frame": len(json.dumps(config_entry(name, spec))) - 1}
+    parts = stored_bytes(name, spec, result.tensors)
     return LinearReport(
         name=name,
         in_features=spec.in_features,
@@ -155,6 +166,18 @@ def linear_report(
     )
 
 
+def stored_bytes(name: str, spec: LinearSpec, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Bytes of each stored part of a linear, "frame" being its entry in ``config.json``."""
+    return {**num_bytes(tensors), "frame": len(json.dumps(config_entry(name, spec))) - 1}
+
+
+def recount(entry: LinearReport, spec: LinearSpec, tensors: Mapping[str, Tensor]) -> None:
+    """Bring an entry's code and bytes up to date with what the linear stores now."""
+    entry.code = describe_code(spec)
+    entry.bytes = stored_bytes(entry.name, spec, tensors)
+    entry.bits_per_weight = 8 * sum(entry.bytes.values()) / spec.num_weights
+
+
 def config_entry(name: str, spec: LinearSpec, scheme: int = 0) -> dict[str, list[int]]:
     """A linear's entry in ``config.json``: the number of its scheme and its two sign seeds."""
     return {name: [scheme, spec.frame_in.seed, spec.frame_out.seed]}
@@ -162,6 +185,9 @@ def config_entry(name: str, spec: LinearSpec, scheme: int = 0) -> dict[str, list
 
 def describe_frame(frame: FrameSpec) -> str:
     """A frame in words."""
+    if frame.kind is FrameKind.HARMONIC:
+        dual = f" sobolev dual of order {frame.dual_order}" if frame.dual_order else ""
+        return f"harmonic N={frame.num_subspaces} N/d={frame.redundancy:.4f}{dual}"
     if frame.kind is FrameKind.FUSION:
         return f"fusion k={frame.num_subspaces} l={frame.subspace_dim} r={frame.redundancy:.4f}"
     return frame.kind.value
@@ -170,10 +196,16 @@ def describe_frame(frame: FrameSpec) -> str:
 def describe_code(spec: LinearSpec) -> str:
     """A code in words."""
     code = spec.code
+    if isinstance(code, SigmaDeltaSpec):
+        kind = f"sigma-delta order {code.order}" if code.order else "memoryless in the frame"
+        return f"{code.num_levels} levels, {kind}, {code.vectors.value}"
     if hasattr(code, "num_levels"):
         scope = "tensor" if code.per_tensor else f"{code.group_size} columns" if code.group_size else "row"
         return f"{code.num_levels} levels, {code.kind.value}, scale per {scope}"
-    return f"trellis 2^{code.state_bits}, rates {code.rates}, tiles {code.tile_rows}x{code.tile_cols}"
+    factors = ", a factor per row" if code.row_factors else ""
+    return (
+        f"trellis 2^{code.state_bits}, rates {code.rates}, tiles {code.tile_rows}x{code.tile_cols}{factors}"
+    )
 
 
 def environment(device: str, dtype: str) -> dict[str, Any]:

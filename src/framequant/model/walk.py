@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framequant.config import Allocation, FrameQuantConfig
+from framequant.config import Allocation, FrameQuantConfig, preset
 from framequant.errors import DiscoveryError, NumericalError
 from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
 from framequant.model import discovery
-from framequant.model.allocation import allocate_bits
+from framequant.model.allocation import allocate_bits, at_rate
 from framequant.model.calibration import as_batches, to_device
 from framequant.model.capture import Seen, add_moments, observe, token_mask
-from framequant.model.gradients import OutputGradients, output_gradients
+from framequant.model.data_free import quantize_data_free
+from framequant.model.gradients import OutputGradients, gradients_or_inputs
 from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.model.trace import Group, trace_block
@@ -53,7 +54,7 @@ ProgressCallback = Callable[[Progress], None]
 
 def quantize_(
     model: nn.Module,
-    calibration: Any,
+    calibration: Any = None,
     config: FrameQuantConfig | None = None,
     progress: ProgressCallback | None = None,
 ) -> QuantizationReport:
@@ -63,7 +64,8 @@ def quantize_(
 
     Args:
         model: any module with repeated blocks (transformers, timm, your own), with its weights loaded.
-        calibration: batches to run it on, see ``framequant.model.calibration.as_batches``.
+        calibration: batches to run it on, see ``framequant.model.calibration.as_batches``; not used by codes that need
+            none (``config.is_data_free``).
         config: settings; the preset ``framequant`` by default.
         progress: called after every group of linears.
 
@@ -76,7 +78,10 @@ def quantize_(
         DiscoveryError: the model has no repeated blocks, or they cannot be walked.
         NumericalError: NaN or infinity in weights or activations; the linear is named.
     """
-    config = config or FrameQuantConfig()
+    config = config or preset("framequant")
+    if config.is_data_free:
+        report = None if progress is None else lambda *values: progress(Progress(*values))
+        return quantize_data_free(model, config, report)
     batches = as_batches(calibration, next(model.parameters()).device.type)
     dtype = None if config.walk_dtype is None else getattr(torch, config.walk_dtype)
     with inference_mode(model), computed_in(model, dtype):
@@ -196,7 +201,9 @@ class _Walk:
                 quantized.advance(index, [call.run(block) for call in calls])
                 if original is not None:
                     floating.advance(index, original.outputs())
+            release_decoded(block)
         self._quantize_outside(replay)
+        release_decoded(self.model)
         self._finish(time.perf_counter() - start)
         return self.report
 
@@ -207,11 +214,16 @@ class _Walk:
         if not self.config.needs_gradients:
             return
         allocate = self.config.allocation is Allocation.SENSITIVITY
-        self.gradients = output_gradients(
+        if self.progress:
+            self.progress(Progress(0, self.total, "gradients of the float model"))
+        self.gradients, note = gradients_or_inputs(
             self.model, self.batches, self.selected, self.config.seed, inputs=allocate
         )
+        if note:
+            self.report.warnings.append(note)
         if allocate:
-            self.choices = allocate_bits(self.model, self.selected, self.gradients, self.config)
+            shares = allocate_bits(self.model, self.selected, self.gradients, self.config)
+            self.choices, self.report.allocation = shares.choices, shares.to_dict()
         for found in self.gradients.values():
             found.input_sum = None
         return_freed_memory()
@@ -220,11 +232,9 @@ class _Walk:
         """Settings of one linear: those of the run, its overrides, and the rate that was chosen for it."""
         config = self.config.for_linear(name) or self.config
         choice = self.choices.get(name)
-        if choice is None:
+        if choice is None or self.config.fixes_code(name):
             return replace(config, allocation=Allocation.UNIFORM)
-        return replace(
-            config, allocation=Allocation.UNIFORM, bits=choice.bits, redundancy=choice.redundancy
-        )
+        return at_rate(config, choice.bits, choice.redundancy)
 
     def _token_weights(self, prefix: str, stage: list[Group], number: int) -> dict[str, Tensor] | None:
         """Weights of a batch's tokens for each group, of mean one over the whole calibration set."""
@@ -233,7 +243,9 @@ class _Walk:
             return None
         weights = {}
         for group in stage:
-            found = [self.gradients[prefix + name] for name in group.linears if prefix + name in self.gradients]
+            found = [
+                self.gradients[prefix + name] for name in group.linears if prefix + name in self.gradients
+            ]
             if found and all(len(one.squares) == len(self.batches) for one in found):
                 powered = [sum(one.squares[i] for one in found) ** power for i in range(len(self.batches))]
                 weights[group.name] = powered[number] / torch.cat(powered).mean()
@@ -320,12 +332,15 @@ class _Walk:
         configs = {name: self._config_of(name) for name in modules}
         if self.config.output_feedback:
             moments.output_gram = {
-                name: self.gradients[name].gram() for name in modules if name in self.gradients
+                name: self.gradients[name].gram()
+                for name in modules
+                if name in self.gradients and self.gradients[name].gram_sum is not None
             }
         results = quantize_group(weights, moments, configs, prefix + group.name)
         seconds = (time.perf_counter() - start) / len(modules)
         for name, result in results.items():
             layer = FrameLinear.from_tensors(result.spec, result.tensors, modules[name].bias)
+            layer.hold_decoded(True)
             self.model.set_submodule(name, layer)
             corrected = name in moments.residual_sum and configs[name].residual_targets > 0
             self.report.linears.append(linear_report(name, result, moments.count, corrected, seconds))
@@ -351,12 +366,23 @@ class _Walk:
                 report.warnings.append(
                     f"{entry.name}: saw no calibration token; an identity Hessian was used."
                 )
+        if self.config.residual_targets > 0 and not any(e.residual_correction for e in report.linears):
+            report.warnings.append(
+                "no linear writes straight to a residual stream (a norm or a scale may lie between), so the "
+                "stream's deviation is not corrected."
+            )
         if report.coverage < 0.95:
             report.warnings.append(
                 f"only {report.coverage:.1%} of the weights of the blocks' linears are quantized."
             )
         report.seconds = seconds
         self.model.framequant_report = report
+
+
+def release_decoded(module: nn.Module) -> None:
+    """Let the quantized linears of a module drop what they decoded for the walk."""
+    for layer in quantized_linears(module).values():
+        layer.hold_decoded(False)
 
 
 def untie(model: nn.Module, head: nn.Module) -> None:

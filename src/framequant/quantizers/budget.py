@@ -11,6 +11,7 @@ Must not import models, layers or frames.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,12 +36,15 @@ class Option:
     loss: float
 
 
-def share_out(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+def share_out(
+    options: Mapping[str, Sequence[Option]], budget: int, weights: int | None = None
+) -> dict[str, Option]:
     """Choose an option for each linear so that sizes stay within the budget and the summed loss is least.
 
     Args:
         options: of each linear by name, at least one each.
         budget: bytes of all linears together.
+        weights: their weights, to say in bits per weight what would fit.
 
     Returns:
         The chosen option of each linear.
@@ -58,9 +62,11 @@ def share_out(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str,
     position = dict.fromkeys(hulls, 0)
     spent = sum(hull[0].size for hull in hulls.values())
     if spent > budget:
+        least = f"{spent} bytes" if weights is None else f"{math.ceil(8e4 * spent / weights) / 1e4:.4f} bits"
+        asked = f"{budget} bytes" if weights is None else f"{8 * budget / weights:.4f} bits"
         raise ConfigError(
-            f"the budget is {budget} bytes, and the least that these linears take is {spent}: "
-            "raise --bits, or lower the rates that overrides ask for."
+            f"the budget is {asked} per weight, and these linears take {least} at least, with everything that "
+            "is stored for them: raise --bits, or lower the rates that overrides ask for."
         )
     queue = [(-_slope(hull[0], hull[1]), name) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(queue)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from framequant.codes.grid import Grid, GridSpec, clip_to_grid, decode, encode, fit_grid
 from framequant.codes.packing import pack_codes
+from framequant.codes.sigma_delta import SigmaDeltaSpec
 from framequant.codes.trellis import TrellisSpec
+from framequant.errors import ConfigError
 from framequant.kernels.feedback import GridTable, round_block
 from framequant.quantizers.trellis_coder import TrellisCoder
 
@@ -42,6 +44,22 @@ class ScalarCoder:
         self._table = GridTable.of(self._grid, sum(self._rows))
         first = matrices[0]
         self._codes = torch.empty(sum(self._rows), first.shape[1], dtype=torch.uint8, device=first.device)
+
+    def part(self, first: int, last: int) -> ScalarCoder:
+        """A coder of some of the stacked rows; it records their codes here."""
+        part = ScalarCoder.__new__(ScalarCoder)
+        zeros = self._grid.zero_points
+        part._backend, part._rows = self._backend, [last - first]
+        part._grid = Grid(
+            spec=self._grid.spec,
+            levels=self._grid.levels,
+            scales=self._grid.scales[first:last],
+            zero_points=None if zeros is None else zeros[first:last],
+        )
+        part._grids = [part._grid]
+        part._table = GridTable.of(part._grid, last - first)
+        part._codes = self._codes[first:last]
+        return part
 
     def clip(self, coefficients: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """Clamp the stacked coefficients to the range of their grids."""
@@ -97,9 +115,17 @@ def _stack(grids: Sequence[Grid], rows: Sequence[int]) -> Grid:
 
 
 def make_coder(
-    matrices: Sequence[Float[Tensor, "rows cols"]], spec: GridSpec | TrellisSpec
+    matrices: Sequence[Float[Tensor, "rows cols"]], spec: GridSpec | TrellisSpec | SigmaDeltaSpec
 ) -> ScalarCoder | TrellisCoder:
-    """Fit the code that ``spec`` describes to stacked matrices of coefficients."""
+    """Fit the code that ``spec`` describes to stacked matrices of coefficients.
+
+    Raises:
+        ConfigError: a Sigma-Delta code, which is chosen without a Hessian; see ``sigma_delta_weight``.
+    """
+    if isinstance(spec, SigmaDeltaSpec):
+        raise ConfigError(
+            "Sigma-Delta codes are chosen without calibration data, not by rounding with a Hessian."
+        )
     if isinstance(spec, TrellisSpec):
         return TrellisCoder(matrices, spec)
     return ScalarCoder(matrices, spec)

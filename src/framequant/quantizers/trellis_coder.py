@@ -9,6 +9,7 @@ Must not import models, layers or frames.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from framequant.codes.trellis import (
     TrellisSpec,
+    codebook_values,
     decode_states,
     matrix_from_tiles,
     pack_states,
     tiles_from_matrix,
 )
-from framequant.codes.trellis_storage import SCALE_DTYPE
+from framequant.codes.trellis_storage import SCALE_DTYPE, encode_factors
 from framequant.kernels.viterbi import encode_tiles
 from framequant.quantizers.two_sided import Wave
 
@@ -80,13 +82,15 @@ class TrellisCoder:
 
     def quantize_cells(self, waves: Sequence[Wave], values: Sequence[Tensor]) -> list[Tensor]:
         """Search the paths of cells, each some tiles high and one panel wide; see ``two_sided.CellCoder``."""
-        scales = [self._scales[wave.linear].to(value.dtype) for wave, value in zip(waves, values, strict=True)]
+        scales = [
+            self._scales[wave.linear].to(value.dtype) for wave, value in zip(waves, values, strict=True)
+        ]
         tiles = [
             (value / scale).float().reshape(-1, self._spec.steps)
             for value, scale in zip(values, scales, strict=True)
         ]
         states = encode_tiles(torch.cat(tiles), self._spec, check=False)
-        decoded = decode_states(states, self._spec.state_bits, torch.float32)
+        decoded = _values(self._spec.state_bits, states.device)[states]
         counts = [len(part) for part in tiles]
         for wave, found in zip(waves, states.split(counts), strict=True):
             place = wave.cells(self._blocks[wave.linear])
@@ -105,7 +109,17 @@ class TrellisCoder:
         for states, scale in zip(found, self._scales, strict=True):
             packed = pack_states(states.flatten(0, 1), self._spec)
             result.append({"packed_codes": packed.reshape(len(states), -1), "scales": scale})
+        if self._spec.row_factors:
+            ones = (torch.ones(rows, 1, device=self._states.device) for rows in self._rows)
+            for stored, factors in zip(result, ones, strict=True):
+                stored["row_factors"] = encode_factors(factors)
         return result
+
+
+@lru_cache(maxsize=16)
+def _values(state_bits: int, device: torch.device) -> Float[Tensor, " states"]:
+    """The codebook's values, 256 KiB at most: a look-up is one operation, decoding a dozen."""
+    return codebook_values(state_bits, device=device)
 
 
 def _scale(matrix: Tensor, spec: TrellisSpec) -> Float[Tensor, "1 1"]:

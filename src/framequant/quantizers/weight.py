@@ -6,7 +6,7 @@ For the linears of one group (they read the same tensor, hence share H, the inpu
     D  = T_out W* T_inᵀ              frames
     H' = T_in H T_inᵀ
     grid, clip                       codes
-    D̃  = LDLQ(D, H')                 rounding.py, refine.py
+    D̃  = LDLQ(D, H')                 group_rounding.py: rounding.py, two_sided.py, refine.py
     bytes                            codes.packing
 
 Everything here is float64 and free of hooks, devices and modules.
@@ -21,16 +21,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from framequant.config import ColumnOrder, FrameQuantConfig, Rounding
+from framequant.config import FrameQuantConfig
 from framequant.errors import NumericalError
 from framequant.frames import FrameKind, FrameOperator, FrameSpec, build_frame, choose_frame
 from framequant.frames.signs import derive_seed
 from framequant.quantizers.coders import make_coder
-from framequant.quantizers.hessian import FeedbackFactor, Moments, damped, feedback_factor
-from framequant.quantizers.refine import refine_codes
-from framequant.quantizers.rounding import Coder, FeedbackCoder, proxy_loss, round_ldlq, round_nearest
-from framequant.quantizers.trellis_coder import TrellisCoder
-from framequant.quantizers.two_sided import round_two_sided
+from framequant.quantizers.group_rounding import round_group
+from framequant.quantizers.hessian import FeedbackFactor, Moments
+from framequant.quantizers.rounding import proxy_loss
 from framequant.quantizers.targets import float_target
 from framequant.spec import LinearSpec
 
@@ -150,16 +148,9 @@ def _quantize_alike(
     matrices = [frames_out[name].analysis(frame_in.analysis(target).T).T for name, target in targets.items()]
     coefficient_hessian = frame_in.analysis(frame_in.analysis(hessian).T)
 
+    grams = [_rotated_gram(moments.output_gram.get(name), frame) for name, frame in frames_out.items()]
     coder = make_coder(matrices, specs[first].code)
-    stacked = torch.cat(matrices)
-    clipped = coder.clip(stacked) if config.clip_coefficients else stacked
-    if isinstance(coder, TrellisCoder) and config.rounding is Rounding.LDLQ:
-        rounded, factor = _round_tiles(matrices, coefficient_hessian, frames_out, coder, moments, config)
-    else:
-        rounded, factor = _round(clipped, coefficient_hessian, coder, config, first)
-    if factor is not None and isinstance(coder, FeedbackCoder):
-        smooth = damped(coefficient_hessian, factor.damping)
-        rounded = refine_codes(stacked, rounded, smooth, coder, config.sweeps)
+    rounded, factor = round_group(matrices, coefficient_hessian, grams, coder, config, first)
 
     results = {}
     pieces = rounded.split([matrix.shape[0] for matrix in matrices])
@@ -190,38 +181,9 @@ def _spec(weight: Tensor, config: FrameQuantConfig, group: str, name: str) -> Li
     return LinearSpec(in_features, out_features, frame_in, frame_out, config.code_spec())
 
 
-def _round(
-    coefficients: Tensor, hessian: Tensor, coder: Coder, config: FrameQuantConfig, name: str
-) -> tuple[Tensor, FeedbackFactor | None]:
-    if config.rounding is Rounding.NEAREST:
-        return round_nearest(coefficients, coder), None
-    order = None
-    if config.column_order is ColumnOrder.DESCENDING:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        hessian = hessian[order][:, order]
-    factor = feedback_factor(hessian, config.damping, name)
-    return round_ldlq(coefficients, factor.upper, coder, order), factor
-
-
-def _round_tiles(
-    matrices: list[Tensor],
-    hessian: Tensor,
-    frames_out: Mapping[str, FrameOperator],
-    coder: TrellisCoder,
-    moments: Moments,
-    config: FrameQuantConfig,
-) -> tuple[Tensor, FeedbackFactor]:
-    """Round with feedback from panel to panel, and from row to row where output gradients are known."""
-    factor = feedback_factor(hessian, config.damping, next(iter(frames_out)))
-    rows: list[Tensor | None] = []
-    for name, frame in frames_out.items():
-        gram = moments.output_gram.get(name)
-        if gram is not None:
-            rotated = frame.analysis(frame.analysis(gram.to(hessian)).T)
-            rows.append(feedback_factor(rotated, config.output_damping, name).upper)
-        else:
-            rows.append(None)
-    return round_two_sided(matrices, factor.upper, rows, coder, config.output_block), factor
+def _rotated_gram(gram: Tensor | None, frame: FrameOperator) -> Tensor | None:
+    """T_out G T_outᵀ, float64."""
+    return None if gram is None else frame.analysis(frame.analysis(gram.double()).T)
 
 
 def _reconstruct(coefficients: Tensor, frame_in: FrameOperator, frame_out: FrameOperator) -> Tensor:

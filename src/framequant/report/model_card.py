@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from framequant.model.report import QuantizationReport
 
 _LOADING = {
@@ -12,6 +14,13 @@ _LOADING = {
     "timm": 'import framequant\n\nmodel = framequant.load("PATH")   # a timm model',
     "torch": 'import framequant\n\nmodel = framequant.load("PATH", model=YourModel())',
 }
+
+
+def _tuning(tuning: dict[str, Any]) -> str:
+    return (
+        f"{tuning['chosen_step']} of {tuning['steps']} steps against the float model, {tuning['loss']} on held-out "
+        f"calibration data {tuning['loss_before']:.4g} → {tuning['loss_after']:.4g}"
+    )
 
 
 def model_card(report: QuantizationReport, source: str | None, library: str) -> str:
@@ -47,6 +56,7 @@ def model_card(report: QuantizationReport, source: str | None, library: str) -> 
         f"| bytes of these | {size:,} ({16 / report.bits_per_weight:.1f} times smaller than fp16) |",
         f"| true redundancy | {report.redundancy:.4f} |",
         f"| calibration tokens | {max((entry.tokens for entry in report.linears), default=0):,} |",
+        *([f"| tuned | {_tuning(report.tuning)} |"] if report.tuning else []),
         f"| made with | {versions} |",
         "",
         "```python",
