@@ -250,7 +250,7 @@ def decoded_once(model: nn.Module) -> Iterator[None]:
 
     Results are the same bits; only time and memory differ.
     """
-    layers = [module for module in model.modules() if isinstance(module, FrameLinear)]
+    layers = [m for m in model.modules() if isinstance(m, FrameLinear) and m._held is None]
     place = next(model.parameters())
     size = place.element_size() * sum(math.prod(layer.spec.coefficient_shape) for layer in layers)
     hold = size <= HELD_BYTES.get(place.device.type, HELD_BYTES["cpu"])

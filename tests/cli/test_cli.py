@@ -181,7 +181,9 @@ def test_settings_come_from_preset_then_file_then_flags(tmp_path, llama_director
     [
         ("Did you mean 'framequant-paper'", ["--preset", "framequant-papr"]),
         ("bits = 9.0: expected a value from 1 to 8", ["--bits", 9]),
-        ("a scalar code has a whole number of bits", ["--bits", 2.5]),
+        ("a scalar code has a whole number of bits", ["--preset", "framequant-scalar", "--bits", 2.5]),
+        ("the budget is 1.0000 bits per weight", ["--bits", 1.0]),
+        ("expected a number from 0 to 1", ["--word-tokenized", 2]),
         ("redundancy = 0.5", ["--redundancy", 0.5]),
         ("Did you mean 'damping'", ["--set", "dampin=1"]),
         ("expected KEY=VALUE", ["--set", "damping"]),
