@@ -10,6 +10,12 @@ from tests.model.architectures import OwnModel
 from tests.test_layers import make_layer
 
 
+@pytest.fixture(autouse=True)
+def reference_backend(monkeypatch):
+    """Training computes with plain torch; faster kernels agree with it up to rounding, not bit for bit."""
+    monkeypatch.setenv("FRAMEQUANT_BACKEND", "reference")
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"two_sided": True}, {"zero_point": "float"}, {"zero_point": "integer", "group_size": 8}]
 )

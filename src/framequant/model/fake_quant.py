@@ -132,7 +132,8 @@ def bake_fake_quant_(model: nn.Module) -> list[str]:
     """Turn what ``prepare_fake_quant_`` made back into quantized linears, in place.
 
     Returns:
-        The names of the linears. The model computes what it computed before, and can be saved.
+        The names of the linears. The model computes what it computed before (bit for bit on the backend "reference"), and
+        can be saved.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
     for name, module in found.items():
