@@ -132,8 +132,8 @@ def bake_fake_quant_(model: nn.Module) -> list[str]:
     """Turn what ``prepare_fake_quant_`` made back into quantized linears, in place.
 
     Returns:
-        The names of the linears. The model computes what it computed before (bit for bit on the backend "reference"), and
-        can be saved.
+        The names of the linears. The model can be saved and computes what it computed before, on the backend
+        "reference" bit for bit.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
     for name, module in found.items():
