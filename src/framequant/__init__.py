@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ModelSourceError,
         NumericalError,
     )
+    from framequant.integrations.export import export
     from framequant.layers import FrameLinear
     from framequant.model.report import QuantizationReport
     from framequant.model.tune import tune_
@@ -48,6 +49,7 @@ _HOMES = {
     "QuantizationReport": "model.report",
     "TuneConfig": "model.tune_config",
     "TuningReport": "model.tune_config",
+    "export": "integrations.export",
     "load": "pretrained",
     "preset": "config",
     "quantize_": "model.walk",
@@ -71,6 +73,7 @@ __all__ = [
     "QuantizationReport",
     "TuneConfig",
     "TuningReport",
+    "export",
     "load",
     "preset",
     "quantize_",
