@@ -10,8 +10,9 @@ Vision::
     python experiments/main_job.py ../shared/models/deit_tiny_patch16_224 \\
         --calibration ../shared/data/imagenet/train --imagenet ../shared/data/imagenet/val
 
-Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards; without ``--row`` the rows of the issue are run. Every figure
-is that of the model *reloaded* from disk, and "equal" says whether its logits are the in-memory model's, bit for bit.
+Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards; without ``--row``
+the rows of the issue are run. Every figure is that of the model *reloaded* from disk, and "equal" says whether its
+logits are the in-memory model's, bit for bit.
 """
 
 from __future__ import annotations

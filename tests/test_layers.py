@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import framequant as fq
 from framequant.codes.grid import GridSpec
 from framequant.config import FrameQuantConfig
 from framequant.errors import CheckpointError
@@ -90,3 +91,23 @@ def test_the_spec_survives_json():
     for bad in (None, [], 3, {"in_features": 1}):
         with pytest.raises(CheckpointError):
             LinearSpec.from_dict(bad)
+
+
+@pytest.mark.parametrize("preset", ["framequant-scalar", "framequant"])
+def test_decoding_once_changes_no_bit_and_leaves_nothing_behind(preset, monkeypatch):
+    from framequant import layers, storage
+    from tests.model.architectures import make, output
+
+    monkeypatch.setattr(storage, "ROWS_PER_TILE", 16)  # several tiles a linear
+    model, data = make("llama")
+    fq.quantize_(model, data, fq.preset(preset))
+    before = output(model, data)
+    held = [module for module in model.modules() if isinstance(module, layers.FrameLinear)]
+    with layers.decoded_once(model):
+        assert torch.equal(output(model, data), before)
+        assert all(layer._held for layer in held)
+    assert all(layer._held is None for layer in held)
+    monkeypatch.setitem(layers.HELD_BYTES, "cpu", 1)
+    with layers.decoded_once(model):
+        assert torch.equal(output(model, data), before)
+        assert all(layer._held is None for layer in held)

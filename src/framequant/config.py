@@ -80,7 +80,8 @@ class FrameQuantConfig:
         allocation: "uniform": every linear has ``bits``; "sensitivity" (trellis): ``bits`` is what all linears
             together take on disk per weight, any real number, and each gets the rate that serves the model best.
         rounding: "ldlq" or "nearest".
-        output_feedback: feed errors also from row to row, through the second moment of output gradients. It needs a backward pass through the float model.
+        output_feedback: feed errors also from row to row, through the second moment of output gradients. It needs
+            a backward pass through the float model.
         output_damping: of that moment, a fraction of its mean diagonal.
         token_weights: exponent γ in [0, 1]: calibration tokens count with the γ-th power of their squared output
             gradient, so that tokens which the loss does not feel weigh less.

@@ -8,13 +8,14 @@ Must not import models, checkpoints or integrations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from framequant import storage
 from framequant.frames import FrameOperator, build_frame
@@ -56,7 +57,7 @@ class FrameLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self._frames: tuple[FrameOperator, FrameOperator] | None = None
-        self._held: dict[torch.dtype, Tensor] | None = None
+        self._held: dict[torch.dtype, list[Tensor]] | None = None
 
     @classmethod
     def from_tensors(
@@ -87,10 +88,7 @@ class FrameLinear(nn.Module):
         """Apply the layer."""
         frame_in, frame_out = self.frames
         coefficients = reference.analysis(frame_in, inputs)
-        if self._held is None:
-            products = reference.product(coefficients, self.spec, self.tensors)
-        else:
-            products = functional.linear(coefficients, self._decoded(coefficients.dtype))
+        products = reference.multiply(coefficients, self._tiles(coefficients.dtype))
         outputs = reference.synthesis(frame_out, products)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
@@ -98,11 +96,11 @@ class FrameLinear(nn.Module):
         """Keep D̃ decoded between forward passes, or no longer: for a block that is run many times over."""
         self._held = {} if hold else None
 
-    def _decoded(self, dtype: torch.dtype) -> Tensor:
-        assert self._held is not None
+    def _tiles(self, dtype: torch.dtype) -> Iterable[Tensor]:
+        if self._held is None:
+            return reference.decoded_tiles(self.spec, self.tensors, dtype)
         if dtype not in self._held:
-            rows = self.spec.coefficient_shape[0]
-            self._held[dtype] = storage.decode_rows(self.spec, self.tensors, 0, rows, dtype)
+            self._held[dtype] = list(reference.decoded_tiles(self.spec, self.tensors, dtype))
         return self._held[dtype]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o n"]:
@@ -145,3 +143,26 @@ class FrameLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"redundancy={self.spec.redundancy:.4g}, code={type(self.spec.code).__name__}"
         )
+
+
+#: Bytes of decoded matrices that may be held while a model is evaluated.
+HELD_BYTES = {"cpu": 2 << 30, "cuda": 16 << 30}
+
+
+@contextmanager
+def decoded_once(model: nn.Module) -> Iterator[None]:
+    """Decode the codes of a model's linears once for many forward passes, where that fits ``HELD_BYTES``.
+
+    Results are the same bits; only time and memory differ.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FrameLinear)]
+    place = next(model.parameters())
+    size = place.element_size() * sum(math.prod(layer.spec.coefficient_shape) for layer in layers)
+    hold = size <= HELD_BYTES.get(place.device.type, HELD_BYTES["cpu"])
+    for layer in layers:
+        layer.hold_decoded(hold)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.hold_decoded(False)

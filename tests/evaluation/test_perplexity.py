@@ -30,7 +30,7 @@ def direct_losses(model, windows):
 
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
 def test_matches_a_direct_computation(model, windows, batch_size, monkeypatch):
-    monkeypatch.setattr("framequant.evaluation.perplexity.ROWS_PER_CHUNK", 10)
+    monkeypatch.setitem(forward.ROWS_PER_CHUNK, "cpu", 10)
     seen = []
     result = perplexity(model, windows, batch_size, lambda done, total: seen.append((done, total)))
     expected = direct_losses(model, windows).mean().item()
@@ -41,9 +41,9 @@ def test_matches_a_direct_computation(model, windows, batch_size, monkeypatch):
 
 
 def test_batches_keep_the_logits_small(model, windows, monkeypatch):
-    monkeypatch.setattr(forward, "LOGIT_BYTES", 2 * 24 * 22 * 4)
+    monkeypatch.setitem(forward.LOGIT_BYTES, "cpu", 2 * 24 * 22 * 4)
     assert [len(batch) for batch in forward.batches(model, windows)] == [2, 2, 2, 1]
-    monkeypatch.setattr(forward, "LOGIT_BYTES", 1)
+    monkeypatch.setitem(forward.LOGIT_BYTES, "cpu", 1)
     assert [len(batch) for batch in forward.batches(model, windows)] == [1] * 7
 
 

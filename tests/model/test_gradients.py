@@ -62,6 +62,16 @@ def test_the_mean_of_sampled_gradients_is_the_fisher_information():
     )
 
 
+def test_a_long_calibration_is_thinned_out_on_a_cpu_but_every_token_is_weighed(monkeypatch):
+    model, data = make("llama")
+    monkeypatch.setattr(gradients, "TOKENS_PER_PIECE", data.shape[1])
+    monkeypatch.setattr(gradients, "TOKENS_IN_FULL", 2 * data.shape[1])
+    found = output_gradients(model, [data], names_of(model), inputs=True)
+    expected = 2 * data.shape[1] + (len(data) - 2) * -(-data.shape[1] // 8)
+    assert {one.count for one in found.values()} == {one.inputs for one in found.values()} == {expected}
+    assert {one.squares[0].numel() for one in found.values()} == {data.numel()}
+
+
 def test_padding_takes_no_part():
     model, data = make("bert")
     batch = data if isinstance(data, dict) else {"input_ids": data}
@@ -92,3 +102,17 @@ def test_a_model_that_cannot_be_differentiated_still_shows_its_inputs():
     assert "no backward pass" in note
     assert found["last"].gram_sum is None
     assert found["last"].hessian().shape == (4, 4)
+
+
+def test_matrices_that_fit_nowhere_are_done_without(monkeypatch):
+    model, data = make("llama")
+    monkeypatch.setattr(gradients, "free_bytes", lambda device: 0)
+    found, note = gradients_or_inputs(model, [data], names_of(model), 0, inputs=True)
+    assert "do not fit into memory" in note
+    assert all(one.gram_sum is None and one.input_sum is None for one in found.values())
+    assert all(one.mean_square > 0 and one.input_square > 0 for one in found.values())
+    settings = {"allocation": "sensitivity", "output_feedback": True, "token_weights": 0.5}
+    config = fq.FrameQuantConfig(code="trellis", redundancy=1.0, state_bits=8, bits=4, **settings)
+    report = fq.quantize_(model, data, config)
+    assert any("do not fit" in warning for warning in report.warnings)
+    assert 0.99 * 4 < report.bits_per_weight <= 4

@@ -83,7 +83,7 @@ def _demo(
     reporter = Reporter(as_json)
     place = choose_device(device)
     dtype = fast_dtype(place) if dtype == "auto" else dtype
-    config = preset("framequant", redundancy=REDUNDANCY)
+    config = preset("framequant-scalar", redundancy=REDUNDANCY)
     old, new = king_james("old"), king_james("new")
     opened = quantize.open_float(MODEL, dtype, place, reporter)
     parameters = sum(parameter.numel() for parameter in opened.model.parameters())

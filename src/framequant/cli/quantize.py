@@ -41,7 +41,13 @@ def run(
         str | None,
         typer.Option(help="framequant (default), framequant-scalar, framequant-paper, quip, gptq or rtn."),
     ] = None,
-    bits: Annotated[float | None, typer.Option(help="Width of a code, 1 to 8.")] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="What the quantized linears take on disk per weight, everything counted: any number from 1.5 to 8. "
+            "Of the scalar presets, the width of a code."
+        ),
+    ] = None,
     redundancy: Annotated[
         float | None, typer.Option(help="Redundancy r ≥ 1; a code costs bits times r.")
     ] = None,
@@ -259,6 +265,7 @@ def summarize(
         "model_class": report.model.get("class"),
         "out": str(out),
         "bits_per_weight": report.bits_per_weight,
+        "budget_bits": report.allocation.get("budget_bits"),
         "redundancy": report.redundancy,
         "coverage": report.coverage,
         "quantized_linears": len(report.linears),
@@ -289,6 +296,7 @@ def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter:
         "quantized": f"{summary['quantized_linears']} linears, {count(summary['quantized_weights'])} weights "
         f"({summary['coverage']:.1%} of those in the blocks)",
         "bits per weight": f"{summary['bits_per_weight']:.4f}, measured: every byte stored for these linears",
+        **describe_allocation(report),
         "true redundancy": f"{summary['redundancy']:.4f} (asked for {asked:.4g})",
         "these linears": f"{size(sizes['linears_float16'])} in 16 bits → {size(sizes['linears_quantized'])}",
         "whole model": f"{size(sizes['model_float16'])} in 16 bits → {size(sizes['model_on_disk'])} on disk "
@@ -302,6 +310,19 @@ def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter:
     for warning in _shorten(report.warnings):
         reporter.notice(warning)
     reporter.print(f"Next: {next_command(report, summary['out'])}")
+
+
+def describe_allocation(report: QuantizationReport) -> dict[str, str]:
+    """The rates that a bit budget was shared out as, in words."""
+    choices = report.allocation.get("choices", {})
+    if not choices:
+        return {}
+    rates = sorted(choice["bits"] for choice in choices.values())
+    text = f"{rates[0]:g} to {rates[-1]:g} bits a linear, half of them {rates[len(rates) // 2]:g} or more"
+    predicted, uniform = report.allocation["predicted_loss"], report.allocation["uniform_loss"]
+    if uniform:
+        text += f"; predicted to cost {predicted / uniform:.2f} of what one rate for all would"
+    return {"budget": f"{report.allocation['budget_bits']:g} bits, shared out: {text}"}
 
 
 def _shorten(warnings: list[str]) -> list[str]:

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from framequant.errors import CalibrationError, NumericalError
+from framequant.layers import decoded_once
 from framequant.memory import return_freed_memory
 from framequant.model.calibration import to_device
 
 #: Bytes that the logits of one batch may take.
-LOGIT_BYTES = 1 << 29
+LOGIT_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}
 #: Tokens of one batch.
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 #: Rows whose logits are turned to float32 at once.
-ROWS_PER_CHUNK = 256
+ROWS_PER_CHUNK = {"cpu": 256, "cuda": 4096}
 
 OnProgress = Callable[[int, int], None]
 
@@ -43,6 +44,11 @@ def logits_of(model: nn.Module, batch: Any) -> Tensor:
     return logits
 
 
+def rows_per_chunk(logits: Tensor) -> int:
+    """Rows of logits that are turned to float32 at once."""
+    return ROWS_PER_CHUNK["cuda" if logits.device.type == "cuda" else "cpu"]
+
+
 def vocabulary_size(model: nn.Module) -> int:
     """Number of classes of the output, as far as the config says."""
     config = getattr(model, "config", None)
@@ -52,11 +58,13 @@ def vocabulary_size(model: nn.Module) -> int:
 def batches(model: nn.Module, windows: Tensor, batch_size: int | None = None) -> Iterator[Tensor]:
     """Split windows into batches of few tokens, whose logits stay below ``LOGIT_BYTES``."""
     if batch_size is None:
+        kind = "cuda" if next(model.parameters()).device.type == "cuda" else "cpu"
         per_window = windows.shape[1] * vocabulary_size(model) * next(model.parameters()).element_size()
-        most = min(TOKENS_PER_BATCH // windows.shape[1], LOGIT_BYTES // max(per_window, 1))
+        most = min(TOKENS_PER_BATCH[kind] // windows.shape[1], LOGIT_BYTES[kind] // max(per_window, 1))
         batch_size = max(1, most)
     logits_of(model, windows[:1, :2])  # builds the frames first, lest they lie between large freed blocks
     return_freed_memory()
-    for batch in windows.split(batch_size):
-        yield batch
-        return_freed_memory()
+    with decoded_once(model):
+        for batch in windows.split(batch_size):
+            yield batch
+            return_freed_memory()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from framequant.errors import CalibrationError
-from framequant.evaluation.forward import ROWS_PER_CHUNK, OnProgress, batches, logits_of
+from framequant.evaluation.forward import OnProgress, batches, logits_of, rows_per_chunk
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def kl_divergence(
                 f"the models have {ours.shape[-1]} and {theirs.shape[-1]} classes; they must be the same."
             )
         ours, theirs = ours.flatten(0, -2), theirs.flatten(0, -2).to(ours.device)
-        for mine, other in zip(ours.split(ROWS_PER_CHUNK), theirs.split(ROWS_PER_CHUNK), strict=True):
+        rows = rows_per_chunk(ours)
+        for mine, other in zip(ours.split(rows), theirs.split(rows), strict=True):
             log_p, log_q = other.float().log_softmax(-1), mine.float().log_softmax(-1)
             values = (log_p.exp() * (log_p - log_q)).sum(-1).double()
             sums += values.sum().item()

@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from framequant.evaluation.forward import ROWS_PER_CHUNK, OnProgress, batches, logits_of
+from framequant.evaluation.forward import OnProgress, batches, logits_of, rows_per_chunk
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ def perplexity(
     for batch in batches(model, windows, batch_size):
         logits = logits_of(model, batch)[:, :-1].flatten(0, 1)
         targets = batch[:, 1:].flatten().to(logits.device)
-        for rows, labels in zip(logits.split(ROWS_PER_CHUNK), targets.split(ROWS_PER_CHUNK), strict=True):
-            total += functional.cross_entropy(rows.float(), labels, reduction="none").double().sum().item()
+        rows = rows_per_chunk(logits)
+        for part, labels in zip(logits.split(rows), targets.split(rows), strict=True):
+            total += functional.cross_entropy(part.float(), labels, reduction="none").double().sum().item()
         done += len(batch)
         if on_progress:
             on_progress(done, len(windows))

@@ -8,7 +8,7 @@ Must not import layers or models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from jaxtyping import Float
@@ -34,10 +34,21 @@ def product(
     coefficients: Float[Tensor, "*b m_in"], spec: LinearSpec, tensors: Mapping[str, Tensor]
 ) -> Float[Tensor, "*b m_out"]:
     """``D̃ z`` for every row z of the input, decoding D̃ tile by tile."""
-    outputs = [
-        functional.linear(coefficients, decode_rows(spec, tensors, start, stop, coefficients.dtype))
-        for start, stop in row_tiles(spec)
-    ]
+    return multiply(coefficients, decoded_tiles(spec, tensors, coefficients.dtype))
+
+
+def decoded_tiles(
+    spec: LinearSpec, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> Iterator[Float[Tensor, "rows m_in"]]:
+    """The tiles of rows of D̃, decoded one after the other."""
+    return (decode_rows(spec, tensors, start, stop, dtype) for start, stop in row_tiles(spec))
+
+
+def multiply(
+    coefficients: Float[Tensor, "*b m_in"], tiles: Iterable[Float[Tensor, "rows m_in"]]
+) -> Float[Tensor, "*b m_out"]:
+    """The product with decoded tiles; the same bits whether these are kept or decoded anew."""
+    outputs = [functional.linear(coefficients, tile) for tile in tiles]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
 

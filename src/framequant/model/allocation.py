@@ -182,18 +182,19 @@ def _sensitivity(weight: Tensor, found: OutputGradients, settings: FrameQuantCon
     """Loss of unit errors, in nats per token and unit of the code's relative error."""
     out_features, in_features = weight.shape
     frame_in, frame_out = frame_specs(settings, in_features, out_features, name, name)
+    variance = float(weight.double().square().mean()) / (frame_in.num_coefficients / in_features)
+    if found.input_sum is None:  # nothing but sizes: as if neither side had feedback
+        return 0.5 * variance * found.input_square / max(found.inputs, 1) * found.mean_square
     hessian = found.hessian()
     columns = feedback_loss(
         feedback_factor(_rotated(hessian, frame_in), settings.damping, name).upper, settings.tile_cols
     )
-    variance = float(weight.double().square().mean()) / (frame_in.num_coefficients / in_features)
     if found.gram_sum is None:  # no gradients: the error relative to the layer's output
         wide = weight.double()
         return 0.5 * variance * columns * out_features / max(float(((wide @ hessian) * wide).sum()), 1e-300)
-    gram = found.gram()
-    rows = float(gram.diagonal().sum())
+    rows = found.mean_square
     if settings.output_feedback:
-        row_upper = feedback_factor(_rotated(gram, frame_out), settings.output_damping, name).upper
+        row_upper = feedback_factor(_rotated(found.gram(), frame_out), settings.output_damping, name).upper
         rows = feedback_loss(row_upper, settings.output_block)
     return 0.5 * variance * columns * rows
 

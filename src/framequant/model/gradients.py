@@ -23,13 +23,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from framequant.errors import DiscoveryError
+from framequant.memory import free_bytes
 from framequant.model.capture import token_mask
+from framequant.model.discovery import linear_weight
 from framequant.model.replay import call_model, first_tensor
-
 
 #: Tokens, or samples other than token sequences, of one backward pass.
 TOKENS_PER_PIECE = 4096
 SAMPLES_PER_PIECE = 32
+#: Tokens whose second moments are summed without leaving any out, on a CPU.
+TOKENS_IN_FULL = 8192
 
 
 @dataclass
@@ -40,16 +43,25 @@ class OutputGradients:
         gram_sum: Σ g gᵀ, (out_features, out_features), float32.
         input_sum: Σ x xᵀ of the linear's inputs, (in_features, in_features), float32; linears that read one
             tensor share it. None unless asked for.
+        input_square: Σ ‖x‖² of the tokens in ``inputs``.
         squares: ‖g‖² of each real token, by number of the batch.
-        count: number of tokens with a gradient.
-        inputs: number of tokens that were read.
+        count: number of tokens in ``gram_sum``.
+        inputs: number of tokens in ``input_sum`` and ``input_square``.
     """
 
     gram_sum: Tensor | None = None
     input_sum: Tensor | None = None
+    input_square: float = 0.0
     squares: dict[int, Tensor] = field(default_factory=dict)
     count: int = 0
     inputs: int = 0
+
+    @property
+    def mean_square(self) -> float:
+        """Mean of ‖g‖², the trace of G; 0 without gradients."""
+        if not self.squares:
+            return 0.0
+        return float(torch.cat(list(self.squares.values())).double().mean())
 
     def gram(self) -> Float[Tensor, "o o"]:
         """Mean of g gᵀ in float64."""
@@ -68,11 +80,18 @@ def _gram(rows: Tensor) -> Tensor:
         return rows.T @ rows
 
 
+def _thinned(rows: Tensor, taken: int) -> Tensor:
+    """The rows to sum: on a CPU, every eighth once ``TOKENS_IN_FULL`` were taken; a mean needs no more."""
+    enough = rows.device.type == "cpu" and taken >= TOKENS_IN_FULL
+    return rows[::8] if enough else rows
+
+
 @dataclass
 class _Pass:
     """One pass in progress: the sums, and the mask of the batch that is running."""
 
     inputs: bool
+    grams: bool = True
     number: int = 0
     totals: dict[str, OutputGradients] = field(default_factory=dict)
     mask: Tensor | None = None
@@ -87,10 +106,13 @@ class _Pass:
     def add(self, name: str, gradient: Tensor) -> None:
         flat = self.flat(gradient)
         total = self.totals.setdefault(name, OutputGradients())
-        total.count += flat.shape[0]
         squares = flat.square().sum(dim=1)
         before = total.squares.get(self.number)
         total.squares[self.number] = squares if before is None else torch.cat([before, squares])
+        if not self.grams:
+            return
+        flat = _thinned(flat, total.count)
+        total.count += flat.shape[0]
         gram = _gram(flat)
         total.gram_sum = gram if total.gram_sum is None else total.gram_sum.add_(gram)
 
@@ -99,16 +121,29 @@ class _Pass:
         first, _ = self.read.setdefault(id(tensor), (name, tensor))
         total = self.totals.setdefault(name, OutputGradients())
         if first != name:
-            total.input_sum, total.inputs = self.totals[first].input_sum, self.totals[first].inputs
+            source = self.totals[first]
+            total.input_sum, total.inputs, total.input_square = (
+                source.input_sum,
+                source.inputs,
+                source.input_square,
+            )
             return
-        flat = self.flat(tensor)
+        flat = _thinned(self.flat(tensor), total.inputs)
         total.inputs += flat.shape[0]
+        total.input_square += float(flat.square().sum())
+        if not self.grams:
+            return
         gram = _gram(flat)
         total.input_sum = gram if total.input_sum is None else total.input_sum.add_(gram)
 
 
 def output_gradients(
-    model: nn.Module, batches: Sequence[Any], names: Sequence[str], seed: int = 0, inputs: bool = False
+    model: nn.Module,
+    batches: Sequence[Any],
+    names: Sequence[str],
+    seed: int = 0,
+    inputs: bool = False,
+    grams: bool = True,
 ) -> dict[str, OutputGradients]:
     """Run the model forwards and backwards on every batch and sum the output gradients of its linears.
 
@@ -118,6 +153,7 @@ def output_gradients(
         names: qualified names of the linears.
         seed: of the sampled labels.
         inputs: also sum x xᵀ of what the linears read.
+        grams: sum whole matrices; without them only ‖g‖² and ‖x‖², for models whose matrices fit nowhere.
 
     Returns:
         Sums by name; linears that no batch reached are missing.
@@ -125,7 +161,7 @@ def output_gradients(
     Raises:
         DiscoveryError: the model's output depends on none of the linears.
     """
-    state = _Pass(inputs)
+    state = _Pass(inputs, grams)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     with _watched(model, names, state), torch.enable_grad(), _fast(model):
         for state.number, batch in (
@@ -191,11 +227,20 @@ def gradients_or_inputs(
     Returns:
         Sums by name, without gradients in the second case, and then a note that says why.
     """
+    fits = gram_bytes(model, names, inputs) <= free_bytes(next(model.parameters()).device) // 2
+    note = (
+        ""
+        if fits
+        else (
+            "the second moments of all output gradients do not fit into memory: their sizes alone share the bits out, "
+            "and errors are not fed from row to row."
+        )
+    )
     try:
-        return output_gradients(model, batches, names, seed, inputs), ""
+        return output_gradients(model, batches, names, seed, inputs, fits), note
     except (RuntimeError, DiscoveryError) as error:
         reason = str(error).splitlines()[0]
-    state = _Pass(inputs)
+    state = _Pass(inputs, fits)
     with _watched(model, names, state, gradients=False), torch.no_grad():
         for batch in batches if inputs else []:
             state.mask = token_mask(batch)
@@ -205,6 +250,15 @@ def gradients_or_inputs(
         "no backward pass through the float model, so errors are weighed layer by layer and not fed from row to "
         f"row: {reason}"
     )
+
+
+def gram_bytes(model: nn.Module, names: Sequence[str], inputs: bool) -> int:
+    """Bytes that the second moments of these linears take, those of shared inputs counted each time."""
+    total = 0
+    for name in names:
+        out_features, in_features = linear_weight(model.get_submodule(name)).shape
+        total += 4 * (out_features**2 + (in_features**2 if inputs else 0))
+    return total
 
 
 @contextmanager

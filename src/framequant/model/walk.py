@@ -361,6 +361,11 @@ class _Walk:
                 report.warnings.append(
                     f"{entry.name}: saw no calibration token; an identity Hessian was used."
                 )
+        if self.config.residual_targets > 0 and not any(e.residual_correction for e in report.linears):
+            report.warnings.append(
+                "no linear writes straight to a residual stream (a norm or a scale may lie between), so the "
+                "stream's deviation is not corrected."
+            )
         if report.coverage < 0.95:
             report.warnings.append(
                 f"only {report.coverage:.1%} of the weights of the blocks' linears are quantized."
