@@ -43,7 +43,13 @@ def best(weight: torch.Tensor, redundancy: float, feedback: bool) -> dict[str, o
     tried = [(error(weight, redundancy, clip / 20, feedback), clip / 20) for clip in range(24, 61, 2)]
     (true, value), clip = min(tried, key=lambda entry: entry[0][1])
     way = "fed forward" if feedback else "nearest"
-    return {"rounding": way, "redundancy": true, "bits": 2 * true, "relative_error": round(value, 5), "clip": clip}
+    return {
+        "rounding": way,
+        "redundancy": true,
+        "bits": 2 * true,
+        "relative_error": round(value, 5),
+        "clip": clip,
+    }
 
 
 def write(name: str, rows: list[dict[str, object]]) -> None:

@@ -14,7 +14,7 @@ MARK = re.compile(r"<!--\s*csv:\s*(?P<file>\S+)\s*\|\s*(?P<columns>[^>]*?)\s*-->
 
 
 def on_page_markdown(markdown: str, **_: object) -> str:
-    """mkdocs calls this for every page."""
+    """Mkdocs calls this for every page."""
     return MARK.sub(lambda match: table(match["file"], match["columns"]), markdown)
 
 

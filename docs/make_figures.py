@@ -30,16 +30,21 @@ def read(file: str) -> list[dict[str, str]]:
 def save(figure: plt.Figure, name: str) -> None:
     """Write one SVG without a date in it."""
     figure.tight_layout()
-    figure.savefig(HERE / "figures" / f"{name}.svg", metadata={"Date": None})
+    figure.savefig(HERE / "figures" / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
     plt.close(figure)
 
 
 def frame() -> None:
     """An analysis operator of a tight fusion frame beside its Gram matrices."""
-    matrix = np.array([[float(value) for value in row.values()] for row in read("benchmarks/frame_example.csv")])
+    matrix = np.array(
+        [[float(value) for value in row.values()] for row in read("benchmarks/frame_example.csv")]
+    )
     figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.8), width_ratios=(20, 20, 24))
     for axis, values, title in zip(
-        axes, (matrix, matrix.T @ matrix, matrix @ matrix.T), ("T (24 × 20)", "TᵀT = I", "T Tᵀ, a projection"), strict=True
+        axes,
+        (matrix, matrix.T @ matrix, matrix @ matrix.T),
+        ("T (24 × 20)", "TᵀT = I", "T Tᵀ, a projection"),
+        strict=True,
     ):
         axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1)
         axis.set(title=title, xticks=[], yticks=[])
@@ -69,7 +74,9 @@ def codes() -> None:
     rows = [row for row in read("benchmarks/codebook.csv") if float(row["rate"]) == 2.0]
     figure, axis = plt.subplots(figsize=(4.8, 3))
     states = [int(row["state_bits"]) for row in rows]
-    axis.plot(states, [float(row["computed"]) for row in rows], marker="o", label="trellis, computed codebook")
+    axis.plot(
+        states, [float(row["computed"]) for row in rows], marker="o", label="trellis, computed codebook"
+    )
     axis.plot(states, [float(row["random"]) for row in rows], marker="x", label="trellis, random codebook")
     axis.axhline(float(rows[0]["bound"]), color="black", linestyle=":", label="rate–distortion bound")
     axis.set(xlabel="state bits", ylabel="mean squared error at 2 bits")
@@ -90,7 +97,9 @@ def quality() -> None:
         axis.margins(x=0.25)
         axis.set_xlabel("measured bits per weight")
     left.set(yscale="log", ylabel="perplexity ÷ float", title="SmolLM2-135M")
-    top1 = next(float(row["top1"]) for row in read("experiments/results/main_deit_tiny.csv") if row["row"] == "float")
+    top1 = next(
+        float(row["top1"]) for row in read("experiments/results/main_deit_tiny.csv") if row["row"] == "float"
+    )
     right.axhline(top1, color="black", linestyle=":")
     right.set(ylabel="top-1, %", title="DeiT-Tiny (float dotted)")
     save(figure, "quality")

@@ -1,4 +1,4 @@
-"""Write the notebooks from the cells below, execute them, and keep what they printed: ``python docs/notebooks/build.py``.
+"""Write the notebooks from the scripts beside this one and keep what they print: ``python docs/notebooks/build.py``.
 
 Cells run in this process in order, without Jupyter; the test suite runs them the same way.
 """
@@ -30,7 +30,9 @@ def execute(notebook: dict[str, Any], namespace: dict[str, Any] | None = None) -
             exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
         text = printed.getvalue()
         cell["outputs"] = (
-            [{"output_type": "stream", "name": "stdout", "text": text.splitlines(keepends=True)}] if text else []
+            [{"output_type": "stream", "name": "stdout", "text": text.splitlines(keepends=True)}]
+            if text
+            else []
         )
     return names
 
@@ -48,14 +50,18 @@ def notebook(script: str) -> dict[str, Any]:
     for number, part in enumerate(script.split("# %%")[1:]):
         head, _, body = part.partition("\n")
         if "markdown" in head:
-            body = "\n".join(line.removeprefix("#").removeprefix(" ") for line in body.strip("\n").splitlines())
+            body = "\n".join(
+                line.removeprefix("#").removeprefix(" ") for line in body.strip("\n").splitlines()
+            )
         cells.append(cell("markdown" if "markdown" in head else "code", body, number))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     return {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
 
 
 def main(names: list[str]) -> None:
-    for script in [HERE / f"{name}.py" for name in names] or sorted(set(HERE.glob("*.py")) - {Path(__file__)}):
+    for script in [HERE / f"{name}.py" for name in names] or sorted(
+        set(HERE.glob("*.py")) - {Path(__file__)}
+    ):
         content = notebook(script.read_text(encoding="utf-8"))
         execute(content)
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"

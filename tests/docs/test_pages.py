@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import yaml
@@ -34,7 +33,11 @@ def test_the_readme_runs(workspace):
     from framequant.integrations.sources import open_model
 
     data = torch.randint(2, 20, (8, 32), generator=torch.Generator().manual_seed(0))
-    given = {"model": open_model("smollm2").model, "calibration": data, "AutoModelForCausalLM": AutoModelForCausalLM}
+    given = {
+        "model": open_model("smollm2").model,
+        "calibration": data,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+    }
     assert run_page(ROOT / "README.md", given) >= 3
 
 

@@ -101,7 +101,9 @@ def test_gguf_is_read_by_transformers(kind, dtype, tolerance, tmp_path):
     result = fq.export(tmp_path / "q", tmp_path / "m.gguf", "gguf", dtype=dtype)
     assert (result["architecture"], result["tokenizer"]) == ("llama" if kind == "mistral" else kind, True)
     opened = open_model(str(tmp_path / "m.gguf"))
-    torch.testing.assert_close(output(opened.model, data), output(model, data), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        output(opened.model, data), output(model, data), rtol=tolerance, atol=tolerance
+    )
     text = "the old tiger reads of a lake"
     assert opened.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
 
@@ -120,9 +122,13 @@ def test_gguf_header_and_bytes(tmp_path):
     key = dense["model.layers.1.self_attn.k_proj.weight"]
     width = 12  # of a head
     stored = torch.from_numpy(tensors["blk.1.attn_k.weight"].data.copy())
-    assert torch.equal(stored[1], key[width // 2])  # the second row of a pair is the half of a head further down
+    assert torch.equal(
+        stored[1], key[width // 2]
+    )  # the second row of a pair is the half of a head further down
     assert torch.equal(stored[width], key[width])
-    assert torch.from_numpy(tensors["blk.1.ffn_up.weight"].data.copy()).equal(dense["model.layers.1.mlp.up_proj.weight"])
+    assert torch.from_numpy(tensors["blk.1.ffn_up.weight"].data.copy()).equal(
+        dense["model.layers.1.mlp.up_proj.weight"]
+    )
 
 
 def test_adjacent_pairs_of_one_head():

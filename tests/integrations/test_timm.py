@@ -58,7 +58,8 @@ def test_swin_linears_and_its_downsampling(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_tiny_patch16_224", "convnext_tiny", "swin_tiny_patch4_window7_224", "deit3_small_patch16_224"]
+    "name",
+    ["vit_tiny_patch16_224", "convnext_tiny", "swin_tiny_patch4_window7_224", "deit3_small_patch16_224"],
 )
 @pytest.mark.parametrize("size", [(320, 300), (200, 400), (640, 512)])
 def test_transforms_are_timms(tmp_path, name, size):

@@ -33,7 +33,9 @@ def run(
     ] = "safetensors",
     dtype: Annotated[
         str,
-        typer.Option("--dtype", help="auto (as the checkpoint's other parameters), float32, bfloat16 or float16."),
+        typer.Option(
+            "--dtype", help="auto (as the checkpoint's other parameters), float32, bfloat16 or float16."
+        ),
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what lies at --out.")] = False,
     as_json: JsonOption = False,
@@ -53,7 +55,9 @@ def run(
         rows["load with"] = result["load"]
     if "tensors" in result:
         with_tokenizer = "with its tokenizer" if result["tokenizer"] else "without a tokenizer"
-        rows["holds"] = f"{result['tensors']} tensors of architecture {result['architecture']}, {with_tokenizer}"
+        rows["holds"] = (
+            f"{result['tensors']} tensors of architecture {result['architecture']}, {with_tokenizer}"
+        )
     rows["time"] = seconds(time.perf_counter() - start)
     reporter.print(facts(f"Exported {directory}", rows))
     reporter.print_json(result)

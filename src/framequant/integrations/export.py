@@ -73,11 +73,17 @@ def export(
     if format == ExportFormat.SAFETENSORS:
         checkpoint.prepare_output(target, overwrite)
     elif target.exists() and (target.is_dir() or not overwrite):
-        what = "is a directory; give a file name" if target.is_dir() else "exists; overwrite it or choose another"
+        what = (
+            "is a directory; give a file name"
+            if target.is_dir()
+            else "exists; overwrite it or choose another"
+        )
         raise CheckpointError(f"{target} {what}.")
     opened = open_model(str(directory))
     if not opened.quantized:
-        raise ModelSourceError(f"{directory} is not quantized by framequant, so there is nothing to dequantize.")
+        raise ModelSourceError(
+            f"{directory} is not quantized by framequant, so there is nothing to dequantize."
+        )
     kind = next(parameter.dtype for parameter in opened.model.parameters() if parameter.is_floating_point())
     kind = kind if dtype == "auto" else DTYPES[dtype]
     densify_(opened.model, kind)

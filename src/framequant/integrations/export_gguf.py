@@ -118,7 +118,9 @@ def _add_tensors(writer: Any, opened: OpenedModel, architecture: str, interleave
 def to_adjacent_pairs(tensor: Tensor, heads: int) -> Tensor:
     """Rows of q or k, or entries of its bias, from halves of a head (transformers) to adjacent pairs (GGUF)."""
     rows = tensor.shape[0]
-    return tensor.reshape(heads, 2, rows // heads // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    return (
+        tensor.reshape(heads, 2, rows // heads // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    )
 
 
 def _add_tensor(writer: Any, name: str, tensor: Tensor, gguf: Any) -> None:
