@@ -29,15 +29,13 @@ FEW = 60  # tiles of a panel of SmolLM2's q, k and v
 COLUMNS = ("what", "state_bits", "bits", "variant", "tiles", "weights_per_second", "mse", "device", "commit")
 
 
-def variants(state_bits: int, rates: tuple[int, ...]) -> list[dict[str, int | bool]]:
-    """Launch options worth comparing: the default first, then other warps and places of the codebook."""
+def variants(state_bits: int) -> list[dict[str, int]]:
+    """Launch options worth comparing: the default first, then half and twice its warps."""
     from framequant.kernels.viterbi_triton import launch_options
 
-    default = launch_options(state_bits, rates)
+    default = launch_options(state_bits)
     warps = sorted({max(1, min(32, int(default["num_warps"] * f))) for f in (0.5, 1, 2)})
-    places = (True, False) if state_bits <= 14 and len(set(rates)) == 1 else (False,)
-    others = [{"num_warps": w, "RESIDENT": r} for w in warps for r in places]
-    return [default, *(o for o in others if o != default)]
+    return [default, *({"num_warps": w} for w in warps if w != default["num_warps"])]
 
 
 def gpu_rows(state_bits: int, bits: float, tiles: int, repeats: int) -> list[tuple[object, ...]]:
@@ -52,10 +50,10 @@ def gpu_rows(state_bits: int, bits: float, tiles: int, repeats: int) -> list[tup
     targets = values / constants.scale
     weights, free = torch.ones_like(values), torch.full((tiles,), -1, device="cuda")
     oracle = search(targets[:2], levels, rates, backend="torch")
-    for options in variants(state_bits, rates):
-        name = f"triton warps={options['num_warps']} resident={options['RESIDENT']}"
+    for options in variants(state_bits):
+        name = f"triton warps={options['num_warps']}"
 
-        def run(count: int, options: dict[str, int | bool] = options) -> torch.Tensor:
+        def run(count: int, options: dict[str, int] = options) -> torch.Tensor:
             part = slice(count)
             given = (targets[part], weights[part], levels, rates, free[part], state_bits, options)
             return viterbi_triton.search(*given)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ModelSourceError,
         NumericalError,
     )
+    from framequant.frames.harmonic import HarmonicFrame
     from framequant.integrations.export import export
     from framequant.layers import FrameLinear
     from framequant.model.report import QuantizationReport
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from framequant.model.tune_config import TuneConfig, TuningReport
     from framequant.model.walk import Progress, quantize_
     from framequant.pretrained import load, save_pretrained
+    from framequant.quantizers.sigma_delta import SigmaDelta
 
 __version__ = "0.1.0"
 
@@ -43,10 +45,12 @@ _HOMES = {
     "FrameLinear": "layers",
     "FrameQuantConfig": "config",
     "FrameQuantError": "errors",
+    "HarmonicFrame": "frames.harmonic",
     "ModelSourceError": "errors",
     "NumericalError": "errors",
     "Progress": "model.walk",
     "QuantizationReport": "model.report",
+    "SigmaDelta": "quantizers.sigma_delta",
     "TuneConfig": "model.tune_config",
     "TuningReport": "model.tune_config",
     "export": "integrations.export",
@@ -67,10 +71,12 @@ __all__ = [
     "FrameLinear",
     "FrameQuantConfig",
     "FrameQuantError",
+    "HarmonicFrame",
     "ModelSourceError",
     "NumericalError",
     "Progress",
     "QuantizationReport",
+    "SigmaDelta",
     "TuneConfig",
     "TuningReport",
     "export",

@@ -413,6 +413,9 @@ def install_linears(model: nn.Module, entry: QuantizationEntry) -> None:
         if tuple(weight.shape) != shape:
             raise CheckpointError(f"{name}: the checkpoint has {shape}, the model {tuple(weight.shape)}.")
         has_bias = getattr(module, "bias", None) is not None
+        if storage.holds_bias(spec) and not has_bias:
+            raise CheckpointError(f"{name}: the checkpoint has a bias, the model's linear has none.")
+        has_bias = has_bias and not storage.holds_bias(spec)
         model.set_submodule(name, FrameLinear(spec, bias=has_bias, dtype=weight.dtype, device="meta"))
 
 

@@ -9,6 +9,7 @@ Must not import quantizers, layers or models.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,6 +17,7 @@ from enum import Enum, StrEnum
 from typing import Any
 
 from framequant.codes.grid import GridKind, GridSpec, ZeroPoint, closed_loop_clip
+from framequant.codes.sigma_delta import Dual, SigmaDeltaSpec, Step, Vectors, parse_dual, parse_step
 from framequant.codes.trellis import TrellisSpec, rate_pattern
 from framequant.errors import ConfigError, nearest
 from framequant.frames import FrameKind
@@ -29,6 +31,7 @@ class CodeKind(StrEnum):
 
     SCALAR = "scalar"
     TRELLIS = "trellis"
+    SIGMA_DELTA = "sigma_delta"
 
 
 class Allocation(StrEnum):
@@ -62,10 +65,11 @@ class FrameQuantConfig:
             nearest constructible redundancy is used and reported.
         two_sided: the same redundancy on the output side too, as the paper has it; costs ``bits · r²``.
         frame: transform before the code: "fusion" (tight fusion frame after a randomized Hadamard transform),
-            "hadamard" (that transform alone, r = 1), "identity" (none).
-        code: "scalar" or "trellis".
+            "hadamard" (that transform alone, r = 1), "identity" (none); "harmonic" for Sigma-Delta codes only.
+        code: "scalar", "trellis" or "sigma_delta".
         grid: scalar codebook: "min_max", "sigma_clip", "uniform", "lloyd_max", "search".
-        levels: number of scalar levels, 2…16, instead of 2**bits; 5 levels take 7/3 bits.
+        levels: number of scalar levels, 2…16, instead of 2**bits; 5 levels take 7/3 bits. Sigma-Delta: 2K, even,
+            2…256; 2 by default.
         clip_sigmas: half range of the "sigma_clip" grid in standard deviations of a row; None for the range
             that suits error feedback, see ``codes.grid.closed_loop_clip``.
         zero_point: "symmetric", "float" (row mean) or "integer".
@@ -101,6 +105,15 @@ class FrameQuantConfig:
         ignore: regular expressions of module names to leave in float.
         overrides: settings for single linears: a regular expression of module names and the fields to change.
         seed: of the random signs.
+        frame_size_ratio: Sigma-Delta: N/d of the harmonic frame; a weight costs ``N/d · log2(levels)`` bits.
+        order: Sigma-Delta: 1…3; 0 for memoryless codes in the frame.
+        step: Sigma-Delta: "stable", "norm", "mse", or the step itself.
+        dual: Sigma-Delta: the dual frame that decodes, "canonical" or "sobolev".
+        vectors: Sigma-Delta: whether "rows" or "columns" of the weight are expanded in the frame.
+        random_signs: Sigma-Delta: whether coordinates get random signs before the frame; the paper has none, and
+            weights that resemble their neighbours then need a larger step.
+        quantize_bias: Sigma-Delta: whether biases are quantized too.
+        flip_passes: Sigma-Delta: passes of the post-pass that flips codes; 0 for none.
     """
 
     bits: float = 2
@@ -136,6 +149,14 @@ class FrameQuantConfig:
     ignore: tuple[str, ...] = ()
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     seed: int = 0
+    frame_size_ratio: float = 8.0
+    order: int = 1
+    step: Step | float = Step.MSE
+    dual: Dual = Dual.CANONICAL
+    vectors: Vectors = Vectors.ROWS
+    random_signs: bool = True
+    quantize_bias: bool = True
+    flip_passes: int = 0
 
     def __post_init__(self) -> None:
         """Coerce strings to enums and check every field.
@@ -151,6 +172,7 @@ class FrameQuantConfig:
         self._check_types()
         self._check_ranges()
         self._check_contradictions()
+        self._check_sigma_delta()
         for pattern in (*self.include, *self.ignore, *self.overrides):
             _check_pattern(pattern)
         for pattern, changes in self.overrides.items():
@@ -159,16 +181,12 @@ class FrameQuantConfig:
 
     def _check_types(self) -> None:
         for name in (
-            "two_sided",
-            "per_tensor_scale",
-            "clip_coefficients",
-            "recapture",
-            "output_feedback",
-            "row_factors",
+            *("two_sided", "per_tensor_scale", "clip_coefficients", "recapture", "output_feedback"),
+            *("row_factors", "random_signs", "quantize_bias"),
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected true or false.")
-        for name in ("state_bits", "tile_rows", "tile_cols", "output_block", "seed"):
+        for name in ("state_bits", "tile_rows", "tile_cols", "output_block", "seed", "order", "flip_passes"):
             if not _is_int(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected an integer.")
         for name in ("levels", "group_size", "refine_sweeps"):
@@ -228,7 +246,34 @@ class FrameQuantConfig:
                 f"refine_sweeps = {self.refine_sweeps} needs rounding = 'ldlq': 'nearest' takes no Hessian."
             )
 
-    def code_spec(self) -> GridSpec | TrellisSpec:
+    def _check_sigma_delta(self) -> None:
+        object.__setattr__(self, "step", parse_step(self.step))
+        object.__setattr__(self, "dual", parse_dual(self.dual, self.order))
+        if (self.code is CodeKind.SIGMA_DELTA) != (self.frame is FrameKind.HARMONIC):
+            raise ConfigError(
+                f"code = {self.code.value!r} with frame = {self.frame.value!r}: code = 'sigma_delta' and "
+                "frame = 'harmonic' need each other; --preset sigma-delta sets both."
+            )
+        if self.frame_size_ratio < 1:
+            raise ConfigError(
+                f"frame_size_ratio = {self.frame_size_ratio:g}: fewer vectors than dimensions cannot be a frame; the "
+                "least ratio is 1 for odd dimensions and 1 + 1/d for even ones. Use 2 or more."
+            )
+        for pattern, changes in self.overrides.items():
+            if isinstance(changes, Mapping) and changes.get("code", self.code) != self.code:
+                kinds = {str(changes["code"]), self.code.value}
+                if CodeKind.SIGMA_DELTA.value in kinds:
+                    raise ConfigError(
+                        f"override {pattern!r}: Sigma-Delta needs no calibration data and other codes do, so one run "
+                        "cannot do both; ignore these linears instead."
+                    )
+        if self.code is CodeKind.SIGMA_DELTA and self.bits not in (2, math.log2(self.levels or 2)):
+            raise ConfigError(
+                f"bits = {self.bits}: Sigma-Delta codes have levels; for {self.bits:g} bits a code use levels = "
+                f"{round(2**self.bits)}."
+            )
+
+    def code_spec(self) -> GridSpec | TrellisSpec | SigmaDeltaSpec:
         """The code that these settings describe.
 
         Raises:
@@ -243,6 +288,8 @@ class FrameQuantConfig:
                 self.tile_cols,
                 row_factors=self.row_factors,
             )
+        if self.code is CodeKind.SIGMA_DELTA:
+            return SigmaDeltaSpec(2 if self.levels is None else self.levels, self.order, self.vectors)
         levels = self.levels if self.levels is not None else 2 ** int(self.bits)
         return GridSpec(
             kind=self.grid,
@@ -280,6 +327,11 @@ class FrameQuantConfig:
         if self.refine_sweeps is not None:
             return self.refine_sweeps
         return DEFAULT_SWEEPS if self.code is CodeKind.SCALAR and self.rounding is Rounding.LDLQ else 0
+
+    @property
+    def is_data_free(self) -> bool:
+        """Whether quantizing needs no calibration data."""
+        return self.code is CodeKind.SIGMA_DELTA
 
     @property
     def needs_gradients(self) -> bool:
@@ -322,6 +374,7 @@ _ENUMS: dict[str, type[Enum]] = {
     "rounding": Rounding,
     "allocation": Allocation,
     "column_order": ColumnOrder,
+    "vectors": Vectors,
 }
 
 _OPTIONAL = {"clip_sigmas", "refine_sweeps"}
@@ -336,6 +389,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "token_weights": (0, 1),
     "float_targets": (0, 1),
     "residual_targets": (0, 1),
+    "frame_size_ratio": (0, 4096),
+    "flip_passes": (0, 1000),
 }
 
 # The paper does not say whether the 2σ clip comes before the feedback or is the range of its grid. Clamping
@@ -386,6 +441,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "grid": "min_max",
         "zero_point": "integer",
         "refine_sweeps": 0,
+        "rounding": "nearest",
+        "recapture": False,
+        "float_targets": 0.0,
+        "residual_targets": 0.0,
+    },
+    "sigma-delta": {
+        "redundancy": 1.0,
+        "frame": "harmonic",
+        "code": "sigma_delta",
+        "levels": 2,
         "rounding": "nearest",
         "recapture": False,
         "float_targets": 0.0,

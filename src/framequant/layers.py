@@ -57,6 +57,7 @@ class FrameLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self._frames: tuple[FrameOperator, FrameOperator] | None = None
+        self._bias_frame: FrameOperator | None = None
         self._held: dict[torch.dtype, list[Tensor]] | None = None
 
     @classmethod
@@ -90,7 +91,25 @@ class FrameLinear(nn.Module):
         coefficients = reference.analysis(frame_in, inputs)
         products = reference.multiply(coefficients, self._tiles(coefficients.dtype))
         outputs = reference.synthesis(frame_out, products)
-        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+        bias = self.dense_bias(outputs.dtype)
+        return outputs if bias is None else outputs + bias
+
+    def dense_bias(self, dtype: torch.dtype) -> Float[Tensor, " o"] | None:
+        """The bias in ``dtype``, decoded if the code holds it; None if there is none."""
+        if storage.holds_bias(self.spec):
+            if self._bias_frame is None:
+                self._bias_frame = build_frame(storage.bias_frame(self.spec))
+            return storage.decode_bias(self.spec, self.tensors, self._bias_frame, dtype)
+        return None if self.bias is None else self.bias.to(dtype)
+
+    def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
+        """Synthesise the weight once into an ordinary linear: more memory, and no decoding at run time."""
+        bias = self.dense_bias(dtype)
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.dequantize(dtype))
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach().clone())
+        return linear.train(self.training)
 
     def hold_decoded(self, hold: bool) -> None:
         """Keep D̃ decoded between forward passes, or no longer: for a block that is run many times over."""
@@ -155,7 +174,7 @@ def decoded_once(model: nn.Module) -> Iterator[None]:
 
     Results are the same bits; only time and memory differ.
     """
-    layers = [module for module in model.modules() if isinstance(module, FrameLinear)]
+    layers = [m for m in model.modules() if isinstance(m, FrameLinear) and m._held is None]
     place = next(model.parameters())
     size = place.element_size() * sum(math.prod(layer.spec.coefficient_shape) for layer in layers)
     hold = size <= HELD_BYTES.get(place.device.type, HELD_BYTES["cpu"])

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from framequant.codes.grid import GridSpec
+from framequant.codes.sigma_delta import SigmaDeltaSpec
 from framequant.codes.trellis import TrellisSpec
 from framequant.errors import CheckpointError, FrameQuantError
 from framequant.frames import FrameSpec
@@ -21,7 +22,14 @@ from framequant.frames import FrameSpec
 #: Largest number of features of one side of a linear that a checkpoint may claim.
 MAX_FEATURES = 1 << 24
 
-CodeSpec = GridSpec | TrellisSpec
+CodeSpec = GridSpec | TrellisSpec | SigmaDeltaSpec
+
+#: How ``config.json`` names the codes.
+_CODE_TYPES: dict[str, type[CodeSpec]] = {
+    "scalar": GridSpec,
+    "trellis": TrellisSpec,
+    "sigma_delta": SigmaDeltaSpec,
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,10 @@ class LinearSpec:
                 raise CheckpointError(f"{name} = {features!r}: expected an integer from 1 to {MAX_FEATURES}.")
             if frame.dim != features:
                 raise CheckpointError(f"{name} = {features}, but its frame acts on dimension {frame.dim}.")
+        if isinstance(self.code, SigmaDeltaSpec) and 0 < self.code.bias_size < self.out_features:
+            raise CheckpointError(
+                f"bias_size = {self.code.bias_size} vectors cannot span R^{self.out_features}."
+            )
 
     @property
     def num_weights(self) -> int:
@@ -91,7 +103,7 @@ class LinearSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; ``from_dict`` inverts it."""
-        kind = "trellis" if isinstance(self.code, TrellisSpec) else "scalar"
+        kind = next(name for name, code in _CODE_TYPES.items() if isinstance(self.code, code))
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
@@ -132,8 +144,6 @@ def _code_from_dict(data: Any) -> CodeSpec:
         raise CheckpointError(f"code: expected a mapping, found {type(data).__name__}.")
     fields = dict(data)
     kind = fields.pop("type", None)
-    if kind == "scalar":
-        return GridSpec.from_dict(fields)
-    if kind == "trellis":
-        return TrellisSpec.from_dict(fields)
-    raise CheckpointError(f"code: unknown type {kind!r}; this version reads 'scalar' and 'trellis'.")
+    if not isinstance(kind, str) or kind not in _CODE_TYPES:
+        raise CheckpointError(f"code: unknown type {kind!r}; this version reads {', '.join(_CODE_TYPES)}.")
+    return _CODE_TYPES[kind].from_dict(fields)

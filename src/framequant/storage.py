@@ -7,6 +7,7 @@ Names are part of the file format (see ``docs/format.md``)::
     packed_codes  uint8   codes of the coefficient matrix D, (m_out, m_in), packed row by row or tile by tile
     scales        bf16    value of one code step, per row, row group or tensor
     zero_points           in code units, only where the grid has them
+    packed_bias, bias_scale   the bias, only where a Sigma-Delta code holds it
 
 Must not import layers or models.
 """
@@ -19,10 +20,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from framequant.codes import trellis_storage
+from framequant.codes import sigma_delta, trellis_storage
 from framequant.codes.grid import Grid, GridSpec, ZeroPoint, decode, levels
 from framequant.codes.packing import bytes_per_row, unpack_codes
+from framequant.codes.sigma_delta import SigmaDeltaSpec
+from framequant.codes.trellis import TrellisSpec
 from framequant.errors import CheckpointError
+from framequant.frames import FrameKind, FrameOperator, FrameSpec
 from framequant.spec import LinearSpec
 
 #: Rows of D decoded at a time by the reference product, so that no dense matrix stays resident.
@@ -36,6 +40,8 @@ def layout(spec: LinearSpec) -> Layout:
     rows, cols = spec.coefficient_shape
     if isinstance(spec.code, GridSpec):
         return _grid_layout(spec.code, rows, cols)
+    if isinstance(spec.code, SigmaDeltaSpec):
+        return sigma_delta.layout(spec.code, rows, cols)
     return trellis_storage.layout(spec.code, rows, cols)
 
 
@@ -97,10 +103,41 @@ def decode_rows(
         A new tensor (stop - start, m_in) on the tensors' device.
     """
     rows, cols = spec.coefficient_shape
+    if isinstance(spec.code, SigmaDeltaSpec):
+        return sigma_delta.decode_rows(spec.code, tensors, cols, start, stop, dtype)
     if not isinstance(spec.code, GridSpec):
         return trellis_storage.decode_rows(spec.code, tensors, rows, cols, start, stop, dtype)
     codes = unpack_codes(tensors["packed_codes"][start:stop], spec.code.num_levels, cols)
     return decode(codes, stored_grid(spec.code, tensors, start, stop), dtype=dtype)
+
+
+def holds_bias(spec: LinearSpec) -> bool:
+    """Whether the code stores the linear's bias too; it is then no parameter of its own."""
+    return isinstance(spec.code, SigmaDeltaSpec) and spec.code.bias_size > 0
+
+
+def decode_bias(
+    spec: LinearSpec, tensors: Mapping[str, Tensor], frame: FrameOperator, dtype: torch.dtype
+) -> Float[Tensor, " out_features"]:
+    """The bias that a code with ``holds_bias`` stores, synthesised by ``frame``; a new tensor."""
+    assert isinstance(spec.code, SigmaDeltaSpec)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    return frame.synthesis(sigma_delta.decode_bias(spec.code, tensors, work)).to(dtype)
+
+
+def bias_frame(spec: LinearSpec) -> FrameSpec:
+    """The frame in R^out that a quantized bias was expanded in: harmonic, with dual and seed of the weight's frame."""
+    assert isinstance(spec.code, SigmaDeltaSpec)
+    dual = max(spec.frame_in.dual_order, spec.frame_out.dual_order)
+    seed = spec.frame_in.seed or spec.frame_out.seed
+    return FrameSpec(
+        FrameKind.HARMONIC,
+        spec.out_features,
+        num_subspaces=spec.code.bias_size,
+        subspace_dim=1,
+        seed=seed,
+        dual_order=dual,
+    )
 
 
 def stored_grid(grid: GridSpec, tensors: Mapping[str, Tensor], start: int, stop: int) -> Grid:
@@ -120,6 +157,6 @@ def row_tiles(spec: LinearSpec) -> list[tuple[int, int]]:
     """Row ranges in which the reference product decodes D̃, aligned to the code's tiles."""
     rows = spec.coefficient_shape[0]
     step = ROWS_PER_TILE
-    if not isinstance(spec.code, GridSpec):
+    if isinstance(spec.code, TrellisSpec):
         step = max(ROWS_PER_TILE // spec.code.tile_rows, 1) * spec.code.tile_rows
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]

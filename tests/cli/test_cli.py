@@ -181,7 +181,9 @@ def test_settings_come_from_preset_then_file_then_flags(tmp_path, llama_director
     [
         ("Did you mean 'framequant-paper'", ["--preset", "framequant-papr"]),
         ("bits = 9.0: expected a value from 1 to 8", ["--bits", 9]),
-        ("a scalar code has a whole number of bits", ["--bits", 2.5]),
+        ("a scalar code has a whole number of bits", ["--preset", "framequant-scalar", "--bits", 2.5]),
+        ("the budget is 1.0000 bits per weight", ["--bits", 1.0]),
+        ("expected a number from 0 to 1", ["--word-tokenized", 2]),
         ("redundancy = 0.5", ["--redundancy", 0.5]),
         ("Did you mean 'damping'", ["--set", "dampin=1"]),
         ("expected KEY=VALUE", ["--set", "damping"]),
@@ -367,3 +369,30 @@ def test_a_real_interrupt(tmp_path, llama_directory):
     assert process.returncode == 130
     assert "nothing was written" in stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long.txt"]
+
+
+@pytest.mark.parametrize("directory", ["llama_directory", "vit_directory"])
+def test_sigma_delta_needs_no_calibration(directory, request, tmp_path):
+    source, out = request.getfixturevalue(directory), tmp_path / "out"
+    settings = ["--preset", "sigma-delta", "--frame-size-ratio", "4", "--levels", "2", "--device", "cpu"]
+    result = run("quantize", source, "--out", out, *settings)
+    assert result.exit_code == 0, result.stderr
+    assert "plain rounding to nearest at equal bits" in " ".join(result.stdout.split())
+    result = run("inspect", out, "--json")
+    assert result.exit_code == 0, result.stderr
+    shown = json.loads(result.stdout)
+    assert {row["code"] for row in shown["linears"]} == {"2 levels, sigma-delta order 1, rows"}
+    # Four one-bit codes for a weight, and the scales, biases and names that small matrices feel.
+    assert 4 < shown["summary"]["bits_per_weight"] < 6.5
+    fails("nearest is 4", "quantize", source, "--out", tmp_path / "no", *settings[:-4], "--levels", "3")
+    fails(
+        "is impossible for even d",
+        "quantize",
+        source,
+        "--out",
+        tmp_path / "no",
+        "--preset",
+        "sigma-delta",
+        "--frame-size-ratio",
+        "1",
+    )

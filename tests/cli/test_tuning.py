@@ -29,8 +29,9 @@ def test_tuning_is_reported_and_counted(tmp_path, llama_directory, text_file):
     before, after = json.loads(plain.stdout), json.loads(tuned.stdout)
     assert "tuning" not in before
     assert after["tuning"]["loss_after"] < after["tuning"]["loss_before"]
-    assert after["bits_per_weight"] > before["bits_per_weight"]
-    assert after["bytes"]["model_on_disk"] > before["bytes"]["model_on_disk"]
+    report = json.loads((tmp_path / "tuned" / "framequant_report.json").read_text())
+    assert all(entry["bytes"]["row_factors"] == entry["out_features"] for entry in report["linears"])
+    assert after["bits_per_weight"] <= after["budget_bits"] == before["budget_bits"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "tuned"]
     assert "| tuned |" in (tmp_path / "tuned" / "README.md").read_text()
     evaluated = run(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from framequant.codes.packing import bytes_per_row, pack_codes, storage_bits, unpack_codes, word_shape
 from framequant.errors import CheckpointError, ConfigError
 
-ALL_COUNTS = [*range(2, 17), 32, 64, 128, 256]
+ALL_COUNTS = [*range(2, 17), 18, 32, 46, 64, 100, 128, 254, 256]
 
 # Bytes of the row i * 7 % n for i = 0 ... 10, then the top code. They are in files: they never change.
 GOLDEN = {
@@ -106,7 +106,7 @@ def test_words_hold_their_codes_at_little_waste(num_levels: int) -> None:
     assert num_levels**group <= 2**width
     assert storage_bits(num_levels) == width / group
     excess = storage_bits(num_levels) / math.log2(num_levels) - 1
-    assert 0 <= excess <= (0.025 if num_levels == 15 else 0.02)
+    assert 0 <= excess <= (0.05 if num_levels > 16 else 0.025 if num_levels == 15 else 0.02)
 
 
 def test_word_shapes_are_part_of_the_format() -> None:
@@ -125,7 +125,7 @@ def test_word_shapes_are_part_of_the_format() -> None:
     }
 
 
-@pytest.mark.parametrize("num_levels", [-1, 0, 1, 17, 24, 512])
+@pytest.mark.parametrize("num_levels", [-1, 0, 1, 257, 512])
 def test_counts_without_layout_are_refused(num_levels: int) -> None:
     with pytest.raises(ConfigError, match="num_levels"):
         word_shape(num_levels)

@@ -224,7 +224,7 @@ def _reshape(directory):
 
 
 def _retype(directory):
-    _edit_tensors(directory, lambda t: t.update({(k := _first(t, "scales")): t[k].float()}))
+    _edit_tensors(directory, lambda t: t.update({(k := _first(t, "scales")): t[k].half()}))
 
 
 def _extra(directory):
@@ -278,7 +278,7 @@ DAMAGE = {
     _truncate: "truncated|damaged",
     _rename: "packed_codes is missing",
     _reshape: "packed_codes: expected",
-    _retype: "scales: expected BF16",
+    _retype: r"scales: expected (BF16|F32)",
     _extra: "scales_old",
     _drop_norm: "norm",
     _newer: "format_version is 99.*Upgrade",

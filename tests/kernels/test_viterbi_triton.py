@@ -19,18 +19,17 @@ from framequant.kernels import viterbi, viterbi_triton
 torch.manual_seed(0)
 for bits, rates in ((6, (2,)), (6, (1, 2)), (5, (2, 1)), (7, (2, 2, 2, 3)), (6, (1, 3)), (6, (3,))):
     for ring in (False, True):
-        for resident in (True, False) if len(set(rates)) == 1 else (False,):
-            values, weights, table = torch.randn(3, 16), torch.rand(3, 16) + 0.1, torch.randn(1 << bits)
-            values, weights = (x[:, :len(rates) * (16 // len(rates))] for x in (values, weights))
-            ends = torch.tensor([1, 0, 2]) if ring else torch.full((3,), -1)
-            options = {"num_warps": 1, "RESIDENT": resident}
-            fast = viterbi_triton.search(values, weights, table, rates, ends, bits, options)
-            slow = viterbi.search(values, table, rates, overlap=ends, weights=weights, backend="torch")
-            costs = [(weights * (values - table[s.long()]) ** 2).sum(1) for s in (fast, slow)]
-            torch.testing.assert_close(*costs, rtol=1e-4, atol=0)
-            if ring:
-                assert torch.equal(fast[:, 0] >> rates[0], ends.int())
-                assert torch.equal(fast[:, -1] & ((1 << bits - rates[0]) - 1), ends.int())
+        values, weights, table = torch.randn(3, 16), torch.rand(3, 16) + 0.1, torch.randn(1 << bits)
+        values, weights = (x[:, :len(rates) * (16 // len(rates))] for x in (values, weights))
+        ends = torch.tensor([1, 0, 2]) if ring else torch.full((3,), -1)
+        options = {"num_warps": 1}
+        fast = viterbi_triton.search(values, weights, table, rates, ends, bits, options)
+        slow = viterbi.search(values, table, rates, overlap=ends, weights=weights, backend="torch")
+        costs = [(weights * (values - table[s.long()]) ** 2).sum(1) for s in (fast, slow)]
+        torch.testing.assert_close(*costs, rtol=1e-4, atol=0)
+        if ring:
+            assert torch.equal(fast[:, 0] >> rates[0], ends.int())
+            assert torch.equal(fast[:, -1] & ((1 << bits - rates[0]) - 1), ends.int())
 """
 
 COMPILED = """
@@ -42,11 +41,11 @@ types = {"values": "*fp32", "weights": "*fp32", "table": "*fp16", "overlap": "*i
 types["states"] = "*i32"
 types |= dict.fromkeys(("steps", "rates", "period"), "i32")
 for bits, low, high in ((8, 2, 2), (12, 2, 3), (12, 1, 2), (16, 2, 3)):
-    options = viterbi_triton.launch_options(bits, (low, high))
-    constants = {"L": bits, "LOW": low, "HIGH": high, "STRIDE": 1 << bits, "RESIDENT": options["RESIDENT"]}
+    options = viterbi_triton.launch_options(bits)
+    constants = {"L": bits, "LOW": low, "HIGH": high, "STRIDE": 1 << bits}
     signature = types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(viterbi_triton._viterbi, signature, constexprs=constants)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options["num_warps"]})
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options["num_warps"]})
 """
 
 

@@ -83,6 +83,14 @@ def test_padding_takes_no_part():
     assert {one.inputs for one in found.values()} == {int(mask.sum())}
 
 
+def test_an_encoders_padding_has_no_cotangent():
+    hidden = torch.randn(2, 5, 8, requires_grad=True)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]], dtype=torch.bool)
+    loss = gradients.sampled_loss(nn.Identity(), hidden, mask.reshape(-1), torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    assert torch.equal(gradient.abs().sum(-1) > 0, mask)
+
+
 def test_pieces_of_a_batch_add_up_to_the_batch(monkeypatch):
     model, data = make("llama")
     whole = output_gradients(model, [data], names_of(model), inputs=True)

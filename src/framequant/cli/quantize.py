@@ -11,6 +11,7 @@ from framequant.cli.console import Reporter, count, facts, seconds, size
 from framequant.cli.inputs import DEFAULT_SHARE, calibration_tensor, find_calibration
 from framequant.cli.options import DeviceOption, DtypeOption, JsonOption, build_config, choose_device
 from framequant.cli.tuning import Tuning, describe_tuning, request_of, tune_settings
+from framequant.errors import ConfigError
 
 if TYPE_CHECKING:
     from framequant.config import FrameQuantConfig
@@ -24,7 +25,8 @@ EXAMPLES = (
     "framequant quantize timm/deit_tiny_patch16_224 --calibration train/ --out deit-2bit\n\n"
     "framequant quantize HuggingFaceTB/SmolLM2-135M --calibration wiki.txt --redundancy 1.25 --out smol\n\n"
     "framequant quantize smollm2 --calibration wiki.txt --tune 250 --out smol-tuned\n\n"
-    "framequant quantize model.gguf --preset gptq --bits 3 --ignore down_proj --out gptq-3bit"
+    "framequant quantize model.gguf --preset gptq --bits 3 --ignore down_proj --out gptq-3bit\n\n"
+    "framequant quantize timm/deit_tiny_patch16_224 --preset sigma-delta --frame-size-ratio 8 --levels 2 --out deit-sd"
 )
 
 
@@ -39,7 +41,9 @@ def run(
     out: Annotated[Path, typer.Option("--out", help="Directory to write; must not exist or be empty.")],
     preset: Annotated[
         str | None,
-        typer.Option(help="framequant (default), framequant-scalar, framequant-paper, quip, gptq or rtn."),
+        typer.Option(
+            help="framequant (default), framequant-scalar, framequant-paper, quip, gptq, rtn or sigma-delta."
+        ),
     ] = None,
     bits: Annotated[
         float | None,
@@ -89,6 +93,10 @@ def run(
     group_size: Annotated[
         int | None, typer.Option(help="Columns that share a scale; whole rows if not given.")
     ] = None,
+    frame_size_ratio: Annotated[
+        float | None, typer.Option(help="N/d of sigma-delta's frame; a weight costs N/d · log2(levels) bits.")
+    ] = None,
+    levels: Annotated[int | None, typer.Option(help="Levels of a code; sigma-delta: an even number.")] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.yaml", help="Settings from a file; flags win over it.")
     ] = None,
@@ -118,23 +126,29 @@ def run(
         "include": include,
         "damping": damping,
         "group_size": group_size,
+        "frame_size_ratio": frame_size_ratio,
+        "levels": levels,
     }
     reporter = Reporter(as_json)
     chosen = build_config(preset, config, settings or [], flags)
     check_output(out, overwrite, model)
     place = choose_device(device)
     tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed)
+    if tune_config is not None and chosen.is_data_free:
+        raise ConfigError("--tune needs calibration data, and sigma-delta codes use none; leave --tune out.")
     chosen = with_room_for_tuning(chosen) if tune_config else chosen
     request = request_of(model, chosen, calibration, samples, sequence_length, dtype)
     tuning = None if tune_config is None else Tuning(out, tune_config, request)
     source = find_calibration(calibration)
     opened = open_float(model, dtype, place, reporter)
     float_parameters = sum(parameter.numel() for parameter in opened.model.parameters())
-    with reporter.stage("reading the calibration data"):
-        data = calibration_tensor(
-            source, opened, samples, sequence_length, chosen.seed, reporter, word_tokenized
-        )
-    reporter.err.print(f"  {describe_calibration(data)}")
+    data = None
+    if not chosen.is_data_free:
+        with reporter.stage("reading the calibration data"):
+            data = calibration_tensor(
+                source, opened, samples, sequence_length, chosen.seed, reporter, word_tokenized
+            )
+        reporter.err.print(f"  {describe_calibration(data)}")
     if tuning is None:
         report = quantize_model(opened, data, chosen, reporter)
     else:
@@ -191,6 +205,8 @@ def open_float(name: str, dtype: str, device: str, reporter: Reporter) -> Opened
 
 def describe_calibration(data: Any) -> str:
     """The size of the calibration data in words."""
+    if data is None:
+        return "none needed"
     if isinstance(data, list):
         sentences = sum(len(batch["input_ids"]) for batch in data)
         return f"{sentences} sentences ({count(sum(int(b['attention_mask'].sum()) for b in data))} tokens)"
@@ -289,7 +305,12 @@ def summarize(
 def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter: Reporter) -> None:
     """Print the final table and the next command."""
     sizes = summary["bytes"]
-    asked = report.config["redundancy"] ** (2 if report.config["two_sided"] else 1)
+    data_free = report.config["code"] == "sigma_delta"
+    asked = (
+        report.config["frame_size_ratio"]
+        if data_free
+        else report.config["redundancy"] ** (2 if report.config["two_sided"] else 1)
+    )
     worst = [f"{loss:.4f}  {name}" for name, loss in summary["worst_linears"].items()]
     rows = {
         "model": f"{summary['model']} ({summary['model_class']})",
@@ -302,6 +323,7 @@ def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter:
         "whole model": f"{size(sizes['model_float16'])} in 16 bits → {size(sizes['model_on_disk'])} on disk "
         f"(the rest is kept in {report.environment['dtype']})",
         "largest relative loss": "\n".join(worst),
+        **nearest_row(report),
         **({"tuned": describe_tuning(report.tuning)} if report.tuning else {}),
         "time": f"{seconds(summary['seconds'])} on {report.environment['device']}",
         "saved in": summary["out"],
@@ -310,6 +332,19 @@ def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter:
     for warning in _shorten(report.warnings):
         reporter.notice(warning)
     reporter.print(f"Next: {next_command(report, summary['out'])}")
+
+
+def nearest_row(report: QuantizationReport) -> dict[str, str]:
+    """For Sigma-Delta codes: plain rounding at equal bits, beside the weight error; else nothing."""
+    entries = [entry for entry in report.linears if "nearest_at_equal_bits" in entry.details]
+    if not entries:
+        return {}
+    weights = sum(entry.num_weights for entry in entries)
+    own = sum(entry.relative_loss * entry.num_weights for entry in entries) / weights
+    plain = (
+        sum(e.details["nearest_at_equal_bits"]["relative_error"] * e.num_weights for e in entries) / weights
+    )
+    return {"relative weight error": f"{own:.3g}; plain rounding to nearest at equal bits: {plain:.3g}"}
 
 
 def describe_allocation(report: QuantizationReport) -> dict[str, str]:

@@ -4,9 +4,9 @@ A row of codes becomes one little-endian bit stream, padded with zeros to whole 
 bit ``t % 8`` of byte ``t // 8``. The stream consists of *words* of equal width.
 
 * ``num_levels`` a power of two, ``2**b``: each code is one word of ``b`` bits (1 to 8).
-* any other count ``n`` from 3 to 15: each word of ``b`` bits holds ``g`` codes as the mixed-radix integer
+* any other count ``n`` up to 255: each word of ``b`` bits holds ``g`` codes as the mixed-radix integer
   ``code[0] + code[1] * n + ... + code[g-1] * n**(g-1)``; the last word of a row is filled with zero codes.
-  The pair ``(g, b)`` is computed, see ``word_shape``:
+  The pair ``(g, b)`` is computed, see ``word_shape``; up to 16 levels:
 
   ======  ===  ===  ====================  =========
   levels    g    b  bits of storage/code  log2(n)
@@ -50,7 +50,7 @@ def word_shape(num_levels: int) -> tuple[int, int]:
     within 2 % of ``log2 n``; where none is (15 levels), the narrowest of the cheapest.
 
     Args:
-        num_levels: Number of code values, 2 to 16 or a power of two up to 256.
+        num_levels: Number of code values, 2 to 256.
 
     Returns:
         The pair ``(g, b)``, with ``num_levels**g <= 2**b``.
@@ -58,10 +58,8 @@ def word_shape(num_levels: int) -> tuple[int, int]:
     Raises:
         ConfigError: ``num_levels`` has no layout.
     """
-    if num_levels not in range(2, 17) and num_levels not in (32, 64, 128, 256):
-        raise ConfigError(
-            f"num_levels={num_levels} has no byte layout; use 2 to 16, or 32, 64, 128 or 256 levels."
-        )
+    if num_levels not in range(2, 257):
+        raise ConfigError(f"num_levels={num_levels} has no byte layout; use 2 to 256 levels.")
     if num_levels.bit_count() == 1:
         return 1, num_levels.bit_length() - 1
     shapes = [(_codes_per_word(num_levels, b), b) for b in range(2, _MAX_WORD_BITS + 1)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from framequant.evaluation.forward import OnProgress, logits_of
+from framequant.evaluation.forward import OnProgress, logits_of, while_decoded
 from framequant.evaluation.images import LabelledImages, image_batches
 from framequant.integrations.preprocessing import ImageSettings
 
@@ -65,7 +65,7 @@ def accuracy(
     """
     start = time.perf_counter()
     first = five = done = 0
-    for pixels, labels in image_batches(images, settings, batch_size):
+    for pixels, labels in while_decoded(image_batches(images, settings, batch_size), model):
         logits = logits_of(model, pixels)
         best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices.cpu()
         hits = best == labels[:, None]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 #: Rows whose logits are turned to float32 at once.
 ROWS_PER_CHUNK = {"cpu": 256, "cuda": 4096}
 
+_Item = TypeVar("_Item")
 OnProgress = Callable[[int, int], None]
 
 
@@ -64,7 +66,14 @@ def batches(model: nn.Module, windows: Tensor, batch_size: int | None = None) ->
         batch_size = max(1, most)
     logits_of(model, windows[:1, :2])  # builds the frames first, lest they lie between large freed blocks
     return_freed_memory()
-    with decoded_once(model):
-        for batch in windows.split(batch_size):
-            yield batch
-            return_freed_memory()
+    for batch in while_decoded(windows.split(batch_size), model):
+        yield batch
+        return_freed_memory()
+
+
+def while_decoded(items: Iterable[_Item], *models: nn.Module) -> Iterator[_Item]:
+    """Hand items on while the codes of models are held decoded; see ``layers.decoded_once``."""
+    with ExitStack() as held:
+        for model in models:
+            held.enter_context(decoded_once(model))
+        yield from items

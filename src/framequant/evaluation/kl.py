@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from framequant.errors import CalibrationError
-from framequant.evaluation.forward import OnProgress, batches, logits_of, rows_per_chunk
+from framequant.evaluation.forward import OnProgress, batches, logits_of, rows_per_chunk, while_decoded
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def kl_divergence(
         total = len(inputs)
         inputs = batches(model, inputs) if not inputs.is_floating_point() else inputs.split(32)
     sums, squares, same, count, done = 0.0, 0.0, 0, 0, 0
-    for batch in inputs:
+    for batch in while_decoded(inputs, model, reference):
         ours, theirs = logits_of(model, batch), logits_of(reference, batch)
         if ours.shape[-1] != theirs.shape[-1]:
             raise CalibrationError(

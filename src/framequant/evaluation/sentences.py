@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from framequant.errors import CalibrationError, NumericalError
-from framequant.evaluation.forward import OnProgress
+from framequant.evaluation.forward import OnProgress, while_decoded
 from framequant.evaluation.text import read_text
 from framequant.model.calibration import to_device
 
@@ -169,7 +169,7 @@ def embeddings(
     """
     results: list[Tensor] = []
     done = 0
-    for batch in batches:
+    for batch in while_decoded(batches, model):
         hidden = getattr(
             model(**to_device(batch, next(model.parameters()).device)), "last_hidden_state", None
         )

@@ -1,34 +1,43 @@
 """Linear algebra of frames: Parseval analysis operators, which exist, how they are built and applied.
 
 ``choose_frame`` turns a redundancy into a spec, ``build_frame`` turns a spec into an operator: the identity,
-a randomized Hadamard transform, or a tight fusion frame after one, with the conventions of ``operator``.
+a randomized Hadamard transform, a tight fusion frame after one, or a harmonic frame, with the conventions of
+``operator``. Unit-norm tight frames as Sigma-Delta quantization has them are in ``harmonic`` and ``unit_norm``.
 
 No quantization and no ``nn.Module`` in this package; of ours it imports nothing but ``errors``.
 """
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from framequant.frames.choose import choose_frame
+from framequant.frames.dual_stage import DualStage
 from framequant.frames.fusion_frame import FusionFrame
 from framequant.frames.hadamard import RandomizedHadamard
+from framequant.frames.harmonic import HarmonicFrame, frame_size
 from framequant.frames.operator import FrameKind, FrameOperator, FrameSpec, LinearStage, check_last_axis
 from framequant.frames.signs import derive_seed, random_signs
 from framequant.frames.spectral_tetris import tight_fusion_frame_exists
 
 __all__ = [
     "ComposedFrame",
+    "DualStage",
     "FrameKind",
     "FrameOperator",
     "FrameSpec",
     "FusionFrame",
+    "HarmonicFrame",
     "RandomizedHadamard",
     "build_frame",
     "choose_frame",
     "derive_seed",
+    "frame_size",
+    "harmonic_stage",
     "random_signs",
     "tight_fusion_frame_exists",
 ]
@@ -95,6 +104,12 @@ class ComposedFrame:
         return f"ComposedFrame({self.spec})"
 
 
+@functools.lru_cache(maxsize=4)
+def harmonic_stage(spec: FrameSpec) -> DualStage:
+    """The decoder of a harmonic spec; the last few are kept, since a Sobolev dual is worth it."""
+    return DualStage(HarmonicFrame(spec.dim, spec.num_subspaces, spec.seed), spec.dual_order)
+
+
 def build_frame(spec: FrameSpec) -> FrameOperator:
     """Build the operator that a spec describes; equal specs give equal operators.
 
@@ -109,6 +124,8 @@ def build_frame(spec: FrameSpec) -> FrameOperator:
             of these sizes is too large to build.
     """
     stages: list[LinearStage] = []
+    if spec.kind is FrameKind.HARMONIC:
+        return ComposedFrame(spec, (harmonic_stage(spec),))
     if spec.kind is FrameKind.FUSION:
         # The fusion frame first: its refusals come before anything is allocated.
         stages.append(FusionFrame(spec.dim, spec.num_subspaces, spec.subspace_dim))

@@ -35,11 +35,12 @@ MAX_DENSE_ENTRIES = 1 << 28
 
 
 class FrameKind(StrEnum):
-    """Which transform: none, a randomized Hadamard transform, or a fusion frame after one."""
+    """Which transform: none, a randomized Hadamard transform, a fusion frame after one, or a harmonic frame."""
 
     IDENTITY = "identity"
     HADAMARD = "hadamard"
     FUSION = "fusion"
+    HARMONIC = "harmonic"
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,10 @@ class FrameSpec:
     Attributes:
         kind: which transform.
         dim: number of coordinates d, any positive integer.
-        num_subspaces: k; 1 unless ``kind`` is FUSION.
-        subspace_dim: l, even; 0 unless ``kind`` is FUSION.
-        seed: unsigned 64-bit seed of the random signs; unused by IDENTITY.
+        num_subspaces: k; for HARMONIC its N vectors, subspaces of dimension one; else 1.
+        subspace_dim: l, even; for HARMONIC 1; else 0.
+        seed: unsigned 64-bit seed of the random signs; unused by IDENTITY; for HARMONIC, 0 stands for no signs.
+        dual_order: for HARMONIC, the order of the Sobolev dual that synthesises, 0 for the canonical; else 0.
 
     Raises:
         FrameError: if a field has the wrong type or is out of range; the message names the field.
@@ -65,6 +67,7 @@ class FrameSpec:
     num_subspaces: int = 1
     subspace_dim: int = 0
     seed: int = 0
+    dual_order: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, FrameKind):
@@ -73,7 +76,10 @@ class FrameSpec:
         _require_integer("num_subspaces", self.num_subspaces, 1, MAX_DIM)
         _require_integer("subspace_dim", self.subspace_dim, 0, MAX_DIM)
         _require_integer("seed", self.seed, 0, SEED_LIMIT - 1)
-        if self.kind is not FrameKind.FUSION:
+        _require_integer("dual_order", self.dual_order, 0, 3 if self.kind is FrameKind.HARMONIC else 0)
+        if self.kind is FrameKind.HARMONIC:
+            self._check_harmonic()
+        elif self.kind is not FrameKind.FUSION:
             if (self.num_subspaces, self.subspace_dim) != (1, 0):
                 raise FrameError(
                     f"num_subspaces and subspace_dim belong to fusion frames; for kind={self.kind.value!r} "
@@ -85,10 +91,23 @@ class FrameSpec:
                 f"not be {self.num_subspaces} * {self.subspace_dim}."
             )
 
+    def _check_harmonic(self) -> None:
+        least = self.dim + 1 if self.dim % 2 == 0 else self.dim
+        if self.subspace_dim != 1 or not least <= self.num_subspaces <= MAX_COEFFICIENTS:
+            raise FrameError(
+                f"a harmonic frame of R^{self.dim} has subspace_dim 1 and num_subspaces from {least} to "
+                f"{MAX_COEFFICIENTS}, not {self.subspace_dim} and {self.num_subspaces}."
+            )
+        if self.dual_order and self.dim * self.num_subspaces > MAX_DENSE_ENTRIES:
+            raise FrameError(
+                f"the Sobolev dual of {self.num_subspaces} vectors in R^{self.dim} would not fit in memory; "
+                "use the canonical dual."
+            )
+
     @property
     def num_coefficients(self) -> int:
-        """Number of coefficients m: ``num_subspaces * subspace_dim`` for a fusion frame, else ``dim``."""
-        return self.num_subspaces * self.subspace_dim if self.kind is FrameKind.FUSION else self.dim
+        """Number of coefficients m: ``num_subspaces * subspace_dim`` where there are subspaces, else ``dim``."""
+        return self.num_subspaces * self.subspace_dim if self.subspace_dim else self.dim
 
     @property
     def redundancy(self) -> float:
@@ -96,8 +115,11 @@ class FrameSpec:
         return self.num_coefficients / self.dim
 
     def to_dict(self) -> dict[str, int | str]:
-        """Return the fields as JSON-ready values; ``from_dict`` inverts it."""
-        return {**asdict(self), "kind": self.kind.value}
+        """Return the fields as JSON-ready values; ``from_dict`` inverts it. Only harmonic frames name a dual."""
+        values = {**asdict(self), "kind": self.kind.value}
+        if self.kind is not FrameKind.HARMONIC:
+            del values["dual_order"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FrameSpec:

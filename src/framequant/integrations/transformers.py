@@ -109,13 +109,7 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     """Replace every ``FrameLinear`` of a model by the dense ``nn.Linear`` that it is equal to."""
     for name, module in list(model.named_modules()):
         if isinstance(module, FrameLinear):
-            dense = module.dequantize(dtype or torch.get_default_dtype())
-            linear = nn.Linear(
-                module.in_features, module.out_features, module.bias is not None, device="meta"
-            )
-            linear.weight = nn.Parameter(dense)
-            if module.bias is not None:
-                linear.bias = nn.Parameter(module.bias.detach().to(dense.dtype))
+            linear = module.to_linear(dtype or torch.get_default_dtype())
             model.set_submodule(name, linear)
     return model
 

@@ -6,8 +6,8 @@ times, so every step has the same shape. With ``s = (p << low) | b`` and ``p = j
 over ``j`` of ``metric[j, a] + cost(codebook[j, a, b])``, and its result ``[a, b]`` is the next step's ``[j,
 a]``. A thread keeps all ``j`` of its ``a``: the minimum is its own business, and regrouping the result is the
 only traffic between threads, once a step, through shared memory. One ``j`` is worked off after the other,
-which keeps the live values of 2**16 states in registers. The codebook of a pattern of one rate may stay in
-registers (``RESIDENT``) and is read through the caches otherwise, as halves where that is exact.
+which keeps the live values of 2**16 states in registers. The codebook is read through the caches, as halves
+where that is exact: keeping it in registers, where it fits, was no faster (``benchmarks/viterbi_h100.csv``).
 
 The predecessor rides in the low mantissa bits of the metric, so one integer minimum finds both. Words of 32
 bits collect the back-pointers of neighbouring ``b`` and of distant ``a``, which are one thread's too; they go
@@ -74,19 +74,9 @@ def _old(metric, j: tl.constexpr, L: tl.constexpr, LOW: tl.constexpr, HIGH: tl.c
 
 
 @triton.jit
-def _codes(table, L: tl.constexpr, KN: tl.constexpr):
-    """Load the codebook as ``[(a, b), j]``."""
-    pairs: tl.constexpr = 1 << (L - KN)
-    return tl.load(table + (tl.arange(0, 1 << KN)[None, :] * pairs + tl.arange(0, pairs)[:, None]))
-
-
-@triton.jit
-def _codes_of(table, codes, j: tl.constexpr, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexpr,
-              RESIDENT: tl.constexpr):  # fmt: skip
+def _codes(table, j: tl.constexpr, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexpr):
     """Return the codes ``[a, b]`` that follow predecessor ``j``."""
     rows: tl.constexpr = 1 << (L - LOW - KN)
-    if RESIDENT:
-        return tl.reshape(_column(codes, j, rows << LOW, KN), [rows, 1 << LOW])
     a = tl.arange(0, rows)[:, None]
     return tl.load(table + (((j * rows + a) << LOW) + tl.arange(0, 1 << LOW)[None, :]))
 
@@ -107,12 +97,12 @@ def _store_pointers(best, back, L: tl.constexpr, LOW: tl.constexpr, KN: tl.const
 
 
 @triton.jit
-def _advance(metric, table, codes, gain, slope, offset, back, L: tl.constexpr, LOW: tl.constexpr,
-             HIGH: tl.constexpr, KN: tl.constexpr, RESIDENT: tl.constexpr):  # fmt: skip
+def _advance(metric, table, gain, slope, offset, back, L: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+             KN: tl.constexpr):  # fmt: skip
     """Take one step: write its back-pointers and return the next step's metric."""
     rows: tl.constexpr = 1 << (L - LOW - KN)
     for j in tl.static_range(1 << KN):
-        code = _codes_of(table, codes, j, L, LOW, KN, RESIDENT).to(tl.float32)
+        code = _codes(table, j, L, LOW, KN).to(tl.float32)
         old = _old(metric, j, L, LOW, HIGH, KN)
         bits = (old[:, None] + code * (gain * code - slope)).to(tl.int32, bitcast=True)
         bits = (bits & -(1 << KN)) | j
@@ -139,7 +129,7 @@ def _predecessor(node, back, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexp
 @triton.jit(do_not_specialize=["rates", "period"])
 def _viterbi(
     values, weights, table, overlap, back, states, steps, rates, period,
-    L: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, STRIDE: tl.constexpr, RESIDENT: tl.constexpr,
+    L: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """Search one sequence; bit ``t % period`` of ``rates`` says whether step t has ``HIGH`` bits.
 
@@ -150,10 +140,6 @@ def _viterbi(
     weights += tile * steps
     states += tile * steps
     back += tile * steps * STRIDE
-    codes = table
-    if RESIDENT:
-        tl.static_assert(HIGH == LOW, "a resident codebook is laid out for one rate")
-        codes = _codes(table, L, LOW)
     ends = tl.load(overlap + tile).to(tl.int32)
     x = tl.load(values)
     first = tl.where((rates & 1) == 1, HIGH, LOW)
@@ -169,11 +155,11 @@ def _viterbi(
         offset = tl.load(weights + t + 1, mask=more, other=0.0) * following * following
         row = back + t * STRIDE
         if HIGH == LOW:
-            metric = _advance(metric, table, codes, gain, slope, offset, row, L, LOW, HIGH, LOW, RESIDENT)
+            metric = _advance(metric, table, gain, slope, offset, row, L, LOW, HIGH, LOW)
         elif ((rates >> ((t + 1) % period)) & 1) == 1:
-            metric = _advance(metric, table, table, gain, slope, offset, row, L, LOW, HIGH, HIGH, False)
+            metric = _advance(metric, table, gain, slope, offset, row, L, LOW, HIGH, HIGH)
         else:
-            metric = _advance(metric, table, table, gain, slope, offset, row, L, LOW, HIGH, LOW, False)
+            metric = _advance(metric, table, gain, slope, offset, row, L, LOW, HIGH, LOW)
     least = tl.min(tl.min(metric, axis=1), axis=0)
     best = tl.min(tl.min(tl.where(metric == least, node, 1 << L), axis=1), axis=0) >> (first - LOW)
     last = tl.where(ends < 0, best, ends)
@@ -196,10 +182,9 @@ def supports(state_bits: int, rates: tuple[int, ...]) -> bool:
     return len(set(rates)) <= 2 and 2 * max(rates) <= state_bits
 
 
-def launch_options(state_bits: int, rates: tuple[int, ...]) -> dict[str, int | bool]:
-    """Return warps and the place of the codebook: 128 branches a thread and step at 2**16 states."""
-    warps = 1 << max(0, min(5, state_bits - (12 if state_bits > 14 else 11 if state_bits > 13 else 10)))
-    return {"num_warps": warps, "RESIDENT": state_bits <= 14 and len(set(rates)) == 1}
+def launch_options(state_bits: int) -> dict[str, int]:
+    """Return the number of warps: what an H100 was fastest with, up to 512 threads."""
+    return {"num_warps": 1 << max(0, min(4, state_bits - 11))}
 
 
 def _halves(codebook: Tensor) -> Tensor:
@@ -217,7 +202,7 @@ def search(
     rates: tuple[int, ...],
     overlap: Tensor,
     state_bits: int,
-    options: dict[str, int | bool] | None = None,
+    options: dict[str, int] | None = None,
 ) -> Tensor:
     """Return the states of least squared error; arguments as in ``framequant.kernels.viterbi.search``.
 
@@ -231,7 +216,7 @@ def search(
     back = torch.empty((share, steps, stride), dtype=torch.int32, device=values.device)
     pattern = sum((k > low) << i for i, k in enumerate(rates))
     table = _halves(codebook.contiguous())
-    options = options or launch_options(state_bits, rates)
+    options = options or launch_options(state_bits)
     for i in range(0, len(values), share):
         part = slice(i, min(i + share, len(values)))
         with torch.cuda.device_of(values):

@@ -84,12 +84,13 @@ def _signature(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
     return tuple((name, tuple(parameter.shape)) for name, parameter in module.named_parameters())
 
 
-def select_linears(model: nn.Module, blocks: Iterable[str], config: FrameQuantConfig) -> list[str]:
+def select_linears(model: nn.Module, blocks: Iterable[str] | None, config: FrameQuantConfig) -> list[str]:
     """Names of the linears that the config's patterns select.
 
     Args:
         model: the whole model.
-        blocks: names of its blocks; without ``include`` only linears inside them are selected.
+        blocks: names of its blocks; without ``include`` only linears inside them are selected. None for no such
+            restriction.
         config: its ``include``, ``ignore`` and ``overrides``.
 
     Returns:
@@ -108,7 +109,7 @@ def select_linears(model: nn.Module, blocks: Iterable[str], config: FrameQuantCo
         for pattern in patterns:
             if not any(re.search(pattern, name) for name in names):
                 raise ConfigError(f"{kind} pattern {pattern!r} matches no linear. {_examples(names)}")
-    prefixes = tuple(f"{block}." for block in blocks)
+    prefixes = ("",) if blocks is None else tuple(f"{block}." for block in blocks)
     if config.include:
         chosen = [name for name in names if any(re.search(pattern, name) for pattern in config.include)]
     else:

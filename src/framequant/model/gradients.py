@@ -305,6 +305,8 @@ def sampled_loss(
         )
     hidden = first_tensor(list(output.values()) if isinstance(output, Mapping) else [output])
     cotangent = torch.randn(hidden.shape, generator=generator).to(hidden)
+    if mask is not None and mask.numel() == hidden.shape[:-1].numel():  # padding's outputs are nobody's loss
+        cotangent *= mask.reshape(*hidden.shape[:-1], 1).to(hidden)
     return (hidden * cotangent).float().sum()
 
 

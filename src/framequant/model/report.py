@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from framequant.codes.sigma_delta import SigmaDeltaSpec
 from framequant.frames import FrameKind, FrameSpec
 from framequant.quantizers.weight import QuantizedWeight
 from framequant.spec import LinearSpec
@@ -42,6 +43,7 @@ class LinearReport:
         tokens: calibration tokens seen; 0 means that an identity Hessian was used.
         residual_correction: whether the residual stream's deviation was corrected.
         seconds: time spent on this linear's group, divided by the number of its members.
+        details: what only some codes have: Sigma-Delta's overloads, bounds and nearest rounding at equal bits.
     """
 
     name: str
@@ -61,6 +63,7 @@ class LinearReport:
     tokens: int
     residual_correction: bool
     seconds: float
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_weights(self) -> int:
@@ -82,6 +85,7 @@ class QuantizationReport:
         warnings: what a reader should know.
         seconds: wall-clock time of the walk.
         tuning: what tuning did, as ``TuningReport.to_dict`` gives it; empty without tuning.
+        bounds: of the whole network's error, where they are known (Sigma-Delta).
     """
 
     config: dict[str, Any]
@@ -93,6 +97,7 @@ class QuantizationReport:
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     tuning: dict[str, Any] = field(default_factory=dict)
+    bounds: dict[str, Any] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -180,6 +185,9 @@ def config_entry(name: str, spec: LinearSpec, scheme: int = 0) -> dict[str, list
 
 def describe_frame(frame: FrameSpec) -> str:
     """A frame in words."""
+    if frame.kind is FrameKind.HARMONIC:
+        dual = f" sobolev dual of order {frame.dual_order}" if frame.dual_order else ""
+        return f"harmonic N={frame.num_subspaces} N/d={frame.redundancy:.4f}{dual}"
     if frame.kind is FrameKind.FUSION:
         return f"fusion k={frame.num_subspaces} l={frame.subspace_dim} r={frame.redundancy:.4f}"
     return frame.kind.value
@@ -188,6 +196,9 @@ def describe_frame(frame: FrameSpec) -> str:
 def describe_code(spec: LinearSpec) -> str:
     """A code in words."""
     code = spec.code
+    if isinstance(code, SigmaDeltaSpec):
+        kind = f"sigma-delta order {code.order}" if code.order else "memoryless in the frame"
+        return f"{code.num_levels} levels, {kind}, {code.vectors.value}"
     if hasattr(code, "num_levels"):
         scope = "tensor" if code.per_tensor else f"{code.group_size} columns" if code.group_size else "row"
         return f"{code.num_levels} levels, {code.kind.value}, scale per {scope}"

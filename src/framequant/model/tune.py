@@ -142,8 +142,7 @@ class _Run:
         self, tunable: Tunable, loaded: tuple[dict[str, Tensor], dict[str, Any]] | None
     ) -> TuningReport:
         start, saved = time.perf_counter(), time.perf_counter()
-        groups = [{"params": [v], "size": tunable.size(name)} for name, v in tunable.values.items()]
-        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, weight_decay=0.0)
+        optimizer = _optimizer(tunable, self.config)
         untuned = tunable.snapshot()
         at, best = _Position(), untuned
         if loaded is not None:
@@ -236,6 +235,15 @@ class _Run:
 
     def _output(self, model: nn.Module, batch: Any) -> Tensor:
         return output_of(call_model(model, batch), self.kind)
+
+
+def _optimizer(tunable: Tunable, config: TuneConfig) -> torch.optim.AdamW:
+    """AdamW with one group for all values of one size, to which their rate is relative."""
+    groups: dict[float, list[Tensor]] = {}
+    for name, value in tunable.values.items():
+        groups.setdefault(tunable.size(name), []).append(value)
+    parameters = [{"params": values, "size": size} for size, values in groups.items()]
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
 
 
 def _tensors(

@@ -24,6 +24,7 @@ from framequant.model import discovery
 from framequant.model.allocation import allocate_bits, at_rate
 from framequant.model.calibration import as_batches, to_device
 from framequant.model.capture import Seen, add_moments, observe, token_mask
+from framequant.model.data_free import quantize_data_free
 from framequant.model.gradients import OutputGradients, gradients_or_inputs
 from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode
 from framequant.model.report import QuantizationReport, environment, linear_report
@@ -53,7 +54,7 @@ ProgressCallback = Callable[[Progress], None]
 
 def quantize_(
     model: nn.Module,
-    calibration: Any,
+    calibration: Any = None,
     config: FrameQuantConfig | None = None,
     progress: ProgressCallback | None = None,
 ) -> QuantizationReport:
@@ -63,7 +64,8 @@ def quantize_(
 
     Args:
         model: any module with repeated blocks (transformers, timm, your own), with its weights loaded.
-        calibration: batches to run it on, see ``framequant.model.calibration.as_batches``.
+        calibration: batches to run it on, see ``framequant.model.calibration.as_batches``; not used by codes that need
+            none (``config.is_data_free``).
         config: settings; the preset ``framequant`` by default.
         progress: called after every group of linears.
 
@@ -77,6 +79,9 @@ def quantize_(
         NumericalError: NaN or infinity in weights or activations; the linear is named.
     """
     config = config or preset("framequant")
+    if config.is_data_free:
+        report = None if progress is None else lambda *values: progress(Progress(*values))
+        return quantize_data_free(model, config, report)
     batches = as_batches(calibration, next(model.parameters()).device.type)
     dtype = None if config.walk_dtype is None else getattr(torch, config.walk_dtype)
     with inference_mode(model), computed_in(model, dtype):

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from framequant.codes.grid import Grid, GridSpec, clip_to_grid, decode, encode, fit_grid
 from framequant.codes.packing import pack_codes
+from framequant.codes.sigma_delta import SigmaDeltaSpec
 from framequant.codes.trellis import TrellisSpec
+from framequant.errors import ConfigError
 from framequant.kernels.feedback import GridTable, round_block
 from framequant.quantizers.trellis_coder import TrellisCoder
 
@@ -113,9 +115,17 @@ def _stack(grids: Sequence[Grid], rows: Sequence[int]) -> Grid:
 
 
 def make_coder(
-    matrices: Sequence[Float[Tensor, "rows cols"]], spec: GridSpec | TrellisSpec
+    matrices: Sequence[Float[Tensor, "rows cols"]], spec: GridSpec | TrellisSpec | SigmaDeltaSpec
 ) -> ScalarCoder | TrellisCoder:
-    """Fit the code that ``spec`` describes to stacked matrices of coefficients."""
+    """Fit the code that ``spec`` describes to stacked matrices of coefficients.
+
+    Raises:
+        ConfigError: a Sigma-Delta code, which is chosen without a Hessian; see ``sigma_delta_weight``.
+    """
+    if isinstance(spec, SigmaDeltaSpec):
+        raise ConfigError(
+            "Sigma-Delta codes are chosen without calibration data, not by rounding with a Hessian."
+        )
     if isinstance(spec, TrellisSpec):
         return TrellisCoder(matrices, spec)
     return ScalarCoder(matrices, spec)
