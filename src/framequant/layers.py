@@ -9,8 +9,11 @@ Must not import models, checkpoints or integrations.
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,8 +22,13 @@ from torch import Tensor, nn
 
 from framequant import storage
 from framequant.frames import FrameOperator, build_frame
-from framequant.kernels import reference
+from framequant.kernels import cpu, reference
 from framequant.spec import LinearSpec
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 class FrameLinear(nn.Module):
@@ -34,6 +42,11 @@ class FrameLinear(nn.Module):
         bias: whether the layer adds a bias.
         dtype: of the bias; the stored tensors have the dtypes that the format gives them, always.
         device: where the empty tensors are made; ``meta`` for a skeleton to load into.
+
+    Attributes:
+        backend: "auto": compiled CPU kernels where they cover the layer and the inputs, else plain torch;
+            "reference": plain torch always; "triton": GPU kernels too, which no hardware has tested yet. The default
+            is the environment variable ``FRAMEQUANT_BACKEND``, else "auto".
     """
 
     def __init__(
@@ -58,7 +71,9 @@ class FrameLinear(nn.Module):
             self.register_parameter("bias", None)
         self._frames: tuple[FrameOperator, FrameOperator] | None = None
         self._bias_frame: FrameOperator | None = None
-        self._held: dict[torch.dtype, list[Tensor]] | None = None
+        self._held: dict[tuple[torch.dtype, bool], list[Tensor]] | None = None
+        self._prepared: tuple[list[tuple[Tensor, int]], str, Any] | None = None
+        self.backend = os.environ.get("FRAMEQUANT_BACKEND", "auto")
 
     @classmethod
     def from_tensors(
@@ -87,9 +102,18 @@ class FrameLinear(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
         """Apply the layer."""
+        if self.backend == "triton":
+            fast = self._triton(inputs)
+            if fast is not None:
+                return fast
+        plan = self._plan() if self.backend != "reference" and cpu.takes(inputs, self.in_features) else None
+        if plan is not None and cpu.is_few(inputs):
+            return cpu.linear(plan, inputs)
         frame_in, frame_out = self.frames
         coefficients = reference.analysis(frame_in, inputs)
-        products = reference.multiply(coefficients, self._tiles(coefficients.dtype))
+        if plan is not None:
+            coefficients = cpu.arranged(plan, coefficients)
+        products = reference.multiply(coefficients, self._tiles(coefficients.dtype, plan)).to(inputs.dtype)
         outputs = reference.synthesis(frame_out, products)
         bias = self.dense_bias(outputs.dtype)
         return outputs if bias is None else outputs + bias
@@ -115,12 +139,60 @@ class FrameLinear(nn.Module):
         """Keep D̃ decoded between forward passes, or no longer: for a block that is run many times over."""
         self._held = {} if hold else None
 
-    def _tiles(self, dtype: torch.dtype) -> Iterable[Tensor]:
+    def _tiles(self, dtype: torch.dtype, plan: cpu.CpuPlan | None) -> Iterable[Tensor]:
+        tiles = (
+            reference.decoded_tiles(self.spec, self.tensors, dtype)
+            if plan is None
+            else cpu.decoded_tiles(plan, dtype)
+        )
         if self._held is None:
-            return reference.decoded_tiles(self.spec, self.tensors, dtype)
-        if dtype not in self._held:
-            self._held[dtype] = list(reference.decoded_tiles(self.spec, self.tensors, dtype))
-        return self._held[dtype]
+            return tiles
+        key = dtype, plan is None
+        if key not in self._held:
+            self._held[key] = list(tiles)
+        return self._held[key]
+
+    def _plan(self) -> cpu.CpuPlan | None:
+        """Constants of the compiled CPU kernels."""
+        return self._prepare("cpu", cpu.cpu_plan)
+
+    def _triton(self, inputs: Tensor) -> Tensor | None:
+        """The outputs by Triton, or None where it cannot serve."""
+        try:
+            from framequant.kernels import triton_ops
+        except ImportError:
+            _warn_once("backend = 'triton' needs triton, which is not installed; plain torch is used.")
+            return None
+        if torch.compiler.is_compiling() or not triton_ops.takes(inputs, self.in_features):
+            return None
+        plan = self._prepare("triton", triton_ops.triton_plan)
+        if plan is None:
+            _warn_once(f"No Triton kernel covers linears like {self.spec.scheme()}; plain torch is used.")
+            return None
+        if not triton_ops.is_right(plan, self.tensors, self.frames, inputs.dtype):
+            return None
+        return triton_ops.linear(plan, inputs)
+
+    def _prepare(self, kind: str, make: Callable[..., Any]) -> Any:
+        """What ``make`` returns for this layer's tensors, made again when one was replaced or written to."""
+        held = [t for t in (*self._buffers.values(), *self._parameters.values()) if t is not None]
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in held]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held):
+            return None  # no kernel has a derivative for what it holds
+        if self._prepared is not None:
+            before, known, plan = self._prepared
+            if (
+                known == kind
+                and len(before) == len(held)
+                and all(
+                    old is new and count == version
+                    for (old, count), new, version in zip(before, held, versions, strict=True)
+                )
+            ):
+                return plan
+        plan = make(self.spec, self.tensors, self.frames, self.bias)
+        self._prepared = list(zip(held, versions, strict=True)), kind, plan
+        return plan
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o n"]:
         """The dense weight that the layer is equal to, up to rounding of ``dtype``; a new tensor."""
@@ -147,12 +219,16 @@ class FrameLinear(nn.Module):
                 setattr(self, name, before[name].to(device=moved.device))
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: not the prepared constants, which hold addresses."""
+        return {**self.__dict__, "_prepared": None}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> FrameLinear:
         """Copy tensors; the frames are rebuilt from the spec."""
         bias = None if self.bias is None else self.bias.detach()
         tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
         copy = FrameLinear.from_tensors(self.spec, tensors, bias)
-        copy.training = self.training
+        copy.training, copy.backend = self.training, self.backend
         memo[id(self)] = copy
         return copy
 

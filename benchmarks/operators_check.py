@@ -1,0 +1,59 @@
+"""The Triton operators through ``FrameLinear`` on a GPU: error against float64 beside plain torch's, then a graph.
+
+PYTHONPATH=src:. python benchmarks/operators_check.py
+"""
+
+from __future__ import annotations
+
+import torch
+from tests.kernels.test_cpu import CODES, make_layer
+
+SHAPES = ((576, 192), (4096, 4096), (4096, 11008), (11008, 4096))
+
+
+def check(code: object, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
+    from framequant.kernels import triton_ops
+
+    layer = make_layer(code, shape, (1.125, 1.0)).to("cuda")
+    x = torch.randn(tokens, shape[0], device="cuda").to(dtype)
+    layer.backend = "reference"
+    exact = layer(x.double())
+    torchs = float((layer(x).double() - exact).norm() / exact.norm())
+    layer.backend = "triton"
+    error = float((layer(x).double() - exact).norm() / exact.norm())
+    used = isinstance(layer._prepared[2], triton_ops.TritonPlan) and all(triton_ops._verdicts.values())
+    mark = "" if used and error <= 2 * torchs else " !!"
+    print(
+        f"{shape} {type(code).__name__} {tokens} {dtype}: {error:.2e}, torch {torchs:.2e}, used {used}{mark}"
+    )
+
+
+def graph() -> None:
+    layer = make_layer(CODES[0], (4096, 4096), (1.125, 1.0)).to("cuda")
+    layer.backend = "triton"
+    x = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16)
+    with torch.inference_mode():
+        expected = layer(x)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            y = layer(x)
+        captured.replay()
+    torch.cuda.synchronize()
+    print("graph:", "same bits" if torch.equal(y, expected) else "!! differs")
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    jobs = [(CODES[0], shape, tokens, dtype) for shape in SHAPES for tokens in (1, 16, 64)
+            for dtype in (torch.bfloat16, torch.float16)]  # fmt: skip
+    jobs += [(CODES[5], shape, tokens, torch.bfloat16) for shape in SHAPES for tokens in (1, 16)]
+    for job in jobs:
+        try:
+            check(*job)
+        except Exception as error:
+            print(job, "!!", type(error).__name__, str(error)[:200])
+    graph()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""A frame's transform on the CPU, compiled by numba: Kronecker factors, then the fusion frame's block, in float32.
+
+For the few vectors of decoding, where every call of a torch operator costs more than its arithmetic. Constants of
+one direction lie in one float32 array, sizes in one of int64; ``cpu_plan`` makes both. Only ``framequant.kernels``'
+other CPU modules import this one. Imports numba and numpy, no torch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+#: Places in the array of sizes: the three factors, columns and rows of the block as it is stored, number of blocks
+#: (0 for none), coordinates, coefficients.
+FIRST, SECOND, THIRD, BLOCK_IN, BLOCK_OUT, BLOCKS, DIM, COEFFICIENTS = range(8)
+#: Sums may be reordered and contracted; NaN and infinity keep their meaning.
+FAST = {"contract", "reassoc", "nsz", "arcp"}
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _last_axis(source, matrix, result, rows, inner, outer):
+    """``result[r, c] = sum_k source[r, k] * matrix[k, c]``, all flat."""
+    for r in range(rows):
+        to = result[r * outer : (r + 1) * outer]
+        row = source[r * inner : (r + 1) * inner]
+        for c in range(outer):
+            to[c] = np.float32(0)
+        whole = inner - inner % 4
+        for k in range(0, whole, 4):
+            a, b, c2, d = row[k], row[k + 1], row[k + 2], row[k + 3]
+            m0 = matrix[k * outer : (k + 1) * outer]
+            m1 = matrix[(k + 1) * outer : (k + 2) * outer]
+            m2 = matrix[(k + 2) * outer : (k + 3) * outer]
+            m3 = matrix[(k + 3) * outer : (k + 4) * outer]
+            for c in range(outer):
+                to[c] += a * m0[c] + b * m1[c] + c2 * m2[c] + d * m3[c]
+        for k in range(whole, inner):
+            m0 = matrix[k * outer : (k + 1) * outer]
+            for c in range(outer):
+                to[c] += row[k] * m0[c]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _kronecker(x, constants, start, sizes, work):
+    """Multiply the three axes of ``x`` by the factors at ``start``; returns the array that holds the result."""
+    first, second, third = sizes[FIRST], sizes[SECOND], sizes[THIRD]
+    m0 = constants[start : start + first * first]
+    start += first * first
+    m1 = constants[start : start + second * second]
+    start += second * second
+    m2 = constants[start : start + third * third]
+    if first > 1:  # rows of the matrix times rows of x: the same product with the roles exchanged
+        _last_axis(m0, x, work, first, first, second * third)
+        x, work = work, x
+    if second > 1:
+        size = second * third
+        for i in range(first):
+            _last_axis(
+                m1, x[i * size : (i + 1) * size], work[i * size : (i + 1) * size], second, second, third
+            )
+        x, work = work, x
+    if third > 1:
+        _last_axis(x, m2, work, first * second, third, third)
+        x, work = work, x
+    return x
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def analysis(x, constants, sizes):
+    """Coefficients of one vector ``x`` (dim,), which is overwritten; a new array (coefficients,) or ``x``."""
+    dim = sizes[DIM]
+    if sizes[FIRST] == 0:
+        return x
+    for i in range(dim):
+        x[i] *= constants[i]
+    y = _kronecker(x, constants, dim, sizes, np.empty(dim, np.float32))
+    blocks, inner, outer = sizes[BLOCKS], sizes[BLOCK_IN], sizes[BLOCK_OUT]
+    if blocks == 0:
+        return y
+    result = np.empty(blocks * outer, np.float32)
+    _last_axis(y, constants[constants.size - inner * outer :], result, blocks, inner, outer)
+    return result
+
+
+@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def synthesis(u, constants, sizes):
+    """The vector of one row of coefficients ``u`` (coefficients,), which may be overwritten; (dim,)."""
+    dim = sizes[DIM]
+    if sizes[FIRST] == 0:
+        return u
+    blocks, inner, outer = sizes[BLOCKS], sizes[BLOCK_OUT], sizes[BLOCK_IN]
+    if blocks > 0:
+        y = np.empty(dim, np.float32)
+        _last_axis(u, constants[constants.size - inner * outer :], y, blocks, inner, outer)
+        u = y
+    y = _kronecker(u, constants, dim, sizes, np.empty(dim, np.float32))
+    for i in range(dim):
+        y[i] *= constants[i]
+    return y

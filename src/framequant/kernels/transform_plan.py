@@ -1,0 +1,106 @@
+"""A frame's transform as the kernels apply it: three small half-precision matrices, padded, and the signs.
+
+The block of a fusion frame is multiplied into the last Hadamard factor, so analysis and synthesis are a product
+along each axis of a tensor with three axes and nothing else. Must not import layers; imports no triton.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float16, Int8
+from torch import Tensor
+
+from framequant.frames import FrameOperator, FusionFrame, RandomizedHadamard
+
+ROWS = 16  # indices of the first axis that one program makes: the smallest side of a tensor-core tile
+MAX_ELEMENTS = 1 << 15  # padded coordinates of one program
+
+
+@dataclass(frozen=True)
+class TransformPlan:
+    """Matrices and sizes for one direction of a frame's transform.
+
+    Attributes:
+        sizes: (F0, F1, F2_IN, F2_OUT).
+        padded: (P0, P1, P2_IN, P2_OUT), powers of two.
+        signs: (dim,) +1 and -1.
+        matrices: first factor as (rows, P0), second as (P1, P1), third as (P2_IN, P2_OUT), the latter two to
+            multiply from the right; all scaled so that Walsh-Hadamard entries are +1 and -1.
+        norm: what the result is multiplied by.
+    """
+
+    sizes: tuple[int, int, int, int]
+    padded: tuple[int, int, int, int]
+    signs: Int8[Tensor, " dim"]
+    matrices: tuple[Float16[Tensor, "a b"], ...]
+    norm: float
+
+    @property
+    def num_rows(self) -> int:
+        """Programs for one token."""
+        return self.matrices[0].shape[0] // ROWS
+
+
+def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | str) -> TransformPlan | None:
+    """Plan analysis or synthesis of a frame, or None where the kernels do not cover it.
+
+    Covered: randomized Hadamard transforms of up to three factors, and block-diagonal fusion frames after
+    one whose groups lie within the last factor.
+    """
+    stages = getattr(frame, "stages", ())
+    if not stages or not isinstance(stages[0], RandomizedHadamard) or len(stages) > 2:
+        return None
+    hadamard = stages[0]
+    constants = hadamard._constants.originals
+    factors = [constants[f"factor{i}"] * math.sqrt(size) for i, size in enumerate(hadamard.factors)]
+    if len(factors) > 3:
+        return None
+    one = torch.ones(1, 1, dtype=torch.float64)
+    factors = {1: [one, one], 2: [factors[0], one], 3: factors[:2]}[len(factors)] + factors[-1:]
+    if len(stages) == 2:
+        block = _shared_block(stages[1])
+        if block is None or len(factors[2]) % block.shape[1]:
+            return None
+        copies = torch.eye(len(factors[2]) // block.shape[1], dtype=torch.float64)
+        factors[2] = torch.kron(copies, block) @ factors[2]
+    if not analysis:
+        factors = [factor.mT for factor in factors]
+    f2_out, f2_in = factors[2].shape
+    sizes = (len(factors[0]), len(factors[1]), f2_in, f2_out)
+    padded = (_power(sizes[0]), 1 if sizes[1] == 1 else _power(sizes[1]), _power(f2_in), _power(f2_out))
+    if padded[0] * padded[1] * max(padded[2:]) > MAX_ELEMENTS:
+        return None
+    rows = -(-sizes[0] // ROWS) * ROWS
+    matrices = (
+        _pad(factors[0], rows, padded[0]),
+        _pad(factors[1].mT, padded[1], padded[1]),
+        _pad(factors[2].mT, padded[2], padded[3]),
+    )
+    return TransformPlan(
+        sizes,
+        padded,
+        constants["signs"].to(device=device, dtype=torch.int8),
+        tuple(matrix.to(device) for matrix in matrices),
+        1.0 / math.sqrt(hadamard.dim),
+    )
+
+
+def _shared_block(stage: object) -> Tensor | None:
+    """The block of a block-diagonal fusion frame of even dimension."""
+    form = getattr(stage, "_form", None)
+    if not isinstance(stage, FusionFrame) or type(form).__name__ != "_BlockForm" or stage.dim % 2:
+        return None
+    return form._constants.originals["block"]
+
+
+def _power(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _pad(matrix: Tensor, rows: int, cols: int) -> Tensor:
+    padded = torch.zeros((rows, cols), dtype=torch.float16)
+    padded[: matrix.shape[0], : matrix.shape[1]] = matrix.to(torch.float16)
+    return padded

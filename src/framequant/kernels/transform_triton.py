@@ -1,0 +1,100 @@
+"""Analysis and synthesis in one launch each: signs, Hadamard factors and the frame's block, on tensor cores.
+
+A vector of ``F0 * F1 * F2`` coordinates is a tensor with three axes (the middle one may have length 1), and the
+transform multiplies each axis by a small matrix: the last one already holds the block of the fusion frame. One
+program makes ``ROWS`` indices of the first axis for one token, from the whole vector, so a single token keeps
+several multiprocessors busy without any exchange between them. Sizes are padded to powers of two.
+
+The vector is first divided by a power of two near its largest entry, so halves never overflow whatever the
+input's dtype; products accumulate in float32, and where ``LOW`` asks for it an intermediate is the sum of two
+halves. Only ``framequant.kernels.fast`` imports this module. Imports torch and triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from framequant.kernels.triton_support import let_next_start, wait_for_previous
+
+
+@triton.jit
+def _two_halves_dot(t, matrix, LOW: tl.constexpr):
+    """Multiply float32 ``t`` by a half matrix, ``t`` rounded to one half or to the sum of two."""
+    high = t.to(tl.float16)
+    result = tl.dot(high, matrix)
+    if LOW:
+        result = tl.dot((t - high.to(tl.float32)).to(tl.float16), matrix, result)
+    return result
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def transform(
+    x_ptr, signs_ptr, m0_ptr, m1_ptr, m2_ptr, bias_ptr, out_ptr, unit_ptr,
+    tokens, x_stride, part_stride, words, norm,
+    F0: tl.constexpr, F1: tl.constexpr, F2_IN: tl.constexpr, F2_OUT: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2_IN: tl.constexpr, P2_OUT: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, ANALYSIS: tl.constexpr, INTERLEAVE: tl.constexpr,
+    BIAS: tl.constexpr, LOW: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Transform ``tokens`` vectors; see the module's text.
+
+    Analysis: (tokens, F0*F1*F2_IN) of any float dtype to halves (tokens, INTERLEAVE, words), coefficient k in
+    row ``k % INTERLEAVE`` at ``k // INTERLEAVE``, each token divided by the power of two in ``unit``.
+    Synthesis: the sum of PARTS float32 partial results (tokens, F0*F1*F2_IN) to (tokens, F0*F1*F2_OUT), times ``unit``.
+    """
+    let_next_start(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    i0 = tl.arange(0, P0)
+    j = tl.arange(0, P1 * P2_IN)
+    j1, j2 = j // P2_IN, j % P2_IN
+    column = j1 * F2_IN + j2
+    inside = (j1 < F1) & (j2 < F2_IN)
+    source = i0[:, None] * (F1 * F2_IN) + column[None, :]
+    inside = (i0 < F0)[:, None] & inside[None, :]
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    m0 = tl.load(m0_ptr + row[:, None] * P0 + i0[None, :])
+    k2 = tl.arange(0, P2_IN)
+    o2 = tl.arange(0, P2_OUT)
+    m2 = tl.load(m2_ptr + k2[:, None] * P2_OUT + o2[None, :])
+    if ANALYSIS:
+        signs = tl.load(signs_ptr + source, mask=inside, other=0.0).to(tl.float32)
+    wait_for_previous(PDL)
+    x = tl.load(x_ptr + token * x_stride + source, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        x += tl.load(x_ptr + part * part_stride + token * x_stride + source, mask=inside, other=0.0).to(
+            tl.float32
+        )
+    bits = tl.max(tl.max(tl.abs(x), axis=1), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
+    bits = tl.minimum(tl.maximum(bits, 1 << 23), 253 << 23)
+    x = x * (0x7F000000 - bits).to(tl.float32, bitcast=True)
+    if ANALYSIS:
+        x = x * signs
+    high = x.to(tl.float16)
+    t = tl.dot(m0, high)
+    if LOW and not ANALYSIS:
+        t = tl.dot(m0, (x - high.to(tl.float32)).to(tl.float16), t)
+    if F1 > 1:
+        k1 = tl.arange(0, P1)
+        m1 = tl.load(m1_ptr + k1[:, None] * P1 + k1[None, :])
+        t = tl.reshape(tl.trans(tl.reshape(t, [ROWS, P1, P2_IN]), 0, 2, 1), [ROWS * P2_IN, P1])
+        t = _two_halves_dot(t, m1, LOW)
+        t = tl.reshape(tl.trans(tl.reshape(t, [ROWS, P2_IN, P1]), 0, 2, 1), [ROWS * P1, P2_IN])
+    y = _two_halves_dot(t, m2, LOW) * norm
+    i = tl.arange(0, ROWS * P1)
+    o1 = i % P1
+    k = ((tl.program_id(1) * ROWS + i // P1) * F1 + o1)[:, None] * F2_OUT + o2[None, :]
+    valid = ((tl.program_id(1) * ROWS + i // P1 < F0) & (o1 < F1))[:, None] & (o2 < F2_OUT)[None, :]
+    unit = bits.to(tl.float32, bitcast=True)
+    if ANALYSIS:
+        place = (k % INTERLEAVE) * words + k // INTERLEAVE
+        tl.store(out_ptr + token * (INTERLEAVE * words) + place, y.to(tl.float16), mask=valid)
+        if tl.program_id(1) == 0:
+            tl.store(unit_ptr + token, unit)
+    else:
+        unit *= tl.load(unit_ptr + token)
+        y = y * unit * tl.load(signs_ptr + k, mask=valid, other=0.0).to(tl.float32)
+        if BIAS:
+            y += tl.load(bias_ptr + k, mask=valid, other=0.0).to(tl.float32)
+        place = out_ptr + token * (F0 * F1 * F2_OUT) + k
+        tl.store(place, y.to(out_ptr.dtype.element_ty), mask=valid)

@@ -1,0 +1,75 @@
+"""The linear on Triton, through its interpreter, in a process of its own: the switch is read when triton loads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = """
+import warnings
+import torch
+from framequant.kernels import triton_ops
+from tests.kernels.test_cpu import CODES, errors, make_layer
+torch.manual_seed(0)
+for code, features, redundancy, tokens, dtype in (
+    (CODES[0], (576, 192), (1.125, 1.0), 1, torch.bfloat16),
+    (CODES[0], (192, 70), (1.0, 1.0), 17, torch.bfloat16),
+    (CODES[5], (192, 96), (1.125, 1.0), 3, torch.float16),
+):
+    layer = make_layer(code, features, redundancy)
+    layer.backend = "reference"
+    x = torch.randn(tokens, features[0]).to(dtype)
+    exact = layer(x.double())
+    torchs = float((layer(x).double() - exact).norm() / exact.norm())
+    layer.backend = "triton"
+    mine = float((layer(x).double() - exact).norm() / exact.norm())
+    plan = layer._prepared[2]
+    assert isinstance(plan, triton_ops.TritonPlan), plan
+    assert list(triton_ops._verdicts.values())[-1]
+    assert mine <= 2 * torchs, (mine, torchs)
+    assert torch.equal(layer(x.view(tokens, 1, -1))[:, 0], layer(x))
+    print(f"{mine:.2e} {torchs:.2e}")
+    torch.library.opcheck(
+        torch.ops.framequant.product.default,
+        (plan.words, torch.zeros(2, plan.layout.codes_per_word, plan.layout.words).half(), plan.scales,
+         plan.spec.coefficient_shape[0], [int(plan.layout.trellis), plan.layout.bits, plan.layout.multiplier,
+         plan.layout.addend, plan.layout.words, plan.layout.stride], plan.layout.factor, plan.splits),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+layer = make_layer(CODES[0], (192, 70))
+layer.backend = "triton"
+triton_ops._verdicts.clear()
+triton_ops.product_kernel = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    first, second = layer(torch.ones(1, 192).half()), layer(torch.ones(1, 192).half())
+assert sum("plain torch is used" in str(w.message) for w in caught) == 1
+layer.backend = "reference"
+assert torch.allclose(layer(torch.ones(1, 192).half()), first, atol=1e-2) and torch.equal(first, second)
+layer = make_layer(CODES[2])
+layer.backend = "triton"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    layer(torch.ones(1, 100).half()), layer(torch.ones(1, 100).half())
+assert sum("No Triton kernel covers" in str(w.message) for w in caught) == 1
+print("all right")
+"""
+
+
+def test_linears_through_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.strip().endswith("all right")
