@@ -4,7 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint format clean
+DOCS := .venv-docs
+DOCS_READY := $(DOCS)/.ready
+
+.PHONY: demo test test-all lint format docs figures clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,5 +33,16 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+$(DOCS_READY): requirements-docs.lock
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-docs.lock
+	touch $(DOCS_READY)
+
+docs: $(DOCS_READY)  ## the documentation site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+figures: $(DOCS_READY)  ## the figures of the documentation, from the CSV files of this repository
+	$(DOCS)/bin/python docs/make_figures.py
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         NumericalError,
     )
     from framequant.frames.harmonic import HarmonicFrame
+    from framequant.integrations.export import export
     from framequant.integrations.hub import push_to_hub
     from framequant.layers import FrameLinear
     from framequant.model.fake_quant import bake_fake_quant_, prepare_fake_quant_
@@ -55,6 +56,7 @@ _HOMES = {
     "TuneConfig": "model.tune_config",
     "TuningReport": "model.tune_config",
     "bake_fake_quant_": "model.fake_quant",
+    "export": "integrations.export",
     "load": "pretrained",
     "prepare_fake_quant_": "model.fake_quant",
     "preset": "config",
@@ -83,6 +85,7 @@ __all__ = [
     "TuneConfig",
     "TuningReport",
     "bake_fake_quant_",
+    "export",
     "load",
     "prepare_fake_quant_",
     "preset",
