@@ -46,8 +46,9 @@ def table(file: str, columns: str) -> str:
 
 
 def _cell(value: str) -> str:
-    """A number with at most six digits; text as code where it names a setting."""
+    """A number with at most six digits, whole ones in full; anything else as it is, breakable at its colons."""
     try:
-        return f"{float(value):.6g}"
+        number = float(value)
     except ValueError:
-        return f"`{value}`" if re.fullmatch(r"[\w-]+(:\S+)?", value) and value != "float" else value
+        return value.replace(":", ": ")
+    return f"{number:,.0f}" if abs(number) >= 1000 else f"{number:.6g}"
