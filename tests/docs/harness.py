@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,11 @@ def run_page(page: Path, namespace: dict[str, Any] | None = None) -> int:
     for block in blocks(page.read_text(encoding="utf-8")):
         where = f"{page.name}:{block.line}"
         if block.kind == "python":
-            code = "\n" * (block.line - 1) + block.code
-            exec(compile(code, str(page), "exec"), names)
+            code = compile("\n" * (block.line - 1) + block.code, str(page), "exec")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "framequant: ")  # our own notices, which the pages explain
+                if not block.parse_only:
+                    exec(code, names)
             count += 1
         elif block.kind == "bash":
             for command in commands(block.code):
