@@ -179,14 +179,7 @@ class _Walk:
 
     def run(self) -> QuantizationReport:
         start = time.perf_counter()
-        chains = discovery.find_blocks(self.model)
-        self.selected = discovery.select_linears(
-            self.model, [b for names in chains.values() for b in names], self.config
-        )
-        modules = dict(self.model.named_modules())
-        self.total = sum(modules[name].weight.numel() for name in self.selected)
-        self._describe_model(chains)
-        self._prepare()
+        chains = self._begin()
         replay = Replay(self.model, chains, self.batches[0])
         quantized, floating = Stream(replay, self.batches), Stream(replay, self.batches)
         carry = self.config.carries_float_stream
@@ -206,6 +199,17 @@ class _Walk:
         release_decoded(self.model)
         self._finish(time.perf_counter() - start)
         return self.report
+
+    def _begin(self) -> dict[str, list[str]]:
+        """Find blocks and linears, and what needs the whole float model; return the blocks by chain."""
+        chains = discovery.find_blocks(self.model)
+        blocks = [name for names in chains.values() for name in names]
+        self.selected = discovery.select_linears(self.model, blocks, self.config)
+        modules = dict(self.model.named_modules())
+        self.total = sum(modules[name].weight.numel() for name in self.selected)
+        self._describe_model(chains)
+        self._prepare()
+        return chains
 
     def _prepare(self) -> None:
         """What needs the whole float model: gradients, and from them the rate of each linear."""
@@ -236,19 +240,18 @@ class _Walk:
             return replace(config, allocation=Allocation.UNIFORM)
         return at_rate(config, choice.bits, choice.redundancy)
 
-    def _token_weights(self, prefix: str, stage: list[Group], number: int) -> dict[str, Tensor] | None:
-        """Weights of a batch's tokens for each group, of mean one over the whole calibration set."""
+    def _token_weights(self, prefix: str, stage: list[Group]) -> dict[str, list[Tensor]]:
+        """Weights of the tokens of each batch for each group, of mean one over the whole calibration set."""
         power = self.config.token_weights
-        if not power:
-            return None
-        weights = {}
-        for group in stage:
+        weights: dict[str, list[Tensor]] = {}
+        for group in stage if power else []:
             found = [
                 self.gradients[prefix + name] for name in group.linears if prefix + name in self.gradients
             ]
             if found and all(len(one.squares) == len(self.batches) for one in found):
                 powered = [sum(one.squares[i] for one in found) ** power for i in range(len(self.batches))]
-                weights[group.name] = powered[number] / torch.cat(powered).mean()
+                mean = torch.cat(powered).mean()
+                weights[group.name] = [batch / mean for batch in powered]
         return weights
 
     def _quantize_outside(self, replay: Replay) -> None:
@@ -317,6 +320,7 @@ class _Walk:
             group.name: discovery.linear_weight(block.get_submodule(group.name)).shape[1] for group in stage
         }
         totals = {name: Moments(count) for name, count in features.items()}
+        weights = self._token_weights(prefix, stage)
         for number, (call, mask) in enumerate(zip(calls, self.masks, strict=True)):
             add_moments(
                 totals,
@@ -326,7 +330,7 @@ class _Walk:
                 mask,
                 use_drift=self.config.float_targets > 0,
                 use_residual=self.config.residual_targets > 0,
-                token_weights=self._token_weights(prefix, stage, number),
+                token_weights={name: batches[number] for name, batches in weights.items()},
             )
         return totals
 

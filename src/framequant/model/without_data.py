@@ -110,13 +110,7 @@ class _WalkWithoutData(_Walk):
     def run_apart(self) -> QuantizationReport:
         """Quantize every linear by itself, running nothing."""
         start = time.perf_counter()
-        chains = discovery.find_blocks(self.model)
-        blocks = [name for names in chains.values() for name in names]
-        self.selected = discovery.select_linears(self.model, blocks, self.config)
-        modules = dict(self.model.named_modules())
-        self.total = sum(modules[name].weight.numel() for name in self.selected)
-        self._describe_model(chains)
-        self._prepare()
+        self._begin()
         self._quantize_rest()
         self._finish(time.perf_counter() - start)
         return self.report
