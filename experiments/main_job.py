@@ -10,7 +10,8 @@ Vision::
     python experiments/main_job.py ../shared/models/deit_tiny_patch16_224 \\
         --calibration ../shared/data/imagenet/train --imagenet ../shared/data/imagenet/val
 
-Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards; without ``--row``
+Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards and
+``samples=N`` for other than ``--samples``; without ``--row``
 the rows of the issue are run. Every figure is that of the model *reloaded* from disk, and "equal" says whether its
 logits are the in-memory model's, bit for bit.
 """
@@ -23,6 +24,7 @@ import gc
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,14 +57,19 @@ LANGUAGE_ROWS = [
 VISION_ROWS = [*LANGUAGE_ROWS, "framequant-scalar:redundancy=1.25"]
 
 
-def parse_row(row: str) -> tuple[fq.FrameQuantConfig, int]:
-    """The settings of a row, and how many steps its tuning has."""
+def parse_row(row: str) -> tuple[fq.FrameQuantConfig, int, int | None]:
+    """The settings of a row, how many steps its tuning has, and its own number of calibration samples."""
     name, _, settings = row.partition(":")
     values = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in settings.split(",") if part)}
     steps = values.pop("tune", 0)
     if steps:
         values.setdefault("row_factors", name == "framequant")
-    return fq.preset(name, **values), steps
+    samples = values.pop("samples", None)
+    return fq.preset(name, **values), steps, samples
+
+
+#: Calibration data of so many samples, and the seconds that making it took.
+Calibration = Callable[[int | None], tuple[Any, float]]
 
 
 class Evaluator:
@@ -99,8 +106,9 @@ class Evaluator:
         return {"perplexity": round(result.perplexity, 3), "windows": result.windows, "tokens": result.tokens}
 
 
-def run_row(row: str, opened: OpenedModel, data: Any, evaluate: Evaluator) -> dict[str, Any]:
-    config, steps = parse_row(row)
+def run_row(row: str, opened: OpenedModel, calibrate: Calibration, evaluate: Evaluator) -> dict[str, Any]:
+    config, steps, samples = parse_row(row)
+    data, data_seconds = calibrate(samples)
     model = copy.deepcopy(opened.model)
     device = next(model.parameters()).device
     start = time.perf_counter()
@@ -128,6 +136,8 @@ def run_row(row: str, opened: OpenedModel, data: Any, evaluate: Evaluator) -> di
         "bits_per_weight": round(report.bits_per_weight, 4),
         "redundancy": round(report.redundancy, 4),
         **evaluate(loaded),
+        "samples": len(data),
+        "data_seconds": round(data_seconds, 1),
         "quantize_seconds": round(seconds, 1),
         "checkpoint_bytes": size,
         "reload_equal": equal,
@@ -153,7 +163,13 @@ def main(
 ) -> None:
     opened = open_model(model, dtype=dtype, device=choose_device(device))
     reporter = Reporter(False)
-    data = calibration_tensor(find_calibration(calibration), opened, samples, sequence_length, seed, reporter)
+    source = find_calibration(calibration)
+
+    def calibrate(count: int | None) -> tuple[Any, float]:
+        start = time.perf_counter()
+        data = calibration_tensor(source, opened, count or samples, sequence_length, seed, reporter)
+        return data, time.perf_counter() - start
+
     evaluate = Evaluator(opened, perplexity_text, sequence_length, imagenet)
     place = next(opened.model.parameters()).device
     name = (
@@ -173,7 +189,7 @@ def main(
     print(reference, flush=True)
     for text in row or (VISION_ROWS if evaluate.vision else LANGUAGE_ROWS):
         try:
-            result = run_row(text, opened, data, evaluate)
+            result = run_row(text, opened, calibrate, evaluate)
         except fq.FrameQuantError as error:
             result = {"row": text, "error": str(error)}
         if "perplexity" in result:
@@ -185,7 +201,7 @@ def main(
             write(
                 rows,
                 csv_file,
-                {"samples": samples, "seed": seed, "dtype": dtype, "device": name, "commit": commit},
+                {"seed": seed, "dtype": dtype, "device": name, "commit": commit},
             )
 
 

@@ -1,19 +1,25 @@
 r"""Choose settings for language models on held-out calibration windows, never on a test text.
 
-Of a calibration text's windows the first 128 of a seeded permutation calibrate; the others are held out and
-measured in two renderings: as they are, and tokenized the old way (spaces around punctuation, ``@-@``), a stand-in
-for text of another kind than what was calibrated on::
+Calibration takes windows of the first four fifths of a text, whole documents; the last fifth is held out and measured
+in two renderings, beside texts of other kinds::
 
     python experiments/quality/sweep.py smollm2 --calibration ../shared/data/wikitext-2-raw/calibration.txt \\
-        --row "framequant:bits=2,code=trellis,redundancy=1.0" --csv out.csv
+        --judge TEXTS/bible.txt --judge TEXTS/manuals.txt --judge TEXTS/sources.txt \\
+        --row framequant:bits=2,mix=0.5 --csv out.csv
 
-A row is ``preset:key=value,…``; ``mix=0.5`` renders that share of the calibration windows the old way too.
+with TEXTS written by ``experiments/quality/other_texts.py``.
+
+A row is ``preset:key=value,…``. ``mix``, ``layout``, ``random``, ``swapped`` and ``generated`` are shares of the
+calibration windows to write with punctuation apart, that and line breaks of many kinds, to draw from the vocabulary,
+to disturb, and to sample from the model; ``samples`` their number.
 """
 
 from __future__ import annotations
 
 import copy
 import csv
+import random
+import re
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,38 +31,97 @@ import yaml
 
 import framequant as fq
 from framequant.cli.options import choose_device
+from framequant.evaluation.own_text import own_windows
 from framequant.evaluation.perplexity import perplexity
-from framequant.evaluation.renderings import mixed, word_tokenized
+from framequant.evaluation.renderings import word_tokenized
 from framequant.evaluation.text import read_text, tokenize, windows
 from framequant.integrations.sources import open_model
 
+KINDS = ("mix", "layout", "random", "swapped", "generated")
+
 
 class Data:
-    """Calibration and held-out windows of one text."""
+    """Calibration windows from the first four fifths of a text's documents, and texts to judge by.
 
-    def __init__(self, opened: Any, text: str, samples: int, length: int, held: int, seed: int = 0) -> None:
-        self.tokenizer, self.length = opened.require_tokenizer(), length
+    Judged are the last fifth, running and word-tokenized, and texts of other kinds than what calibrates, so that
+    a setting that only fits one is seen.
+    """
+
+    def __init__(
+        self,
+        opened: Any,
+        text: str,
+        samples: int,
+        length: int,
+        held: int,
+        others: list[Path],
+    ) -> None:
+        self.opened, self.tokenizer, self.length = opened, opened.require_tokenizer(), length
         pieces = windows(tokenize(self.tokenizer, text), length)
-        order = torch.from_numpy(np.random.RandomState(seed).permutation(len(pieces)))
-        self.plain = pieces[order[:samples]]
-        rest = pieces[order[samples : samples + held].sort().values]
-        self.texts = {"held": rest, "held_old": self.rendered(rest)}
+        split = len(pieces) * 4 // 5
+        order = torch.from_numpy(np.random.RandomState(0).permutation(split))
+        self.pieces, self.samples = pieces[order], samples
+        rest = self.pieces.new_tensor(pieces[split:].tolist())[:held]
+        self.texts = {
+            "running": rest,
+            "words": self._written(word_tokenized, rest, "\n")[:held],
+        }
+        self.texts |= {file.stem: self._foreign(read_text(file), held) for file in others}
 
-    def rendered(self, pieces: torch.Tensor) -> torch.Tensor:
-        text = "\n".join(word_tokenized(self.tokenizer.decode(piece)) for piece in pieces)
-        return windows(tokenize(self.tokenizer, text), self.length)[: len(pieces)]
+    def _foreign(self, text: str, held: int) -> torch.Tensor:
+        return windows(tokenize(self.tokenizer, text[: held * self.length * 8]), self.length)[:held]
 
-    def calibration(self, mix: float) -> torch.Tensor:
-        return mixed(self.tokenizer, self.plain, mix)
+    def _written(self, write: Any, pieces: torch.Tensor, joint: str) -> torch.Tensor:
+        text = joint.join(write(self.tokenizer.decode(piece)) for piece in pieces)
+        return windows(tokenize(self.tokenizer, text), self.length)
+
+    def calibration(self, samples: int, shares: dict[str, float]) -> torch.Tensor:
+        """``samples`` windows: shares of them written anew, generated, or random; the rest as they are."""
+        plain = self.pieces[:samples]
+        parts, start = [], 0
+        for kind, share in shares.items():
+            count = round(share * samples)
+            part = plain[start : start + count]
+            parts.append(getattr(self, f"_{kind}")(part)[:count])
+            start += count
+        return torch.cat([*parts, plain[start:]])
+
+    def _mix(self, part: torch.Tensor) -> torch.Tensor:
+        return self._written(word_tokenized, part, " \n ")
+
+    def _layout(self, part: torch.Tensor) -> torch.Tensor:
+        draw = random.Random(0)
+        breaks = ["\n", "\n\n", " \n ", "\n\n\n", " \n\n ", "\n \n", " \n\n\n\n "]
+        return self._written(
+            lambda text: re.sub(r" \n ", lambda _: draw.choice(breaks), word_tokenized(text)), part, "\n\n\n"
+        )
+
+    def _random(self, part: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(self.tokenizer.vocab_size, part.shape, generator=generator)
+
+    def _swapped(self, part: torch.Tensor) -> torch.Tensor:
+        """A tenth of the tokens replaced by random ones."""
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.rand(part.shape, generator=generator) < 0.1
+        return torch.where(chosen, self._random(part), part)
+
+    def _generated(self, part: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "own"):
+            start = time.perf_counter()
+            self.own = own_windows(self.opened.model, self.tokenizer, self.samples, self.length)
+            print("written by the model itself:", round(time.perf_counter() - start, 1), "s", flush=True)
+        return self.own[: len(part)]
 
 
 def run_row(row: str, opened: Any, data: Data) -> dict[str, Any]:
     name, _, settings = row.partition(":")
     values = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in settings.split(",") if part)}
-    mix = values.pop("mix", 0.0)
+    samples = values.pop("samples", data.samples)
+    shares = {kind: values.pop(kind) for kind in KINDS if kind in values}
     model = copy.deepcopy(opened.model)
     start = time.perf_counter()
-    report = fq.quantize_(model, data.calibration(mix), fq.preset(name, **values))
+    report = fq.quantize_(model, data.calibration(samples, shares), fq.preset(name, **values))
     seconds = time.perf_counter() - start
     result = {"row": row, "bits": round(report.bits_per_weight, 4), "seconds": round(seconds, 1)}
     for key, text in data.texts.items():
@@ -64,19 +129,27 @@ def run_row(row: str, opened: Any, data: Data) -> dict[str, Any]:
     return result
 
 
+def write(rows: list[dict[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(
     model: str,
     calibration: Annotated[Path, typer.Option()],
     samples: int = 128,
     sequence_length: int = 1024,
-    held: int = 200,
+    held: int = 45,
     device: str = "auto",
     dtype: str = "float32",
     row: Annotated[list[str] | None, typer.Option()] = None,
+    judge: Annotated[list[Path] | None, typer.Option()] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv")] = None,
 ) -> None:
     opened = open_model(model, dtype=dtype, device=choose_device(device))
-    data = Data(opened, read_text(calibration), samples, sequence_length, held)
+    data = Data(opened, read_text(calibration), samples, sequence_length, held, judge or [])
     base = {key: perplexity(opened.model, text).perplexity for key, text in data.texts.items()}
     print(
         {
@@ -95,11 +168,8 @@ def main(
         result.update({f"{key}_ratio": round(result[key] / base[key], 4) for key in base})
         rows.append(result)
         print(result, flush=True)
-    if csv_file and rows:
-        with csv_file.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        if csv_file:
+            write(rows, csv_file)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,10 @@ def run(
             help="Share of a text's windows that is written with its punctuation apart, as many test texts are."
         ),
     ] = DEFAULT_SHARE,
+    generated: Annotated[
+        float | None,
+        typer.Option(help="Share of the calibration windows that the language model writes itself; 0.4."),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: Annotated[
@@ -146,7 +150,7 @@ def run(
     if not chosen.is_data_free:
         with reporter.stage("reading the calibration data"):
             data = calibration_tensor(
-                source, opened, samples, sequence_length, chosen.seed, reporter, word_tokenized
+                source, opened, samples, sequence_length, chosen.seed, reporter, word_tokenized, generated
             )
         reporter.err.print(f"  {describe_calibration(data)}")
     if tuning is None:
