@@ -33,11 +33,11 @@ import framequant as fq
 from framequant.cli.options import choose_device
 from framequant.evaluation.own_text import own_windows
 from framequant.evaluation.perplexity import perplexity
-from framequant.evaluation.renderings import word_tokenized
+from framequant.evaluation.renderings import renamed, word_tokenized
 from framequant.evaluation.text import read_text, tokenize, windows
 from framequant.integrations.sources import open_model
 
-KINDS = ("mix", "layout", "random", "swapped", "generated")
+KINDS = ("mix", "layout", "random", "swapped", "named", "generated")
 
 
 class Data:
@@ -65,6 +65,7 @@ class Data:
         self.texts = {
             "running": rest,
             "words": self._written(word_tokenized, rest, "\n")[:held],
+            "names": self._written(lambda text: renamed(text, random.Random(1)), rest, "\n")[:held],
         }
         self.texts |= {file.stem: self._foreign(read_text(file), held) for file in others}
 
@@ -95,6 +96,10 @@ class Data:
         return self._written(
             lambda text: re.sub(r" \n ", lambda _: draw.choice(breaks), word_tokenized(text)), part, "\n\n\n"
         )
+
+    def _named(self, part: torch.Tensor) -> torch.Tensor:
+        draw = random.Random(0)
+        return self._written(lambda text: renamed(text, draw), part, "\n\n")
 
     def _random(self, part: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)

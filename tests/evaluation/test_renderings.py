@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 
@@ -38,3 +40,14 @@ def test_a_share_of_the_windows_is_written_anew():
 def test_a_share_out_of_range_is_refused():
     with pytest.raises(CalibrationError, match="from 0 to 1"):
         renderings.mixed(make_tokenizer(), torch.zeros(2, 4, dtype=torch.long), 1.5)
+
+
+def test_names_change_everywhere_alike():
+    text = "Soon Anna met Bert, and Anna saw that Bert and the Anna of old were one."
+    found = renderings.renamed(text, random.Random(0))
+    words, before = found.replace(",", "").split(), text.replace(",", "").split()
+    made = {old: new for old, new in zip(before, words, strict=True) if old != new}
+    assert set(made) == {"Anna", "Bert"}
+    assert [made.get(word, word) for word in before] == words
+    assert len(set(made.values())) == 2
+    assert renderings.renamed("no names here", random.Random(0)) == "no names here"

@@ -113,7 +113,7 @@ def calibration_tensor(
     own = _own_share(opened, generated, count)
     parts = []
     if own < count:
-        windows = text.calibration_windows(tokenizer, content, count - own, length, seed)
+        windows = text.calibration_windows(tokenizer, content, count - own, length, seed, own)
         framed = text.is_framed(tokenizer)
         parts.append(windows if framed else renderings.mixed(tokenizer, windows, word_tokenized))
     if own:

@@ -8,6 +8,7 @@ costs nothing on running text (``experiments/quality/README.md``).
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Any
 
@@ -44,6 +45,29 @@ def word_tokenized(text: str) -> str:
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     return text
+
+
+#: Words of running text that may be names: a capital in the middle of a sentence.
+_NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]{2,}\b")
+#: Parts of a made-up name.
+_SYLLABLES = [
+    first + vowel + last
+    for first in "bdfghjklmnprstvwyz"
+    for vowel in "aeiou"
+    for last in ("", "n", "r", "l")
+]
+
+
+def renamed(text: str, draw: random.Random) -> str:
+    """A text whose names are other, made-up names, each the same throughout.
+
+    What a name is can then be read in the text alone: a model has to copy it, letter by letter.
+    """
+    names = sorted(set(_NAME.findall(text)))
+    made = {name: "".join(draw.choices(_SYLLABLES, k=draw.randint(2, 4))).capitalize() for name in names}
+    if not made:
+        return text
+    return re.sub(r"\b(" + "|".join(names) + r")\b", lambda found: made[found[0]], text)
 
 
 def mixed(

@@ -87,12 +87,12 @@ def evaluation_windows(
 
 
 def calibration_windows(
-    tokenizer: Any, text: str, samples: int, sequence_length: int, seed: int = 0
+    tokenizer: Any, text: str, samples: int, sequence_length: int, seed: int = 0, others: int = 0
 ) -> Int[Tensor, "samples length"]:
     """Choose windows of a text for calibration: the first ``samples`` of a seeded permutation of all.
 
     An encoder's tokenizer (one with a class and a separator token) frames each window with these two, within
-    the sequence length.
+    the sequence length. ``others`` windows come from elsewhere; it only changes what the error says.
 
     Raises:
         CalibrationError: the text has fewer windows than samples are asked for; the message says how many.
@@ -106,8 +106,8 @@ def calibration_windows(
     if 0 < available < samples:
         raise CalibrationError(
             f"the calibration text is too short: {len(tokens)} tokens make {available} windows of "
-            f"{sequence_length}, {samples} are asked for ({samples * inner} tokens). Give a longer text, "
-            f"or --samples {available}, or a smaller --sequence-length."
+            f"{sequence_length}, {samples} are asked for ({samples * inner} tokens){_beside(others)}. Give a longer "
+            f"text, or --samples {available * (samples + others) // samples}, or a smaller --sequence-length."
         )
     pieces = windows(tokens, inner)
     order = np.random.RandomState(seed % 2**32).permutation(len(pieces))[:samples]
@@ -116,6 +116,10 @@ def calibration_windows(
         first, last = (torch.full((samples, 1), token) for token in frame)
         chosen = torch.cat([first, chosen, last], dim=1)
     return chosen
+
+
+def _beside(others: int) -> str:
+    return f" beside {others} that the model writes itself (--generated)" if others else ""
 
 
 def is_framed(tokenizer: Any) -> bool:

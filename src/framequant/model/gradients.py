@@ -5,6 +5,10 @@ distribution, whose gradients have the Fisher information as covariance: an erro
 about ``½ δᵀ G δ`` nats of KL divergence, ``G = E[g gᵀ]`` over tokens. A model without logits (an encoder) gets a
 random Gaussian cotangent on its output, for which G measures the squared change of the output instead.
 
+At a confident prediction, a copied name for instance, that loss is flat, and yet the error of a two-bit model can
+leave the flat part. So the pass can be taken where the quantized model will be: with noise of a given size on the
+linears' outputs, and labels from the model without it.
+
 Only activations carry gradients; the weights stay frozen, so the pass costs about two forward passes more.
 
 Must not import layers.
@@ -18,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -96,6 +100,8 @@ class _Pass:
     totals: dict[str, OutputGradients] = field(default_factory=dict)
     mask: Tensor | None = None
     read: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
+    noise: float = 0.0
+    paused: bool = False
 
     def flat(self, tensor: Tensor) -> Tensor:
         flat = tensor.detach().reshape(-1, tensor.shape[-1]).float()
@@ -144,6 +150,7 @@ def output_gradients(
     seed: int = 0,
     inputs: bool = False,
     grams: bool = True,
+    noise: float = 0.0,
 ) -> dict[str, OutputGradients]:
     """Run the model forwards and backwards on every batch and sum the output gradients of its linears.
 
@@ -154,6 +161,7 @@ def output_gradients(
         seed: of the sampled labels.
         inputs: also sum x xᵀ of what the linears read.
         grams: sum whole matrices; without them only ‖g‖² and ‖x‖², for models whose matrices fit nowhere.
+        noise: relative variance of Gaussian noise on the linears' outputs, 0 or more. Labels are the clean model's.
 
     Returns:
         Sums by name; linears that no batch reached are missing.
@@ -163,19 +171,41 @@ def output_gradients(
     """
     state = _Pass(inputs, grams)
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    with _watched(model, names, state), torch.enable_grad(), _fast(model):
+    with _watched(model, names, state), _seeded(model, seed), torch.enable_grad(), _fast(model):
         for state.number, batch in (
             (i, piece) for i, whole in enumerate(batches) for piece in _pieces(whole)
         ):
             state.mask = token_mask(batch)
             state.read.clear()
-            loss = sampled_loss(model, call_model(model, batch), state.mask, generator)
+            labels = _clean_labels(model, batch, state, generator) if noise else None
+            state.noise = noise
+            loss = sampled_loss(model, call_model(model, batch), state.mask, generator, labels)
             if not loss.requires_grad:
                 raise DiscoveryError(
                     f"{type(model).__name__}: its output depends on none of the linears to quantize."
                 )
             loss.backward()
     return state.totals
+
+
+def _clean_labels(model: nn.Module, batch: Any, state: _Pass, generator: torch.Generator) -> Tensor | None:
+    """Labels drawn from what the model says without noise; None for a model without logits."""
+    state.noise, state.paused = 0.0, True
+    with torch.no_grad():
+        logits = _logits(model, call_model(model, batch))
+    state.paused = False
+    if logits is None:
+        return None
+    return torch.cat([_draw(rows, generator) for rows in _rows(logits, state.mask).split(4096)])
+
+
+@contextmanager
+def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Noise from a seed, and the caller's random state as it was."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager
@@ -220,7 +250,12 @@ def _pieces(batch: Any) -> list[Any]:
 
 
 def gradients_or_inputs(
-    model: nn.Module, batches: Sequence[Any], names: Sequence[str], seed: int, inputs: bool
+    model: nn.Module,
+    batches: Sequence[Any],
+    names: Sequence[str],
+    seed: int,
+    inputs: bool,
+    noise: float = 0.0,
 ) -> tuple[dict[str, OutputGradients], str]:
     """``output_gradients``, or the inputs alone where a backward pass is impossible.
 
@@ -237,7 +272,7 @@ def gradients_or_inputs(
         )
     )
     try:
-        return output_gradients(model, batches, names, seed, inputs, fits), note
+        return output_gradients(model, batches, names, seed, inputs, fits, noise), note
     except (RuntimeError, DiscoveryError) as error:
         reason = str(error).splitlines()[0]
     state = _Pass(inputs, fits)
@@ -269,6 +304,8 @@ def _watched(model: nn.Module, names: Sequence[str], state: _Pass, gradients: bo
         parameter.requires_grad_(False)
 
     def after(_module: nn.Module, args: Any, output: Tensor, name: str) -> Tensor:
+        if state.paused:
+            return output
         if state.inputs:
             state.add_input(name, args[0])
         if not gradients:
@@ -276,7 +313,7 @@ def _watched(model: nn.Module, names: Sequence[str], state: _Pass, gradients: bo
         if not output.requires_grad:
             output = output.detach().requires_grad_(True)
         output.register_hook(lambda gradient: state.add(name, gradient))
-        return output
+        return _noisy(output, state.noise) if state.noise else output
 
     handles = [
         model.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: after(m, a, out, name))
@@ -291,18 +328,42 @@ def _watched(model: nn.Module, names: Sequence[str], state: _Pass, gradients: bo
             parameter.requires_grad_(True)
 
 
+def _noisy(output: Tensor, noise: float) -> Tensor:
+    """An output with noise of a share of each token's mean square, as rounding the weights would leave it."""
+    with torch.no_grad():
+        scale = (noise * output.float().square().mean(dim=-1, keepdim=True)).sqrt()
+        error = torch.randn_like(output) * scale.to(output.dtype)
+    return output + error
+
+
+def _rows(logits: Tensor, mask: Tensor | None) -> Float[Tensor, "tokens vocabulary"]:
+    flat = logits.reshape(-1, logits.shape[-1])
+    if mask is not None and mask.numel() == flat.shape[0]:
+        flat = flat[mask.to(flat.device)]
+    return flat
+
+
 def sampled_loss(
-    model: nn.Module, output: Any, mask: Tensor | None, generator: torch.Generator
+    model: nn.Module,
+    output: Any,
+    mask: Tensor | None,
+    generator: torch.Generator,
+    labels: Tensor | None = None,
 ) -> Float[Tensor, ""]:
-    """A scalar whose gradients have the Fisher information as covariance; see the module's text."""
+    """A scalar whose gradients have the Fisher information as covariance; see the module's text.
+
+    Args:
+        labels: class of each token that the mask leaves; drawn from the output itself if None.
+    """
     logits = _logits(model, output)
     if logits is not None:
-        flat = logits.reshape(-1, logits.shape[-1])
-        if mask is not None and mask.numel() == flat.shape[0]:
-            flat = flat[mask.to(flat.device)]
-        return sum(
-            (_label_loss(rows, generator) for rows in flat.split(4096)), start=flat.new_zeros(()).float()
+        flat = _rows(logits, mask)
+        chosen = [None] * len(flat.split(4096)) if labels is None else labels.split(4096)
+        losses = (
+            _label_loss(rows, _draw(rows, generator) if drawn is None else drawn)
+            for rows, drawn in zip(flat.split(4096), chosen, strict=True)
         )
+        return sum(losses, start=flat.new_zeros(()).float())
     hidden = first_tensor(list(output.values()) if isinstance(output, Mapping) else [output])
     cotangent = torch.randn(hidden.shape, generator=generator).to(hidden)
     if mask is not None and mask.numel() == hidden.shape[:-1].numel():  # padding's outputs are nobody's loss
@@ -310,13 +371,16 @@ def sampled_loss(
     return (hidden * cotangent).float().sum()
 
 
-def _label_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    scores = functional.log_softmax(logits.float(), dim=-1)
-    with torch.no_grad():
-        draws = torch.rand(len(scores), 1, generator=generator).to(scores.device)
-        totals = scores.exp().cumsum(dim=-1)
-        labels = (totals < draws * totals[:, -1:]).sum(dim=-1).clamp(max=scores.shape[-1] - 1)
-    return -scores.gather(1, labels[:, None]).sum()
+@torch.no_grad()
+def _draw(logits: Tensor, generator: torch.Generator) -> Int[Tensor, " tokens"]:
+    """A class for each token from the model's own distribution."""
+    draws = torch.rand(len(logits), 1, generator=generator).to(logits.device)
+    totals = logits.float().softmax(dim=-1).cumsum(dim=-1)
+    return (totals < draws * totals[:, -1:]).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+
+
+def _label_loss(logits: Tensor, labels: Int[Tensor, " tokens"]) -> Float[Tensor, ""]:
+    return functional.cross_entropy(logits.float(), labels, reduction="sum")
 
 
 def _logits(model: nn.Module, output: Any) -> Tensor | None:

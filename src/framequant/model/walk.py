@@ -221,7 +221,12 @@ class _Walk:
         if self.progress:
             self.progress(Progress(0, self.total, "gradients of the float model"))
         self.gradients, note = gradients_or_inputs(
-            self.model, self.batches, self.selected, self.config.seed, inputs=allocate
+            self.model,
+            self.batches,
+            self.selected,
+            self.config.seed,
+            inputs=allocate,
+            noise=self.config.gradient_noise,
         )
         if note:
             self.report.warnings.append(note)

@@ -1,0 +1,98 @@
+"""Calibration windows that a model writes itself."""
+
+import pytest
+import torch
+
+from framequant.cli.console import Reporter
+from framequant.cli.inputs import CalibrationSource, calibration_tensor
+from framequant.errors import CalibrationError
+from framequant.evaluation import own_text
+from framequant.evaluation.own_text import own_windows
+from framequant.integrations.sources import OpenedModel
+from tests.conftest import make_llama, make_text, make_tokenizer
+from tests.model.architectures import make
+
+
+def test_windows_follow_the_seed_and_leave_the_random_state_alone():
+    model, tokenizer = make_llama(), make_tokenizer()
+    state = torch.get_rng_state()
+    windows = own_windows(model, tokenizer, 5, 24, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert windows.shape == (5, 24)
+    assert int(windows.min()) >= 0
+    assert int(windows.max()) < model.config.vocab_size
+    assert torch.equal(windows, own_windows(model, tokenizer, 5, 24, seed=3))
+    assert not torch.equal(windows, own_windows(model, tokenizer, 5, 24, seed=4))
+
+
+def test_long_windows_are_several_texts(monkeypatch):
+    monkeypatch.setattr(own_text, "PIECE", 10)
+    seen = []
+    sample = own_text._sample
+    monkeypatch.setattr(own_text, "_sample", lambda *a: seen.append(tuple(a[1].shape)) or sample(*a))
+    assert own_windows(make_llama(), make_tokenizer(), 2, 24).shape == (2, 24)
+    assert seen == [(5, 1)]
+
+
+def test_the_model_says_what_the_windows_hold():
+    model, tokenizer = make_llama(), make_tokenizer()
+    with torch.no_grad():  # a model that repeats itself: the next token is the last one
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        embedding = model.get_input_embeddings().weight
+        embedding.copy_(torch.nn.functional.normalize(embedding, dim=1) * 30)
+        model.lm_head.weight.copy_(embedding)
+    windows = own_windows(model, tokenizer, 4, 12)
+    assert torch.equal(windows, windows[:, :1].expand_as(windows))
+
+
+def test_short_memory_halves_the_batch(monkeypatch):
+    model, tokenizer = make_llama(), make_tokenizer()
+    generate = model.generate
+
+    def limited(tokens, **settings):
+        if len(tokens) > 2:
+            raise torch.OutOfMemoryError
+        return generate(tokens, **settings)
+
+    monkeypatch.setattr(model, "generate", limited)
+    assert own_windows(model, tokenizer, 5, 8).shape == (5, 8)
+
+
+def test_an_encoder_cannot():
+    model, _ = make("bert")
+    with pytest.raises(CalibrationError, match="leave --generated at 0"):
+        own_windows(model, make_tokenizer(), 1, 8)
+
+
+def tensor(opened, text, samples, generated):
+    return calibration_tensor(
+        CalibrationSource(text=text), opened, samples, 16, 0, Reporter(False), generated=generated
+    )
+
+
+@pytest.fixture
+def opened():
+    return OpenedModel(make_llama(), "transformers", "llama", tokenizer=make_tokenizer())
+
+
+@pytest.mark.parametrize("generated", [None, 0.0, 0.25, 1.0])
+def test_a_share_of_the_calibration_is_generated(opened, generated, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        own_text,
+        "own_windows",
+        lambda m, t, count, length, seed: asked.append(count) or torch.zeros(count, length),
+    )
+    found = tensor(opened, make_text(4000), 8, generated)
+    expected = {None: 3, 0.0: 0, 0.25: 2, 1.0: 8}[generated]
+    assert found.shape == (8, 16)
+    assert sum(asked) == expected == int((found == 0).all(dim=1).sum())
+
+
+def test_requests_that_cannot_be_met(opened):
+    with pytest.raises(CalibrationError, match="from 0 to 1"):
+        tensor(opened, make_text(4000), 8, 1.5)
+    with pytest.raises(CalibrationError, match=r"beside \d+ that the model writes itself"):
+        tensor(opened, make_text(40), 1000, 0.5)
