@@ -73,10 +73,10 @@ def run(o, i, code, two, M, dtype=torch.float16, splits=1, **cfg):
     zr = fi.analysis(x.double())
     zz = z.transpose(1, 2).reshape(M, -1)[:, :cols].double() * unit.double()[:, None]
     e1 = (zz - zr).norm() / zr.norm()
-    span = -(-lay.words // splits // 16) * 16
-    u = torch.full((splits, M, rows), float("nan"), device=dev)
     c = {"BR": 64, "BK": 16, "BN": 16, "STAGES": 2}
     c.update(cfg)
+    span = -(-lay.words // splits)  # deliberately no multiple of BK
+    u = torch.full((splits, M, rows), float("nan"), device=dev)
     product[(-(-rows // c["BR"]), splits, -(-M // c["BN"]))](
         w,
         z,

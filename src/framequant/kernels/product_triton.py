@@ -104,13 +104,14 @@ def product(
         z_ptr: halves (tokens, 16 / BITS or 16, words).
         scale_ptr: scales, (rows,) or one.
         u_ptr: float32 (splits, tokens, rows).
-        span: words of a row that one program takes, a multiple of BK.
+        span: words of a row that one program takes; best a multiple of BK.
         factor: value of a unit of the levels that are multiplied.
     """
     let_next_start(PDL)
     codes: tl.constexpr = 16 if TRELLIS else 16 // BITS
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     start = tl.program_id(1) * span
+    stop = tl.minimum(start + span, words)  # the last step may reach into the next program's words
     k = start + tl.arange(0, BK)
     n = tl.program_id(2) * BN + tl.arange(0, BN)
     if PREFETCH > 0:
@@ -125,7 +126,7 @@ def product(
     wait_for_previous(PDL)
     acc = tl.zeros([BR, BN], tl.float32)
     for done in tl.range(0, span, BK, num_stages=STAGES):
-        inside = few & (k[:, None] + done < words)
+        inside = few & (k[:, None] + done < stop)
         there = (k[None, :] + done < stride) & (r >= 0)[:, None]
         w = tl.load(w_at + done, mask=there, other=0)
         if TRELLIS:
