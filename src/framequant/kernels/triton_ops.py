@@ -50,8 +50,8 @@ def analysis(
     z = torch.zeros((x.shape[0], interleave, words), dtype=torch.float16, device=x.device)
     unit = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     transform_kernel[(x.shape[0], matrices[0].shape[0] // ROWS)](
-        x, signs, *matrices, x, z, unit, x.shape[0], x.stride(0), 0, words, norm, *sizes, ROWS=ROWS, PARTS=1,
-        ANALYSIS=True, INTERLEAVE=interleave, BIAS=False, LOW=True, PDL=False,
+        x, signs, *matrices, x, z, unit, unit, x.shape[0], x.stride(0), 0, words, norm, *sizes, ROWS=ROWS, PARTS=1,
+        ANALYSIS=True, INTERLEAVE=interleave, PLANES=False, BIAS=False, LOW=True, PDL=False,
     )  # fmt: skip
     return z, unit
 
@@ -107,8 +107,9 @@ def synthesis(
     splits, tokens, _ = u.shape
     y = torch.empty((tokens, dim), dtype=dtype, device=u.device)
     transform_kernel[(tokens, matrices[0].shape[0] // ROWS)](
-        u, signs, *matrices, u if bias is None else bias, y, unit, tokens, u.stride(1), u.stride(0), 0, norm, *sizes,
-        ROWS=ROWS, PARTS=splits, ANALYSIS=False, INTERLEAVE=1, BIAS=bias is not None, LOW=True, PDL=False,
+        u, signs, *matrices, u if bias is None else bias, y, unit, unit, tokens, u.stride(1), u.stride(0), 0, norm,
+        *sizes, ROWS=ROWS, PARTS=splits, ANALYSIS=False, INTERLEAVE=1, PLANES=False, BIAS=bias is not None, LOW=True,
+        PDL=False,
     )  # fmt: skip
     return y
 
