@@ -14,6 +14,7 @@ from framequant.kernels.product_bytes_triton import byte_product
 from framequant.kernels.product_triton import dequantize, product
 from framequant.kernels.transform_plan import transform_plan
 from framequant.kernels.transform_triton import LAST_BIT, transform
+from framequant.kernels.vector_triton import vector_transform
 from framequant.kernels.words import to_words, word_layout
 from framequant.spec import LinearSpec
 
@@ -73,6 +74,7 @@ class Case:
             self.z = torch.zeros(shape, device=DEVICE, dtype=torch.float16)
         self.unit = torch.ones(tokens, device=DEVICE)
         self.sums = torch.zeros(tokens, self.into.num_rows, device=DEVICE)
+        self.vector_sums = torch.zeros(tokens, self.into.sizes[0], device=DEVICE)
         kind = torch.float16 if tokens > 64 else torch.float32
         self.u = torch.full((splits, tokens, self.rows), float("nan"), device=DEVICE, dtype=kind)
         self.y = torch.full(
@@ -89,7 +91,7 @@ class Case:
         return -(-self.count // span), span
 
     def product(self, copy: int, config: Config, splits: int, span: int, pdl: bool = False,
-                prefetch: bool = False) -> None:  # fmt: skip
+                prefetch: bool = False, vector: bool = False) -> None:  # fmt: skip
         rows, step, columns, stages, warps = config
         lay, tokens, words = self.layout, self.x.shape[0], self.words[copy]
         ahead = min(span, self.count) * words.element_size() // 16 * 16 if prefetch else 0
@@ -97,9 +99,11 @@ class Case:
         tile |= {"num_warps": warps, "launch_pdl": pdl}
         scaled = self.scales.numel() > 1
         if self.as_bytes:
+            sums = self.vector_sums if vector else self.sums
             byte_product[(-(-self.rows // rows), splits, -(-tokens * 4 // columns))](
-                words, self.z, self.sums, self.scales, self.u, self.rows, self.count, words.shape[1], span, tokens,
-                LAST_BIT, (1 << lay.bits) / 2 - 0.5, PARTS=self.into.num_rows, BITS=lay.bits, ROW_SCALES=scaled, **tile,
+                words, self.z, sums, self.scales, self.u, self.rows, self.count, words.shape[1], span, tokens,
+                LAST_BIT, (1 << lay.bits) / 2 - 0.5, PARTS=sums.shape[1],
+                PADDED_PARTS=1 << (sums.shape[1] - 1).bit_length(), BITS=lay.bits, ROW_SCALES=scaled, **tile,
             )  # fmt: skip
             return
         product[(-(-self.rows // rows), splits, -(-tokens // columns))](
@@ -118,6 +122,17 @@ class Case:
             source.stride(-2), source.stride(0) if parts > 1 else 0, self.count, plan.norm, *plan.sizes, *plan.padded,
             ROWS=16, PARTS=parts, ANALYSIS=analysis, INTERLEAVE=self.interleave if analysis else 1,
             PLANES=analysis and self.as_bytes, BIAS=False, LOW=low, PDL=pdl, num_warps=warps, launch_pdl=pdl,
+        )  # fmt: skip
+
+    def vector(self, analysis: bool, parts: int = 1, pdl: bool = False, warps: int = 4) -> None:
+        """Analysis or synthesis with one program for each index of the first axis."""
+        plan = self.into if analysis else self.out
+        source, target = (self.x, self.z) if analysis else (self.u, self.y)
+        vector_transform[(self.x.shape[0], plan.sizes[0])](
+            source, plan.signs, *plan.matrices, source, target, self.unit, self.vector_sums, self.x.shape[0],
+            source.stride(-2), source.stride(0) if parts > 1 else 0, self.count, plan.norm, *plan.sizes, *plan.padded,
+            PARTS=parts, ANALYSIS=analysis, INTERLEAVE=self.interleave if analysis else 1,
+            PLANES=analysis and self.as_bytes, BIAS=False, PDL=pdl, num_warps=warps, launch_pdl=pdl,
         )  # fmt: skip
 
     def panel(self, copy: int, start: int, stop: int, panel: torch.Tensor, rows: int, step: int) -> None:

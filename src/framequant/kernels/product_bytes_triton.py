@@ -41,7 +41,7 @@ def byte_codes(bytes_, INDEX: tl.constexpr, BITS: tl.constexpr):
 def byte_product(
     bytes_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
     rows, count, stride, span, tokens, factor, zero,
-    PARTS: tl.constexpr, BITS: tl.constexpr, ROW_SCALES: tl.constexpr,
+    PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BITS: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
@@ -64,6 +64,7 @@ def byte_product(
     stop = tl.minimum(start + span, count)
     k = start + tl.arange(0, BK)
     column = tl.program_id(2) * BN + tl.arange(0, BN)
+    token = tl.program_id(2) * (BN // 4) + tl.arange(0, BN // 4)
     row_at = bytes_ptr + tl.minimum(r, rows - 1).to(tl.int64) * stride
     if PREFETCH > 0:
         prefetch(row_at + start, PREFETCH)
@@ -74,23 +75,30 @@ def byte_product(
         scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
     else:
         scale = tl.load(scale_ptr + r * 0).to(tl.float32)
+    first = tl.load(b_at, mask=(k[None, :] < stride) & (r >= 0)[:, None], other=0)  # needs no coefficients yet
     wait_for_previous(PDL)
+    inside = used & (k[:, None] < stop)
+    first_z = ()
+    for i in tl.static_range(codes):
+        first_z += (tl.load(z_at + i * count, mask=inside, other=0),)
     acc = tl.zeros([BR, BN], tl.int32)
-    for done in tl.range(0, span, BK, num_stages=STAGES):
+    for done in tl.range(BK, span, BK, num_stages=STAGES):
         inside = used & (k[:, None] + done < stop)
         b = tl.load(b_at + done, mask=(k[None, :] + done < stride) & (r >= 0)[:, None], other=0)
         for i in tl.static_range(codes):
             z = tl.load(z_at + (i * count + done), mask=inside, other=0)
             acc = tl.dot(byte_codes(b, i, BITS), z, acc, out_dtype=tl.int32)
+    for i in tl.static_range(codes):
+        acc = tl.dot(byte_codes(first, i, BITS), first_z[i], acc, out_dtype=tl.int32)
     plane = tl.arange(0, BN) % 4
     worth = tl.where(plane == 0, factor, tl.where(plane == 1, factor * 256.0, factor * 65536.0))
     value = acc.to(tl.float32) * worth[None, :]
     u = tl.sum(tl.reshape(value, [BR, BN // 4, 4]), axis=2)
-    token = tl.program_id(2) * (BN // 4) + tl.arange(0, BN // 4)
     if tl.program_id(1) == 0:
-        for part in tl.static_range(PARTS):
-            total = tl.load(sum_ptr + token * PARTS + part, mask=token < tokens, other=0.0)
-            u -= (zero * total)[None, :]
+        part = tl.arange(0, PADDED_PARTS)
+        there = (token < tokens)[:, None] & (part < PARTS)[None, :]
+        totals = tl.load(sum_ptr + token[:, None] * PARTS + part[None, :], mask=there, other=0.0)
+        u -= (zero * tl.sum(totals, axis=1))[None, :]
     u *= scale[:, None]
     u_at = u_ptr + ((tl.program_id(1) * tokens + token).to(tl.int64) * rows)[None, :] + r[:, None]
     tl.store(u_at, u, mask=(token < tokens)[None, :] & (r < rows)[:, None])

@@ -21,7 +21,7 @@ from framequant.kernels.triton_support import let_next_start, wait_for_previous
 
 
 @triton.jit
-def _two_halves_dot(t, matrix, LOW: tl.constexpr):
+def two_halves_dot(t, matrix, LOW: tl.constexpr):
     """Multiply float32 ``t`` by a half matrix, ``t`` rounded to one half or to the sum of two."""
     high = t.to(tl.float16)
     result = tl.dot(high, matrix)
@@ -35,7 +35,7 @@ LAST_BIT = 2.0**-22
 
 
 @triton.jit
-def _store_planes(place, y, size, mask):
+def store_planes(place, y, size, mask):
     """Write ``y``, in [-1, 1], as three balanced digits of eight bits; return the integers as float32."""
     shifted = y * 4194304.0 + 12582912.0  # in [2**23, 2**24), where a float32 is an integer
     v = shifted.to(tl.int32, bitcast=True) - 0x4B400000
@@ -102,9 +102,9 @@ def transform(
         k1 = tl.arange(0, P1)
         m1 = tl.load(m1_ptr + k1[:, None] * P1 + k1[None, :])
         t = tl.reshape(tl.trans(tl.reshape(t, [ROWS, P1, P2_IN]), 0, 2, 1), [ROWS * P2_IN, P1])
-        t = _two_halves_dot(t, m1, LOW)
+        t = two_halves_dot(t, m1, LOW)
         t = tl.reshape(tl.trans(tl.reshape(t, [ROWS, P2_IN, P1]), 0, 2, 1), [ROWS * P1, P2_IN])
-    y = _two_halves_dot(t, m2, LOW) * norm
+    y = two_halves_dot(t, m2, LOW) * norm
     i = tl.arange(0, ROWS * P1)
     o1 = i % P1
     k = ((tl.program_id(1) * ROWS + i // P1) * F1 + o1)[:, None] * F2_OUT + o2[None, :]
@@ -114,7 +114,7 @@ def transform(
         unit = tl.where(length < float("inf"), unit * power.to(tl.float32, bitcast=True), float("nan"))
         size = INTERLEAVE * words
         place = out_ptr + token * (4 * size) + (k % INTERLEAVE) * words + k // INTERLEAVE
-        total = tl.sum(tl.sum(_store_planes(place, y, size, valid), axis=1), axis=0)
+        total = tl.sum(tl.sum(store_planes(place, y, size, valid), axis=1), axis=0)
         tl.store(sum_ptr + token * tl.num_programs(1) + tl.program_id(1), total * 2.384185791015625e-07)
         if tl.program_id(1) == 0:
             tl.store(unit_ptr + token, unit)
