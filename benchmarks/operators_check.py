@@ -12,7 +12,7 @@ SHAPES = ((576, 192), (4096, 4096), (4096, 11008), (11008, 4096))
 
 
 def check(code: object, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
-    from framequant.kernels import triton_ops
+    from framequant.kernels import triton_linear
 
     layer = make_layer(code, shape, (1.125, 1.0)).to("cuda")
     x = torch.randn(tokens, shape[0], device="cuda").to(dtype)
@@ -21,7 +21,7 @@ def check(code: object, shape: tuple[int, int], tokens: int, dtype: torch.dtype)
     torchs = float((layer(x).double() - exact).norm() / exact.norm())
     layer.backend = "triton"
     error = float((layer(x).double() - exact).norm() / exact.norm())
-    used = isinstance(layer._prepared[2], triton_ops.TritonPlan) and all(triton_ops._verdicts.values())
+    used = isinstance(layer._prepared[2], triton_linear.TritonPlan) and all(triton_linear._verdicts.values())
     mark = "" if used and error <= 2 * torchs else " !!"
     print(
         f"{shape} {type(code).__name__} {tokens} {dtype}: {error:.2e}, torch {torchs:.2e}, used {used}{mark}"
