@@ -20,7 +20,7 @@ from kernel_cases import DEVICE, SCALAR, TRELLIS, Case
 SIZES = (1024, 2048, 4096, 8192, 11008)
 SPLITS = (1, 3, 4)
 KINDS = {"bytes": (SCALAR, True, 128), "halves": (SCALAR, False, 64), "trellis": (TRELLIS, False, 32)}
-LIMIT = 1e-5
+LIMIT = 1e-4  # half of what rounding a result to a half costs
 GPU = DEVICE == "cuda"
 
 

@@ -98,18 +98,18 @@ class Case:
         tile = {"BR": rows, "BK": step, "BN": columns, "STAGES": stages, "PDL": pdl, "PREFETCH": ahead}
         tile |= {"num_warps": warps, "launch_pdl": pdl}
         scaled = self.scales.numel() > 1
+        sums = self.vector_sums if vector else self.sums
+        tile |= {"PARTS": sums.shape[1], "PADDED_PARTS": 1 << (sums.shape[1] - 1).bit_length()}
         if self.as_bytes:
-            sums = self.vector_sums if vector else self.sums
             byte_product[(-(-self.rows // rows), splits, -(-tokens * 4 // columns))](
                 words, self.z, sums, self.scales, self.u, self.rows, self.count, words.shape[1], span, tokens,
-                LAST_BIT, (1 << lay.bits) / 2 - 0.5, PARTS=sums.shape[1],
-                PADDED_PARTS=1 << (sums.shape[1] - 1).bit_length(), BITS=lay.bits, ROW_SCALES=scaled, **tile,
+                LAST_BIT, (1 << lay.bits) / 2 - 0.5, BITS=lay.bits, ROW_SCALES=scaled, **tile,
             )  # fmt: skip
             return
         product[(-(-self.rows // rows), splits, -(-tokens // columns))](
-            words, self.z, self.scales, self.u, self.rows, self.count, lay.stride, span, tokens, lay.factor,
-            TRELLIS=lay.trellis, BITS=lay.bits, MULTIPLIER=lay.multiplier, ADDEND=lay.addend, CENTRED=True,
-            ROW_SCALES=scaled, **tile,
+            words, self.z, sums, self.scales, self.u, self.rows, self.count, lay.stride, span, tokens, lay.factor,
+            TRELLIS=lay.trellis, BITS=lay.bits, MULTIPLIER=lay.multiplier, ADDEND=lay.addend,
+            CENTRED=not lay.trellis, ROW_SCALES=scaled, **tile,
         )  # fmt: skip
 
     def transform(

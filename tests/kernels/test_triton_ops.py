@@ -18,7 +18,7 @@ from tests.kernels.test_cpu import CODES, errors, make_layer
 torch.manual_seed(0)
 def small_inputs(plan):
     if plan.layout.trellis:
-        return torch.zeros(2, plan.interleave, plan.count).half(), torch.zeros(2, 0)
+        return torch.zeros(2, plan.interleave, plan.count).half(), torch.zeros(2, plan.into.sizes[0])
     return torch.zeros(2, 4, plan.interleave, plan.count, dtype=torch.int8), torch.zeros(2, plan.into.sizes[0])
 for code, features, redundancy, tokens, dtype in (
     (CODES[0], (576, 192), (1.125, 1.0), 1, torch.bfloat16),

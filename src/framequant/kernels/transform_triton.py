@@ -60,7 +60,7 @@ def transform(
     Analysis: (tokens, F0*F1*F2_IN) of any float dtype to halves (tokens, INTERLEAVE, words), coefficient k in
     row ``k % INTERLEAVE`` at ``k // INTERLEAVE``, each token divided by the power of two in ``unit``. With PLANES:
     to signed bytes (tokens, 4, INTERLEAVE, words), of which three planes are written, in units of ``LAST_BIT``
-    times ``unit``, a bound of the coefficients; ``sum`` (tokens, programs) gets each program's sum, over ``unit``.
+    times ``unit``, a bound of the coefficients; ``sum`` (tokens, programs) gets each program's sum of what it wrote, over ``unit``.
     Synthesis: the sum of PARTS float32 partial results (tokens, F0*F1*F2_IN) to (tokens, F0*F1*F2_OUT), times ``unit``.
     """
     let_next_start(PDL)
@@ -120,7 +120,10 @@ def transform(
             tl.store(unit_ptr + token, unit)
     elif ANALYSIS:
         place = (k % INTERLEAVE) * words + k // INTERLEAVE
-        tl.store(out_ptr + token * (INTERLEAVE * words) + place, y.to(tl.float16), mask=valid)
+        halves = y.to(tl.float16)
+        tl.store(out_ptr + token * (INTERLEAVE * words) + place, halves, mask=valid)
+        total = tl.sum(tl.sum(tl.where(valid, halves.to(tl.float32), 0.0), axis=1), axis=0)
+        tl.store(sum_ptr + token * tl.num_programs(1) + tl.program_id(1), total)
         if tl.program_id(1) == 0:
             tl.store(unit_ptr + token, unit)
     else:

@@ -64,16 +64,15 @@ def analysis(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients of tokens (tokens, dim), their units (tokens,) and sums (tokens, parts).
 
-    Coefficients are halves (tokens, interleave, count), or with ``planes`` int8 (tokens, 4, interleave, count);
-    halves have no sums.
+    Coefficients are halves (tokens, interleave, count), or with ``planes`` int8 (tokens, 4, interleave, count).
     """
     tokens, rows = x.shape[0], matrices[0].shape[0]
     make = torch.empty if tokens <= VECTOR_TOKENS else torch.zeros  # few tokens: the kernel writes the end, too
     shape = (tokens, 4, interleave, count) if planes else (tokens, interleave, count)
     z = make(shape, dtype=torch.int8 if planes else torch.float16, device=x.device)
     unit = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    sums = torch.empty((tokens, _num_sums(tokens, sizes, rows) * planes), dtype=torch.float32, device=x.device)
-    arguments = (x, signs, *matrices, x, z, unit, sums if planes else unit, tokens, x.stride(0), 0, count, norm)
+    sums = torch.empty((tokens, _num_sums(tokens, sizes, rows)), dtype=torch.float32, device=x.device)
+    arguments = (x, signs, *matrices, x, z, unit, sums, tokens, x.stride(0), 0, count, norm)
     _transform(tokens, sizes, arguments, rows, PARTS=1, ANALYSIS=True, INTERLEAVE=interleave, PLANES=planes, BIAS=False)
     return z, unit, sums
 
@@ -85,7 +84,7 @@ def _(x, signs, matrices, sizes, norm, interleave, count, planes):  # type: igno
     return (
         x.new_empty(shape, dtype=torch.int8 if planes else torch.float16),
         x.new_empty(tokens, dtype=torch.float32),
-        x.new_empty((tokens, _num_sums(tokens, sizes, matrices[0].shape[0]) * planes), dtype=torch.float32),
+        x.new_empty((tokens, _num_sums(tokens, sizes, matrices[0].shape[0])), dtype=torch.float32),
     )
 
 
@@ -125,17 +124,16 @@ def product(
     u = torch.empty((splits, tokens, rows), dtype=torch.float32, device=z.device)
     options = {"BITS": bits, "ROW_SCALES": scales.numel() > 1, "BR": block, "BK": step, "BN": columns,
                "STAGES": stages, "PDL": early, "PREFETCH": 0, "num_warps": warps, "launch_pdl": early}  # fmt: skip
-    blocks = -(-rows // block)
+    blocks, parts = -(-rows // block), sums.shape[1]
+    options |= {"PARTS": parts, "PADDED_PARTS": 1 << (parts - 1).bit_length()}
     if trellis:
         half_product[(blocks, splits, -(-tokens // columns))](
-            words, z, scales, u, rows, count, stride, span, tokens, factor, TRELLIS=True, MULTIPLIER=multiplier,
-            ADDEND=addend, CENTRED=True, **options,
+            words, z, sums, scales, u, rows, count, stride, span, tokens, factor, TRELLIS=True, MULTIPLIER=multiplier,
+            ADDEND=addend, CENTRED=False, **options,
         )  # fmt: skip
         return u
-    parts = sums.shape[1]
     byte_product[(blocks, splits, -(-tokens * 4 // columns))](
-        words, z, sums, scales, u, rows, count, stride, span, tokens, LAST_BIT, (1 << bits) / 2 - 0.5, PARTS=parts,
-        PADDED_PARTS=1 << (parts - 1).bit_length(), **options,
+        words, z, sums, scales, u, rows, count, stride, span, tokens, LAST_BIT, (1 << bits) / 2 - 0.5, **options,
     )  # fmt: skip
     return u
 

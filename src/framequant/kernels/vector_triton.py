@@ -109,7 +109,9 @@ def vector_transform(
             tl.store(sum_ptr + token * F0 + row, total * 2.384185791015625e-07)
         else:
             power *= 0.0009765625
-            tl.store(out_ptr + token * size + place, (y * 1024.0).to(tl.float16), mask=valid)
+            halves = (y * 1024.0).to(tl.float16)
+            tl.store(out_ptr + token * size + place, halves, mask=valid)
+            tl.store(sum_ptr + token * F0 + row, tl.sum(tl.where(valid, halves.to(tl.float32), 0.0)))
             tl.store(out_ptr + token * size + tail_place, tl.zeros_like(tail).to(tl.float16), mask=last)
         if row == 0:
             tl.store(unit_ptr + token, power)
