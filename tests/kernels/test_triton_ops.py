@@ -40,7 +40,8 @@ for code, features, redundancy, tokens, dtype in (
     print(f"{mine:.2e} {torchs:.2e}")
     torch.library.opcheck(
         torch.ops.framequant.product.default,
-        (plan.words, *small_inputs(plan), plan.scales, plan.spec.coefficient_shape[0], plan.numbers, plan.layout.factor),
+        (plan.words, *small_inputs(plan), plan.scales, plan.spec.coefficient_shape[0], plan.numbers,
+         plan.layout.factor),
         test_utils=("test_schema", "test_faketensor"),
     )
 layer = make_layer(CODES[0], (192, 70))

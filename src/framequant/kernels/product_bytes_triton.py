@@ -75,7 +75,9 @@ def byte_product(
         scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
     else:
         scale = tl.load(scale_ptr + r * 0).to(tl.float32)
-    first = tl.load(b_at, mask=(k[None, :] < stride) & (r >= 0)[:, None], other=0)  # needs no coefficients yet
+    first = tl.load(
+        b_at, mask=(k[None, :] < stride) & (r >= 0)[:, None], other=0
+    )  # needs no coefficients yet
     wait_for_previous(PDL)
     inside = used & (k[:, None] < stop)
     first_z = ()

@@ -71,7 +71,10 @@ def _window_text(shift, bits):
 @triton.constexpr_function
 def _levels_text(out, multiplier, addend, centre):
     """PTX from states in a and b to two packed levels: congruence, sum of bytes onto the half 1024, less 1534."""
-    one = [f"mad.lo.u32 {t}, {t}, {multiplier}, {addend}; dp4a.u32.u32 {t}, {t}, 0x01010101, 0x6400;" for t in "ab"]
+    one = [
+        f"mad.lo.u32 {t}, {t}, {multiplier}, {addend}; dp4a.u32.u32 {t}, {t}, 0x01010101, 0x6400;"
+        for t in "ab"
+    ]
     if not centre:
         return f"{one[0]} {one[1]} prmt.b32 {out}, a, b, 0x5410;"
     return f"{one[0]} {one[1]} prmt.b32 a, a, b, 0x5410; sub.rn.f16x2 {out}, a, k;"

@@ -60,7 +60,8 @@ def transform(
     Analysis: (tokens, F0*F1*F2_IN) of any float dtype to halves (tokens, INTERLEAVE, words), coefficient k in
     row ``k % INTERLEAVE`` at ``k // INTERLEAVE``, each token divided by the power of two in ``unit``. With PLANES:
     to signed bytes (tokens, 4, INTERLEAVE, words), of which three planes are written, in units of ``LAST_BIT``
-    times ``unit``, a bound of the coefficients; ``sum`` (tokens, programs) gets each program's sum of what it wrote, over ``unit``.
+    times ``unit``, a bound of the coefficients; ``sum`` (tokens, programs) gets each program's sum of what it wrote,
+    over ``unit``.
     Synthesis: the sum of PARTS float32 partial results (tokens, F0*F1*F2_IN) to (tokens, F0*F1*F2_OUT), times ``unit``.
     """
     let_next_start(PDL)

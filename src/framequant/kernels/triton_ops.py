@@ -67,13 +67,25 @@ def analysis(
     Coefficients are halves (tokens, interleave, count), or with ``planes`` int8 (tokens, 4, interleave, count).
     """
     tokens, rows = x.shape[0], matrices[0].shape[0]
-    make = torch.empty if tokens <= VECTOR_TOKENS else torch.zeros  # few tokens: the kernel writes the end, too
+    make = (
+        torch.empty if tokens <= VECTOR_TOKENS else torch.zeros
+    )  # few tokens: the kernel writes the end, too
     shape = (tokens, 4, interleave, count) if planes else (tokens, interleave, count)
     z = make(shape, dtype=torch.int8 if planes else torch.float16, device=x.device)
     unit = torch.empty(tokens, dtype=torch.float32, device=x.device)
     sums = torch.empty((tokens, _num_sums(tokens, sizes, rows)), dtype=torch.float32, device=x.device)
     arguments = (x, signs, *matrices, x, z, unit, sums, tokens, x.stride(0), 0, count, norm)
-    _transform(tokens, sizes, arguments, rows, PARTS=1, ANALYSIS=True, INTERLEAVE=interleave, PLANES=planes, BIAS=False)
+    _transform(
+        tokens,
+        sizes,
+        arguments,
+        rows,
+        PARTS=1,
+        ANALYSIS=True,
+        INTERLEAVE=interleave,
+        PLANES=planes,
+        BIAS=False,
+    )
     return z, unit, sums
 
 
@@ -159,7 +171,19 @@ def synthesis(
     """Outputs (tokens, dim) of ``dtype`` from partial sums (splits, tokens, coefficients), the bias added."""
     splits, tokens, _ = u.shape
     y = torch.empty((tokens, dim), dtype=dtype, device=u.device)
-    arguments = (u, signs, *matrices, u if bias is None else bias, y, unit, unit, tokens, u.stride(1), u.stride(0), 0)
+    arguments = (
+        u,
+        signs,
+        *matrices,
+        u if bias is None else bias,
+        y,
+        unit,
+        unit,
+        tokens,
+        u.stride(1),
+        u.stride(0),
+        0,
+    )
     _transform(tokens, sizes, (*arguments, norm), matrices[0].shape[0], PARTS=splits, ANALYSIS=False, INTERLEAVE=1,
                PLANES=False, BIAS=bias is not None)  # fmt: skip
     return y

@@ -105,7 +105,11 @@ def vector_transform(
         if PLANES:
             total = tl.sum(store_planes(out_ptr + token * (4 * size) + place, y, size, valid))
             for plane in tl.static_range(3):
-                tl.store(out_ptr + token * (4 * size) + plane * size + tail_place, tl.zeros_like(tail).to(tl.int8), mask=last)
+                tl.store(
+                    out_ptr + token * (4 * size) + plane * size + tail_place,
+                    tl.zeros_like(tail).to(tl.int8),
+                    mask=last,
+                )
             tl.store(sum_ptr + token * F0 + row, total * 2.384185791015625e-07)
         else:
             power *= 0.0009765625
