@@ -1,9 +1,13 @@
 """The Triton operators through ``FrameLinear`` on a GPU: error against float64 beside plain torch's, then a graph.
 
-PYTHONPATH=src:. python benchmarks/operators_check.py
+    PYTHONPATH=src:. python benchmarks/operators_check.py          # or --part 0/8 ... 7/8, side by side
+
+Every line that ends in !! is a failure.
 """
 
 from __future__ import annotations
+
+import argparse
 
 import torch
 from tests.kernels.test_cpu import CODES, make_layer
@@ -12,7 +16,7 @@ SHAPES = ((576, 192), (4096, 4096), (4096, 11008), (11008, 4096))
 
 
 def check(code: object, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
-    from framequant.kernels import triton_ops
+    from framequant.kernels import triton_linear
 
     layer = make_layer(code, shape, (1.125, 1.0)).to("cuda")
     x = torch.randn(tokens, shape[0], device="cuda").to(dtype)
@@ -21,7 +25,7 @@ def check(code: object, shape: tuple[int, int], tokens: int, dtype: torch.dtype)
     torchs = float((layer(x).double() - exact).norm() / exact.norm())
     layer.backend = "triton"
     error = float((layer(x).double() - exact).norm() / exact.norm())
-    used = isinstance(layer._prepared[2], triton_ops.TritonPlan) and all(triton_ops._verdicts.values())
+    used = isinstance(layer._prepared[2], triton_linear.TritonPlan) and all(triton_linear._verdicts.values())
     mark = "" if used and error <= 2 * torchs else " !!"
     print(
         f"{shape} {type(code).__name__} {tokens} {dtype}: {error:.2e}, torch {torchs:.2e}, used {used}{mark}"
@@ -42,17 +46,30 @@ def graph() -> None:
     print("graph:", "same bits" if torch.equal(y, expected) else "!! differs")
 
 
+def jobs() -> list[tuple[object, tuple[int, int], int, torch.dtype]]:
+    both = (torch.bfloat16, torch.float16)
+    found = [
+        (CODES[0], shape, tokens, dtype) for shape in SHAPES for tokens in (1, 3, 16, 64) for dtype in both
+    ]
+    return found + [
+        (CODES[5], shape, tokens, dtype) for shape in SHAPES for tokens in (1, 3, 16, 64) for dtype in both
+    ]
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--part", default="0/1")
+    index, count = map(int, parser.parse_args().part.split("/"))
     torch.manual_seed(0)
-    jobs = [(CODES[0], shape, tokens, dtype) for shape in SHAPES for tokens in (1, 16, 64)
-            for dtype in (torch.bfloat16, torch.float16)]  # fmt: skip
-    jobs += [(CODES[5], shape, tokens, torch.bfloat16) for shape in SHAPES for tokens in (1, 16)]
-    for job in jobs:
+    for job in jobs()[index::count]:
         try:
             check(*job)
         except Exception as error:
-            print(job, "!!", type(error).__name__, str(error)[:200])
-    graph()
+            print(job, "!!", type(error).__name__, str(error)[:200], flush=True)
+    if index == 0:
+        graph()
 
 
 if __name__ == "__main__":

@@ -159,19 +159,19 @@ class FrameLinear(nn.Module):
     def _triton(self, inputs: Tensor) -> Tensor | None:
         """The outputs by Triton, or None where it cannot serve."""
         try:
-            from framequant.kernels import triton_ops
+            from framequant.kernels import triton_linear
         except ImportError:
             _warn_once("backend = 'triton' needs triton, which is not installed; plain torch is used.")
             return None
-        if torch.compiler.is_compiling() or not triton_ops.takes(inputs, self.in_features):
+        if torch.compiler.is_compiling() or not triton_linear.takes(inputs, self.in_features):
             return None
-        plan = self._prepare("triton", triton_ops.triton_plan)
+        plan = self._prepare("triton", triton_linear.triton_plan)
         if plan is None:
             _warn_once(f"No Triton kernel covers linears like {self.spec.scheme()}; plain torch is used.")
             return None
-        if not triton_ops.is_right(plan, self.tensors, self.frames, inputs.dtype):
+        if not triton_linear.is_right(plan, self.tensors, self.frames, inputs.dtype):
             return None
-        return triton_ops.linear(plan, inputs)
+        return triton_linear.linear(plan, inputs)
 
     def _prepare(self, kind: str, make: Callable[..., Any]) -> Any:
         """What ``make`` returns for this layer's tensors, made again when one was replaced or written to."""

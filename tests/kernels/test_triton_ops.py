@@ -13,9 +13,13 @@ pytest.importorskip("triton")
 PROGRAM = """
 import warnings
 import torch
-from framequant.kernels import triton_ops
+from framequant.kernels import triton_linear, triton_ops
 from tests.kernels.test_cpu import CODES, errors, make_layer
 torch.manual_seed(0)
+def small_inputs(plan):
+    if plan.layout.trellis:
+        return torch.zeros(2, plan.interleave, plan.count).half(), torch.zeros(2, plan.into.sizes[0])
+    return torch.zeros(2, 4, plan.interleave, plan.count, dtype=torch.int8), torch.zeros(2, plan.into.sizes[0])
 for code, features, redundancy, tokens, dtype in (
     (CODES[0], (576, 192), (1.125, 1.0), 1, torch.bfloat16),
     (CODES[0], (192, 70), (1.0, 1.0), 17, torch.bfloat16),
@@ -29,22 +33,21 @@ for code, features, redundancy, tokens, dtype in (
     layer.backend = "triton"
     mine = float((layer(x).double() - exact).norm() / exact.norm())
     plan = layer._prepared[2]
-    assert isinstance(plan, triton_ops.TritonPlan), plan
-    assert list(triton_ops._verdicts.values())[-1]
+    assert isinstance(plan, triton_linear.TritonPlan), plan
+    assert list(triton_linear._verdicts.values())[-1]
     assert mine <= 2 * torchs, (mine, torchs)
     assert torch.equal(layer(x.view(tokens, 1, -1))[:, 0], layer(x))
     print(f"{mine:.2e} {torchs:.2e}")
     torch.library.opcheck(
         torch.ops.framequant.product.default,
-        (plan.words, torch.zeros(2, plan.layout.codes_per_word, plan.layout.words).half(), plan.scales,
-         plan.spec.coefficient_shape[0], [int(plan.layout.trellis), plan.layout.bits, plan.layout.multiplier,
-         plan.layout.addend, plan.layout.words, plan.layout.stride], plan.layout.factor, plan.splits),
+        (plan.words, *small_inputs(plan), plan.scales, plan.spec.coefficient_shape[0], plan.numbers,
+         plan.layout.factor),
         test_utils=("test_schema", "test_faketensor"),
     )
 layer = make_layer(CODES[0], (192, 70))
 layer.backend = "triton"
-triton_ops._verdicts.clear()
-triton_ops.product_kernel = None
+triton_linear._verdicts.clear()
+triton_ops.byte_product = None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     first, second = layer(torch.ones(1, 192).half()), layer(torch.ones(1, 192).half())

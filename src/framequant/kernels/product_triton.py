@@ -56,28 +56,69 @@ def scalar_levels(words, INDEX: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.co
 
 
 @triton.constexpr_function
-def _trellis_text(shift, bits, multiplier, addend):
-    """PTX for two states: window, congruence, sum of bytes onto the half 1024, pack, subtract 1534."""
+def _window_text(shift, bits):
+    """PTX that moves windows, at least ``bits`` bits of each input's words, to the low end of a and b."""
+    lines = []
+    for name, word, above in (("a", "$I0", "$I2"), ("b", "$I1", "$I3")):
+        lines.append(
+            f"shr.u32 {name}, {word}, {shift};"
+            if shift + bits <= 32
+            else f"shf.r.wrap.b32 {name}, {word}, {above}, {shift};"
+        )
+    return " ".join(lines)
 
-    def one(t, word, above):
-        if shift + bits <= 32:
-            window = f"shr.u32 {t}, {word}, {shift};"
-        else:
-            window = f"shf.r.wrap.b32 {t}, {word}, {above}, {shift};"
-        masked = f"and.b32 {t}, {t}, {(1 << bits) - 1}; mad.lo.u32 {t}, {t}, {multiplier}, {addend};"
-        return f"{window} {masked} dp4a.u32.u32 {t}, {t}, 0x01010101, 0x6400;"
 
-    both = f"{one('a', '$1', '$3')} {one('b', '$2', '$4')}"
-    return f"{{ .reg .b32 a, b, c; {both} prmt.b32 a, a, b, 0x5410; mov.b32 c, 0x65fe65fe; sub.rn.f16x2 $0, a, c; }}"
+@triton.constexpr_function
+def _levels_text(out, multiplier, addend, centre):
+    """PTX from states in a and b to two packed levels: congruence, sum of bytes onto the half 1024, less 1534."""
+    one = [
+        f"mad.lo.u32 {t}, {t}, {multiplier}, {addend}; dp4a.u32.u32 {t}, {t}, 0x01010101, 0x6400;"
+        for t in "ab"
+    ]
+    if not centre:
+        return f"{one[0]} {one[1]} prmt.b32 {out}, a, b, 0x5410;"
+    return f"{one[0]} {one[1]} prmt.b32 a, a, b, 0x5410; sub.rn.f16x2 {out}, a, k;"
+
+
+@triton.constexpr_function
+def _trellis_text(shift, bits, multiplier, addend, centre, pair):
+    """PTX for two words: the states ``shift`` bits up and, with ``pair``, those at the top of the same window."""
+    window, mask = _window_text(shift, bits + (32 - bits if pair else 0)), (1 << bits) - 1
+    low = f"and.b32 a, a, {mask}; and.b32 b, b, {mask};"
+    if not pair:
+        text = f"{window} {low} {_levels_text('$0', multiplier, addend, centre)}"
+    else:
+        top = f"shr.u32 c, a, {32 - bits}; shr.u32 d, b, {32 - bits};"
+        text = f"{window} {top} {low} {_levels_text('$0', multiplier, addend, centre)} mov.b32 a, c; mov.b32 b, d; "
+        text += _levels_text("$1", multiplier, addend, centre)
+    first = 2 if pair else 1
+    for i in range(4):
+        text = text.replace(f"$I{i}", f"${first + i}")
+    return f"{{ .reg .b32 a, b, c, d, k; mov.b32 k, 0x65fe65fe; {text} }}"
+
+
+@triton.constexpr_function
+def has_partner(shift, bits):
+    """Whether the state ``32 - bits`` bits further up is taken out of the same 32 bits."""
+    distance = 32 - bits
+    return distance % 2 == 0 and shift // distance % 2 == 0 and shift + distance <= 30
+
+
+@triton.constexpr_function
+def is_partner(shift, bits):
+    """Whether the state comes with another one."""
+    distance = 32 - bits
+    return distance % 2 == 0 and shift // distance % 2 == 1
 
 
 @triton.jit
 def trellis_levels(
-    word, above, SHIFT: tl.constexpr, STATE_BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr
-):
-    """Return the levels, -510 ... 510, of the states SHIFT bits up in the 64-bit numbers ``above:word``."""
+    word, above, SHIFT: tl.constexpr, STATE_BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
+    CENTRED: tl.constexpr,
+):  # fmt: skip
+    """Return the levels, -510 ... 510, of the states SHIFT bits up in ``above:word``; without CENTRED plus 1534."""
     if COMPILED:
-        text: tl.constexpr = _trellis_text(SHIFT, STATE_BITS, MULTIPLIER, ADDEND)
+        text: tl.constexpr = _trellis_text(SHIFT, STATE_BITS, MULTIPLIER, ADDEND, CENTRED, False)
         return tl.inline_asm_elementwise(
             text, "=r,r,r,r,r", [word, above], dtype=tl.float16, is_pure=True, pack=2
         )
@@ -85,13 +126,31 @@ def trellis_levels(
     state = (both >> SHIFT) & ((1 << STATE_BITS) - 1)
     h = (state * MULTIPLIER + ADDEND) & 0xFFFFFFFF
     total = (h & 255) + ((h >> 8) & 255) + ((h >> 16) & 255) + (h >> 24)
-    return (total.to(tl.int32) - 510).to(tl.float16)
+    return (total.to(tl.int32) + (-510 if CENTRED else 1024)).to(tl.float16)
+
+
+@triton.jit
+def paired_levels(
+    word, above, SHIFT: tl.constexpr, STATE_BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
+    CENTRED: tl.constexpr,
+):  # fmt: skip
+    """Return the levels of the states SHIFT and ``SHIFT + 32 - STATE_BITS`` bits up, cut out of one window."""
+    if COMPILED:
+        text: tl.constexpr = _trellis_text(SHIFT, STATE_BITS, MULTIPLIER, ADDEND, CENTRED, True)
+        return tl.inline_asm_elementwise(
+            text, "=r,=r,r,r,r,r", [word, above], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    return (
+        trellis_levels(word, above, SHIFT, STATE_BITS, MULTIPLIER, ADDEND, CENTRED),
+        trellis_levels(word, above, SHIFT + 32 - STATE_BITS, STATE_BITS, MULTIPLIER, ADDEND, CENTRED),
+    )
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def product(
-    words_ptr, z_ptr, scale_ptr, u_ptr,
+    words_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
     rows, words, stride, span, tokens, factor,
+    PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr,
     TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
     CENTRED: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
@@ -102,15 +161,17 @@ def product(
     Args:
         words_ptr: int16 (or int32, trellis) (rows, stride); ``words`` of a row are codes.
         z_ptr: halves (tokens, 16 / BITS or 16, words).
+        sum_ptr: float32 (tokens, parts): sums of a token's halves; read without CENTRED only.
         scale_ptr: scales, (rows,) or one.
         u_ptr: float32 (splits, tokens, rows).
-        span: words of a row that one program takes, a multiple of BK.
+        span: words of a row that one program takes; best a multiple of BK.
         factor: value of a unit of the levels that are multiplied.
     """
     let_next_start(PDL)
     codes: tl.constexpr = 16 if TRELLIS else 16 // BITS
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     start = tl.program_id(1) * span
+    stop = tl.minimum(start + span, words)  # the last step may reach into the next program's words
     k = start + tl.arange(0, BK)
     n = tl.program_id(2) * BN + tl.arange(0, BN)
     if PREFETCH > 0:
@@ -125,18 +186,32 @@ def product(
     wait_for_previous(PDL)
     acc = tl.zeros([BR, BN], tl.float32)
     for done in tl.range(0, span, BK, num_stages=STAGES):
-        inside = few & (k[:, None] + done < words)
+        inside = few & (k[:, None] + done < stop)
         there = (k[None, :] + done < stride) & (r >= 0)[:, None]
         w = tl.load(w_at + done, mask=there, other=0)
         if TRELLIS:
             a = tl.load(a_at + done, mask=there, other=0)
+        piece = tl.zeros([BR, BN], tl.float32)  # tensor cores cut off what they add, so chains are kept short
         for i in tl.static_range(codes):
-            if TRELLIS:
-                levels = trellis_levels(w, a, 30 - 2 * i, BITS, MULTIPLIER, ADDEND)
-            else:
-                levels = scalar_levels(w, i, BITS, CENTRED)
-            z = tl.load(z_at + (i * words + done), mask=inside, other=0.0)
-            acc = tl.dot(levels, z, acc)
+            if not TRELLIS:
+                z = tl.load(z_at + (i * words + done), mask=inside, other=0.0)
+                piece = tl.dot(scalar_levels(w, i, BITS, CENTRED), z, piece)
+            elif has_partner(30 - 2 * i, BITS):
+                z = tl.load(z_at + (i * words + done), mask=inside, other=0.0)
+                z_other = tl.load(z_at + ((i - (32 - BITS) // 2) * words + done), mask=inside, other=0.0)
+                low, top = paired_levels(w, a, 30 - 2 * i, BITS, MULTIPLIER, ADDEND, CENTRED)
+                piece = tl.dot(low, z, piece)
+                piece = tl.dot(top, z_other, piece)
+            elif not is_partner(30 - 2 * i, BITS):
+                z = tl.load(z_at + (i * words + done), mask=inside, other=0.0)
+                piece = tl.dot(trellis_levels(w, a, 30 - 2 * i, BITS, MULTIPLIER, ADDEND, CENTRED), z, piece)
+        acc += piece
+    if not CENTRED and tl.program_id(1) == 0:
+        part = tl.arange(0, PADDED_PARTS)
+        there = (n < tokens)[:, None] & (part < PARTS)[None, :]
+        totals = tl.load(sum_ptr + n[:, None] * PARTS + part[None, :], mask=there, other=0.0)
+        centre: tl.constexpr = 1534.0 if TRELLIS else 1.0 + ((1 << BITS) - 1) / (2 << BITS)
+        acc -= (centre * tl.sum(totals, axis=1))[None, :]
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     if ROW_SCALES:
         scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) * factor
@@ -168,7 +243,7 @@ def dequantize(
         scale = tl.load(scale_ptr + r * 0).to(tl.float32) * factor
     for i in tl.static_range(codes):
         if TRELLIS:
-            levels = trellis_levels(w, a, 30 - 2 * i, BITS, MULTIPLIER, ADDEND)
+            levels = trellis_levels(w, a, 30 - 2 * i, BITS, MULTIPLIER, ADDEND, True)
         else:
             levels = scalar_levels(w, i, BITS, True)
         values = (levels.to(tl.float32) * scale[:, None]).to(panel_ptr.dtype.element_ty)

@@ -7,7 +7,9 @@ several multiprocessors busy without any exchange between them. Sizes are padded
 
 The vector is first divided by a power of two near its largest entry, so halves never overflow whatever the
 input's dtype; products accumulate in float32, and where ``LOW`` asks for it an intermediate is the sum of two
-halves. Only ``framequant.kernels.fast`` imports this module. Imports torch and triton.
+halves. For the product with bytes, analysis writes 24-bit integers as three planes of signed bytes instead.
+
+Only ``framequant.kernels.triton_ops`` imports this module. Imports torch and triton.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from framequant.kernels.triton_support import let_next_start, wait_for_previous
 
 
 @triton.jit
-def _two_halves_dot(t, matrix, LOW: tl.constexpr):
+def two_halves_dot(t, matrix, LOW: tl.constexpr):
     """Multiply float32 ``t`` by a half matrix, ``t`` rounded to one half or to the sum of two."""
     high = t.to(tl.float16)
     result = tl.dot(high, matrix)
@@ -28,19 +30,38 @@ def _two_halves_dot(t, matrix, LOW: tl.constexpr):
     return result
 
 
+#: Value of a coefficient's last bit in units of the token; 2**22 leaves all digits within a signed byte.
+LAST_BIT = 2.0**-22
+
+
+@triton.jit
+def store_planes(place, y, size, mask):
+    """Write ``y``, in [-1, 1], as three balanced digits of eight bits; return the integers as float32."""
+    shifted = y * 4194304.0 + 12582912.0  # in [2**23, 2**24), where a float32 is an integer
+    v = shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    for plane in tl.static_range(3):
+        digit = ((v + 128) & 255) - 128
+        tl.store(place + plane * size, digit.to(tl.int8), mask=mask)
+        v = (v - digit) >> 8
+    return tl.where(mask, shifted - 12582912.0, 0.0)
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def transform(
-    x_ptr, signs_ptr, m0_ptr, m1_ptr, m2_ptr, bias_ptr, out_ptr, unit_ptr,
+    x_ptr, signs_ptr, m0_ptr, m1_ptr, m2_ptr, bias_ptr, out_ptr, unit_ptr, sum_ptr,
     tokens, x_stride, part_stride, words, norm,
     F0: tl.constexpr, F1: tl.constexpr, F2_IN: tl.constexpr, F2_OUT: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2_IN: tl.constexpr, P2_OUT: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, ANALYSIS: tl.constexpr, INTERLEAVE: tl.constexpr,
-    BIAS: tl.constexpr, LOW: tl.constexpr, PDL: tl.constexpr,
+    PLANES: tl.constexpr, BIAS: tl.constexpr, LOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Transform ``tokens`` vectors; see the module's text.
 
     Analysis: (tokens, F0*F1*F2_IN) of any float dtype to halves (tokens, INTERLEAVE, words), coefficient k in
-    row ``k % INTERLEAVE`` at ``k // INTERLEAVE``, each token divided by the power of two in ``unit``.
+    row ``k % INTERLEAVE`` at ``k // INTERLEAVE``, each token divided by the power of two in ``unit``. With PLANES:
+    to signed bytes (tokens, 4, INTERLEAVE, words), of which three planes are written, in units of ``LAST_BIT``
+    times ``unit``, a bound of the coefficients; ``sum`` (tokens, programs) gets each program's sum of what it wrote,
+    over ``unit``.
     Synthesis: the sum of PARTS float32 partial results (tokens, F0*F1*F2_IN) to (tokens, F0*F1*F2_OUT), times ``unit``.
     """
     let_next_start(PDL)
@@ -70,6 +91,10 @@ def transform(
     x = x * (0x7F000000 - bits).to(tl.float32, bitcast=True)
     if ANALYSIS:
         x = x * signs
+        if PLANES:  # no coefficient is above the norm
+            length = tl.sqrt(tl.sum(tl.sum(x * x, axis=1), axis=0))
+            power = tl.maximum(length.to(tl.int32, bitcast=True) & 0x7F800000, 1 << 23) + (1 << 23)
+            norm *= (0x7F000000 - power).to(tl.float32, bitcast=True)
     high = x.to(tl.float16)
     t = tl.dot(m0, high)
     if LOW and not ANALYSIS:
@@ -78,17 +103,28 @@ def transform(
         k1 = tl.arange(0, P1)
         m1 = tl.load(m1_ptr + k1[:, None] * P1 + k1[None, :])
         t = tl.reshape(tl.trans(tl.reshape(t, [ROWS, P1, P2_IN]), 0, 2, 1), [ROWS * P2_IN, P1])
-        t = _two_halves_dot(t, m1, LOW)
+        t = two_halves_dot(t, m1, LOW)
         t = tl.reshape(tl.trans(tl.reshape(t, [ROWS, P2_IN, P1]), 0, 2, 1), [ROWS * P1, P2_IN])
-    y = _two_halves_dot(t, m2, LOW) * norm
+    y = two_halves_dot(t, m2, LOW) * norm
     i = tl.arange(0, ROWS * P1)
     o1 = i % P1
     k = ((tl.program_id(1) * ROWS + i // P1) * F1 + o1)[:, None] * F2_OUT + o2[None, :]
     valid = ((tl.program_id(1) * ROWS + i // P1 < F0) & (o1 < F1))[:, None] & (o2 < F2_OUT)[None, :]
     unit = bits.to(tl.float32, bitcast=True)
-    if ANALYSIS:
+    if ANALYSIS and PLANES:
+        unit = tl.where(length < float("inf"), unit * power.to(tl.float32, bitcast=True), float("nan"))
+        size = INTERLEAVE * words
+        place = out_ptr + token * (4 * size) + (k % INTERLEAVE) * words + k // INTERLEAVE
+        total = tl.sum(tl.sum(store_planes(place, y, size, valid), axis=1), axis=0)
+        tl.store(sum_ptr + token * tl.num_programs(1) + tl.program_id(1), total * 2.384185791015625e-07)
+        if tl.program_id(1) == 0:
+            tl.store(unit_ptr + token, unit)
+    elif ANALYSIS:
         place = (k % INTERLEAVE) * words + k // INTERLEAVE
-        tl.store(out_ptr + token * (INTERLEAVE * words) + place, y.to(tl.float16), mask=valid)
+        halves = y.to(tl.float16)
+        tl.store(out_ptr + token * (INTERLEAVE * words) + place, halves, mask=valid)
+        total = tl.sum(tl.sum(tl.where(valid, halves.to(tl.float32), 0.0), axis=1), axis=0)
+        tl.store(sum_ptr + token * tl.num_programs(1) + tl.program_id(1), total)
         if tl.program_id(1) == 0:
             tl.store(unit_ptr + token, unit)
     else:

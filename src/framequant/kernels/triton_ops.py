@@ -1,39 +1,54 @@
-"""Analysis, product and synthesis on a GPU as ``torch.library`` operators, and the linear made of the three.
+"""Analysis, product and synthesis on a GPU as ``torch.library`` operators, and how each is launched.
 
-Fake implementations give shapes to ``torch.compile``. The operators have no derivative: where one is asked for, the
-layer takes plain torch. Before a kind of linear (code, sizes, dtype) is used for the first time, two random tokens
-are compared with plain torch; a difference, or a launch that fails, sends that kind to plain torch with a warning.
+Fake implementations give shapes to ``torch.compile``. The operators have no derivative. Tile sizes are those that
+``benchmarks/kernel_variants.py`` found fastest on an H100; they change speed, and results in the last bits only.
 
-**Not yet run on hardware**: ``FrameLinear`` takes this path only where its ``backend`` is "triton". Must not import
-layers. Only ``framequant.layers`` imports this module, and only where triton is present.
+Must not import layers. Only ``framequant.kernels.triton_linear`` imports this module. Imports torch and triton.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from framequant.frames import FrameOperator
-from framequant.kernels import reference
-from framequant.kernels.product_triton import product as product_kernel
-from framequant.kernels.transform_plan import ROWS, TransformPlan, transform_plan
-from framequant.kernels.transform_triton import transform as transform_kernel
-from framequant.kernels.words import WordLayout, to_words, word_layout
-from framequant.spec import LinearSpec
+from framequant.kernels.product_bytes_triton import byte_product
+from framequant.kernels.product_triton import product as half_product
+from framequant.kernels.transform_plan import ROWS
+from framequant.kernels.transform_triton import LAST_BIT
+from framequant.kernels.transform_triton import transform as tiled_transform
+from framequant.kernels.triton_support import COMPILED
+from framequant.kernels.vector_triton import vector_transform
 
-#: More tokens than this take plain torch.
-MOST_TOKENS = 64
-#: Programs that keep a large GPU busy, for the number of splits; results depend on it in the last bits only.
+#: Programs that keep a large GPU busy, for the number of splits.
 PROGRAMS = 512
-#: Relative difference from plain torch in float32 above which a kernel counts as wrong.
-TOLERANCE = 0.02
+#: Most tokens whose transforms take a program for each index of the first axis.
+VECTOR_TOKENS = 4
 
-_verdicts: dict[tuple[object, ...], bool] = {}
+
+@cache
+def _early(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it runs: NVIDIA, compute capability 9 or above."""
+    if not COMPILED or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def _transform(tokens: int, sizes: list[int], arguments: tuple[Any, ...], rows: int, **options: Any) -> None:
+    """Launch the kernel for so many tokens."""
+    early = _early(arguments[0].device)
+    options |= {"PDL": early, "launch_pdl": early}
+    if tokens <= VECTOR_TOKENS:
+        warps = min(16, max(4, sizes[4] * sizes[5] * sizes[6] // 1024))
+        vector_transform[(tokens, sizes[0])](*arguments, *sizes, **options, num_warps=warps)
+        return
+    tiled_transform[(tokens, rows // ROWS)](*arguments, *sizes, ROWS=ROWS, LOW=True, **options, num_warps=8)
+
+
+def _num_sums(tokens: int, sizes: list[int], rows: int) -> int:
+    return sizes[0] if tokens <= VECTOR_TOKENS else rows // ROWS
 
 
 @torch.library.custom_op("framequant::analysis", mutates_args=())
@@ -44,50 +59,100 @@ def analysis(
     sizes: list[int],
     norm: float,
     interleave: int,
-    words: int,
-) -> tuple[Tensor, Tensor]:
-    """Coefficients of tokens (tokens, dim) as halves (tokens, interleave, words), and their units (tokens,)."""
-    z = torch.zeros((x.shape[0], interleave, words), dtype=torch.float16, device=x.device)
-    unit = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    transform_kernel[(x.shape[0], matrices[0].shape[0] // ROWS)](
-        x, signs, *matrices, x, z, unit, x.shape[0], x.stride(0), 0, words, norm, *sizes, ROWS=ROWS, PARTS=1,
-        ANALYSIS=True, INTERLEAVE=interleave, BIAS=False, LOW=True, PDL=False,
-    )  # fmt: skip
-    return z, unit
+    count: int,
+    planes: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients of tokens (tokens, dim), their units (tokens,) and sums (tokens, parts).
+
+    Coefficients are halves (tokens, interleave, count), or with ``planes`` int8 (tokens, 4, interleave, count).
+    """
+    tokens, rows = x.shape[0], matrices[0].shape[0]
+    make = (
+        torch.empty if tokens <= VECTOR_TOKENS else torch.zeros
+    )  # few tokens: the kernel writes the end, too
+    shape = (tokens, 4, interleave, count) if planes else (tokens, interleave, count)
+    z = make(shape, dtype=torch.int8 if planes else torch.float16, device=x.device)
+    unit = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    sums = torch.empty((tokens, _num_sums(tokens, sizes, rows)), dtype=torch.float32, device=x.device)
+    arguments = (x, signs, *matrices, x, z, unit, sums, tokens, x.stride(0), 0, count, norm)
+    _transform(
+        tokens,
+        sizes,
+        arguments,
+        rows,
+        PARTS=1,
+        ANALYSIS=True,
+        INTERLEAVE=interleave,
+        PLANES=planes,
+        BIAS=False,
+    )
+    return z, unit, sums
 
 
 @analysis.register_fake
-def _(x, signs, matrices, sizes, norm, interleave, words):  # type: ignore[no-untyped-def]
+def _(x, signs, matrices, sizes, norm, interleave, count, planes):  # type: ignore[no-untyped-def]
     tokens = x.shape[0]
+    shape = (tokens, 4, interleave, count) if planes else (tokens, interleave, count)
     return (
-        x.new_empty((tokens, interleave, words), dtype=torch.float16),
+        x.new_empty(shape, dtype=torch.int8 if planes else torch.float16),
         x.new_empty(tokens, dtype=torch.float32),
+        x.new_empty((tokens, _num_sums(tokens, sizes, matrices[0].shape[0])), dtype=torch.float32),
     )
+
+
+def tile(trellis: bool, rows: int, tokens: int) -> tuple[int, int, int, int, int]:
+    """Rows, words or bytes, and columns of a program's step; stages; warps."""
+    if trellis:
+        columns = 8 if tokens <= 8 and COMPILED else 16 if tokens <= 16 else 32
+        return (64, 32, columns, 2, 4) if tokens <= 8 else (128, 32, columns, 2, 8)
+    if tokens <= 2:
+        return (32, 128, 8, 4, 2) if rows <= 8192 else (64, 128, 8, 3, 4)
+    return 64, 128, 16 if tokens <= 4 else 32 if tokens <= 8 else 64, 3, 4
+
+
+def split(trellis: bool, rows: int, count: int, tokens: int) -> tuple[int, int]:
+    """Parts into which columns are cut, so that few rows still keep the GPU busy, and the span of each."""
+    block, step, columns, _, _ = tile(trellis, rows, tokens)
+    steps = -(-count // step)
+    programs = -(-rows // block) * -(-tokens * (1 if trellis else 4) // columns)
+    wanted = max(1, min(steps, round(PROGRAMS / programs), 16))
+    span = -(-steps // wanted) * step
+    return -(-count // span), span
 
 
 @torch.library.custom_op("framequant::product", mutates_args=())
 def product(
-    words: Tensor, z: Tensor, scales: Tensor, rows: int, layout: list[int], factor: float, splits: int
+    words: Tensor, z: Tensor, sums: Tensor, scales: Tensor, rows: int, layout: list[int], factor: float
 ) -> Tensor:
     """``D̃ z`` as partial sums, float32 (splits, tokens, rows).
 
-    ``layout`` holds numbers of ``WordLayout``: trellis or not, bits, multiplier, addend, words, stride.
+    ``layout`` holds: trellis or not, bits, multiplier, addend, words of a row that are codes, words from row to row.
+    Words are int32 for a trellis, with coefficients as halves; else int8, with coefficients as planes.
     """
     trellis, bits, multiplier, addend, count, stride = layout
-    tokens, (block, step) = z.shape[0], _tile(bool(trellis), count)
-    share = -(-count // splits)
-    span = -(-share // step) * step
-    u = torch.zeros((splits, tokens, rows), dtype=torch.float32, device=z.device)
-    product_kernel[(-(-rows // block), splits, -(-tokens // 16))](
-        words, z, scales, u, rows, count, stride, span, tokens, factor, TRELLIS=bool(trellis), BITS=bits,
-        MULTIPLIER=multiplier, ADDEND=addend, CENTRED=True, ROW_SCALES=scales.numel() > 1, BR=block, BK=step,
-        BN=16, STAGES=3, PDL=False, PREFETCH=0,
+    tokens, early = z.shape[0], _early(z.device)
+    block, step, columns, stages, warps = tile(bool(trellis), rows, tokens)
+    splits, span = split(bool(trellis), rows, count, tokens)
+    u = torch.empty((splits, tokens, rows), dtype=torch.float32, device=z.device)
+    options = {"BITS": bits, "ROW_SCALES": scales.numel() > 1, "BR": block, "BK": step, "BN": columns,
+               "STAGES": stages, "PDL": early, "PREFETCH": 0, "num_warps": warps, "launch_pdl": early}  # fmt: skip
+    blocks, parts = -(-rows // block), sums.shape[1]
+    options |= {"PARTS": parts, "PADDED_PARTS": 1 << (parts - 1).bit_length()}
+    if trellis:
+        half_product[(blocks, splits, -(-tokens // columns))](
+            words, z, sums, scales, u, rows, count, stride, span, tokens, factor, TRELLIS=True, MULTIPLIER=multiplier,
+            ADDEND=addend, CENTRED=False, **options,
+        )  # fmt: skip
+        return u
+    byte_product[(blocks, splits, -(-tokens * 4 // columns))](
+        words, z, sums, scales, u, rows, count, stride, span, tokens, LAST_BIT, (1 << bits) / 2 - 0.5, **options,
     )  # fmt: skip
     return u
 
 
 @product.register_fake
-def _(words, z, scales, rows, layout, factor, splits):  # type: ignore[no-untyped-def]
+def _(words, z, sums, scales, rows, layout, factor):  # type: ignore[no-untyped-def]
+    splits, _ = split(bool(layout[0]), rows, layout[4], z.shape[0])
     return z.new_empty((splits, z.shape[0], rows), dtype=torch.float32)
 
 
@@ -106,144 +171,24 @@ def synthesis(
     """Outputs (tokens, dim) of ``dtype`` from partial sums (splits, tokens, coefficients), the bias added."""
     splits, tokens, _ = u.shape
     y = torch.empty((tokens, dim), dtype=dtype, device=u.device)
-    transform_kernel[(tokens, matrices[0].shape[0] // ROWS)](
-        u, signs, *matrices, u if bias is None else bias, y, unit, tokens, u.stride(1), u.stride(0), 0, norm, *sizes,
-        ROWS=ROWS, PARTS=splits, ANALYSIS=False, INTERLEAVE=1, BIAS=bias is not None, LOW=True, PDL=False,
-    )  # fmt: skip
+    arguments = (
+        u,
+        signs,
+        *matrices,
+        u if bias is None else bias,
+        y,
+        unit,
+        unit,
+        tokens,
+        u.stride(1),
+        u.stride(0),
+        0,
+    )
+    _transform(tokens, sizes, (*arguments, norm), matrices[0].shape[0], PARTS=splits, ANALYSIS=False, INTERLEAVE=1,
+               PLANES=False, BIAS=bias is not None)  # fmt: skip
     return y
 
 
 @synthesis.register_fake
 def _(u, unit, signs, matrices, sizes, norm, dim, bias, dtype):  # type: ignore[no-untyped-def]
     return u.new_empty((u.shape[1], dim), dtype=dtype)
-
-
-def _tile(trellis: bool, words: int) -> tuple[int, int]:
-    """Rows and words of a program's step."""
-    return 64, 16 if words <= 64 else (32 if trellis else 64)
-
-
-@dataclass(frozen=True)
-class TritonPlan:
-    """The constants of one linear on its device.
-
-    Attributes:
-        spec: the linear.
-        layout: of its words.
-        words: the codes.
-        scales: as stored, contiguous.
-        into: plan of analysis.
-        out: plan of synthesis.
-        bias: (out_features,) or None.
-    """
-
-    spec: LinearSpec
-    layout: WordLayout
-    words: Tensor
-    scales: Tensor
-    into: TransformPlan
-    out: TransformPlan
-    bias: Tensor | None
-
-    @property
-    def splits(self) -> int:
-        """Parts into which columns are cut, so that few rows still keep the GPU busy."""
-        block, step = _tile(self.layout.trellis, self.layout.words)
-        steps = -(-self.layout.words // step)
-        wanted = max(1, min(steps, PROGRAMS // -(-self.spec.coefficient_shape[0] // block), 16))
-        return -(-steps // -(-steps // wanted))  # no empty part
-
-
-def triton_plan(
-    spec: LinearSpec,
-    tensors: Mapping[str, Tensor],
-    frames: tuple[FrameOperator, FrameOperator],
-    bias: Tensor | None,
-) -> TritonPlan | None:
-    """Prepare a linear on its tensors' device, or return None where the kernels do not cover it."""
-    device = tensors["packed_codes"].device
-    layout = word_layout(spec)
-    if layout is None:
-        return None
-    into, out = transform_plan(frames[0], True, device), transform_plan(frames[1], False, device)
-    if into is None or out is None:
-        return None
-    scales = tensors["scales"]
-    if scales.numel() not in (1, spec.coefficient_shape[0]):
-        return None
-    words = to_words(tensors["packed_codes"], spec, layout)
-    return TritonPlan(spec, layout, words, scales.contiguous(), into, out, bias)
-
-
-def takes(inputs: Tensor, in_features: int) -> bool:
-    """Whether the kernels know these inputs: few tokens, a dtype of theirs, and no gradient asked for."""
-    return (
-        inputs.dtype in (torch.float16, torch.bfloat16)  # coefficients are rounded to halves
-        and inputs.shape[-1:] == (in_features,)
-        and 0 < inputs.numel() <= MOST_TOKENS * in_features
-        and not (inputs.requires_grad and torch.is_grad_enabled())
-    )
-
-
-def linear(plan: TritonPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
-    """Apply the linear; ``takes(inputs)`` holds. A new tensor of the inputs' dtype."""
-    x = inputs.reshape(-1, inputs.shape[-1])
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    lay, into, out = plan.layout, plan.into, plan.out
-    z, unit = torch.ops.framequant.analysis(
-        x,
-        into.signs,
-        list(into.matrices),
-        [*into.sizes, *into.padded],
-        into.norm,
-        lay.codes_per_word,
-        lay.words,
-    )
-    numbers = [int(lay.trellis), lay.bits, lay.multiplier, lay.addend, lay.words, lay.stride]
-    rows = plan.spec.coefficient_shape[0]
-    u = torch.ops.framequant.product(plan.words, z, plan.scales, rows, numbers, lay.factor, plan.splits)
-    y = torch.ops.framequant.synthesis(
-        u, unit, out.signs, list(out.matrices), [*out.sizes, *out.padded], out.norm, plan.spec.out_features,
-        plan.bias, inputs.dtype,
-    )  # fmt: skip
-    return y.view(*inputs.shape[:-1], plan.spec.out_features)
-
-
-def is_right(
-    plan: TritonPlan,
-    tensors: Mapping[str, Tensor],
-    frames: tuple[FrameOperator, FrameOperator],
-    dtype: torch.dtype,
-) -> bool:
-    """Whether two random tokens come out as in plain torch; asked once for every kind of linear and dtype.
-
-    Cost: one decoding of the linear, at first use of its kind. A kind that fails is warned about once.
-    """
-    key = (plan.spec.scheme(), plan.bias is not None, dtype, plan.words.device.type)
-    if key not in _verdicts:
-        if plan.words.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False  # nothing can be read back now
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2, plan.spec.in_features, generator=generator).to(
-            device=plan.words.device, dtype=dtype
-        )
-        exact = reference.product(reference.analysis(frames[0], x.float()), plan.spec, tensors)
-        exact = reference.synthesis(frames[1], exact)
-        problem = ""
-        try:
-            found = linear(plan, x).float()
-            exact = exact if plan.bias is None else exact + plan.bias.float()
-            error = float((found - exact).norm() / exact.norm().clamp(min=1e-30))
-            if not error <= TOLERANCE:
-                problem = f"differ from plain torch by {error:.2g}"
-        except Exception as failure:
-            problem = f"failed: {type(failure).__name__}: {str(failure)[:200]}"
-        if problem:
-            name = f"{plan.spec.out_features} x {plan.spec.in_features} ({type(plan.spec.code).__name__}, {dtype})"
-            warnings.warn(
-                f"The Triton kernels of linears {name} {problem}; plain torch is used.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        _verdicts[key] = not problem
-    return _verdicts[key]

@@ -1,0 +1,106 @@
+"""The product with scalar codes on integer tensor cores, ``u = D̃ z``: exact sums of bytes.
+
+A stored byte holds ``8 / BITS`` codes. One shift and one mask turn four bytes into four codes, ready for the tensor
+cores; nothing else is done for a weight. Coefficients come as 24-bit integers relative to a bound of the token's
+largest one, dealt out to three planes of signed bytes (weights 1, 2**8, 2**16), and a token takes four columns of
+the product, the last of them empty. ``z[column, i, byte]`` are the i-th codes' coefficients of adjacent bytes, so
+the loop over ``i`` moves no data between threads. Sums of integers are exact: the result does not depend on splits,
+up to the last bit of the float32 sum over them. The level of code c is ``c - zero``; ``zero`` times the sum of
+all coefficients is taken off at the end.
+
+Only ``framequant.kernels.triton_ops`` imports this module. Imports torch and triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from framequant.kernels.triton_support import COMPILED, let_next_start, prefetch, wait_for_previous
+
+
+@triton.constexpr_function
+def _codes_text(shift, bits):
+    """PTX for four bytes at once."""
+    mask = ((1 << bits) - 1) * 0x01010101
+    if shift == 0:
+        return f"and.b32 $0, $1, {mask};"
+    return f"{{ .reg .b32 t; shr.b32 t, $1, {shift}; and.b32 $0, t, {mask}; }}"
+
+
+@triton.jit
+def byte_codes(bytes_, INDEX: tl.constexpr, BITS: tl.constexpr):
+    """Return the INDEX-th codes of the bytes, as signed bytes."""
+    if COMPILED:
+        text: tl.constexpr = _codes_text(BITS * INDEX, BITS)
+        return tl.inline_asm_elementwise(text, "=r,r", [bytes_], dtype=tl.int8, is_pure=True, pack=4)
+    return ((bytes_.to(tl.int32) >> (BITS * INDEX)) & ((1 << BITS) - 1)).to(tl.int8)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def byte_product(
+    bytes_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
+    rows, count, stride, span, tokens, factor, zero,
+    PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BITS: tl.constexpr, ROW_SCALES: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr,
+):  # fmt: skip
+    """One block of rows, one span of bytes, BN / 4 tokens; see the module's text.
+
+    Args:
+        bytes_ptr: int8 (rows, stride); ``count`` bytes of a row are codes.
+        z_ptr: int8 (tokens, 4, 8 / BITS, count), the fourth plane never read.
+        sum_ptr: float32 (tokens, parts): sums of a token's coefficients, in units of the token.
+        scale_ptr: scales, (rows,) or one.
+        u_ptr: float32 (splits, tokens, rows), in units of the token.
+        span: bytes of a row that one program takes; best a multiple of BK.
+        factor: value of the last bit of a coefficient, in units of the token.
+        zero: the code whose level is 0, any float.
+    """
+    let_next_start(PDL)
+    codes: tl.constexpr = 8 // BITS
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    start = tl.program_id(1) * span
+    stop = tl.minimum(start + span, count)
+    k = start + tl.arange(0, BK)
+    column = tl.program_id(2) * BN + tl.arange(0, BN)
+    token = tl.program_id(2) * (BN // 4) + tl.arange(0, BN // 4)
+    row_at = bytes_ptr + tl.minimum(r, rows - 1).to(tl.int64) * stride
+    if PREFETCH > 0:
+        prefetch(row_at + start, PREFETCH)
+    b_at = row_at[:, None] + k[None, :]
+    z_at = z_ptr + (column.to(tl.int64) * (codes * count))[None, :] + k[:, None]
+    used = ((column < 4 * tokens) & (column % 4 < 3))[None, :]
+    if ROW_SCALES:
+        scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
+    else:
+        scale = tl.load(scale_ptr + r * 0).to(tl.float32)
+    first = tl.load(
+        b_at, mask=(k[None, :] < stride) & (r >= 0)[:, None], other=0
+    )  # needs no coefficients yet
+    wait_for_previous(PDL)
+    inside = used & (k[:, None] < stop)
+    first_z = ()
+    for i in tl.static_range(codes):
+        first_z += (tl.load(z_at + i * count, mask=inside, other=0),)
+    acc = tl.zeros([BR, BN], tl.int32)
+    for done in tl.range(BK, span, BK, num_stages=STAGES):
+        inside = used & (k[:, None] + done < stop)
+        b = tl.load(b_at + done, mask=(k[None, :] + done < stride) & (r >= 0)[:, None], other=0)
+        for i in tl.static_range(codes):
+            z = tl.load(z_at + (i * count + done), mask=inside, other=0)
+            acc = tl.dot(byte_codes(b, i, BITS), z, acc, out_dtype=tl.int32)
+    for i in tl.static_range(codes):
+        acc = tl.dot(byte_codes(first, i, BITS), first_z[i], acc, out_dtype=tl.int32)
+    plane = tl.arange(0, BN) % 4
+    worth = tl.where(plane == 0, factor, tl.where(plane == 1, factor * 256.0, factor * 65536.0))
+    value = acc.to(tl.float32) * worth[None, :]
+    u = tl.sum(tl.reshape(value, [BR, BN // 4, 4]), axis=2)
+    if tl.program_id(1) == 0:
+        part = tl.arange(0, PADDED_PARTS)
+        there = (token < tokens)[:, None] & (part < PARTS)[None, :]
+        totals = tl.load(sum_ptr + token[:, None] * PARTS + part[None, :], mask=there, other=0.0)
+        u -= (zero * tl.sum(totals, axis=1))[None, :]
+    u *= scale[:, None]
+    u_at = u_ptr + ((tl.program_id(1) * tokens + token).to(tl.int64) * rows)[None, :] + r[:, None]
+    tl.store(u_at, u, mask=(token < tokens)[None, :] & (r < rows)[:, None])

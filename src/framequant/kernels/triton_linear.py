@@ -1,0 +1,163 @@
+"""The linear on a GPU: what its kernels need, prepared once, and whether they may be used.
+
+Before a kind of linear (code, sizes, dtype) is used for the first time, two random tokens are compared with plain
+torch; a difference, or a launch that fails, sends that kind to plain torch with a warning. No operator has a
+derivative: where one is asked for, the layer takes plain torch.
+
+Must not import layers. Only ``framequant.layers`` imports this module, and only where triton is present.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from framequant.frames import FrameOperator
+from framequant.kernels import reference
+from framequant.kernels import triton_ops as operators
+from framequant.kernels.transform_plan import TransformPlan, transform_plan
+from framequant.kernels.words import WordLayout, to_words, word_layout
+from framequant.spec import LinearSpec
+
+#: More tokens than this take plain torch.
+MOST_TOKENS = 64
+#: Relative difference from plain torch in float32 above which a kernel counts as wrong.
+TOLERANCE = 0.02
+
+_verdicts: dict[tuple[object, ...], bool] = {}
+
+
+@dataclass(frozen=True)
+class TritonPlan:
+    """The constants of one linear on its device.
+
+    Attributes:
+        spec: the linear.
+        layout: of its words.
+        words: the codes, int32 for a trellis, else int8.
+        scales: as stored, contiguous.
+        into: plan of analysis.
+        out: plan of synthesis.
+        bias: (out_features,) or None.
+    """
+
+    spec: LinearSpec
+    layout: WordLayout
+    words: Tensor
+    scales: Tensor
+    into: TransformPlan
+    out: TransformPlan
+    bias: Tensor | None
+
+    @property
+    def interleave(self) -> int:
+        """Coefficients that meet one word, or one byte."""
+        return self.layout.codes_per_word if self.layout.trellis else 8 // self.layout.bits
+
+    @property
+    def count(self) -> int:
+        """Words, or bytes, of a row that are codes."""
+        if self.layout.trellis:
+            return self.layout.words
+        return -(-self.spec.coefficient_shape[1] * self.layout.bits // 8)
+
+    @property
+    def numbers(self) -> list[int]:
+        """The operator's ``layout``."""
+        lay = self.layout
+        return [int(lay.trellis), lay.bits, lay.multiplier, lay.addend, self.count, self.words.shape[1]]
+
+
+def triton_plan(
+    spec: LinearSpec,
+    tensors: Mapping[str, Tensor],
+    frames: tuple[FrameOperator, FrameOperator],
+    bias: Tensor | None,
+) -> TritonPlan | None:
+    """Prepare a linear on its tensors' device, or return None where the kernels do not cover it."""
+    device = tensors["packed_codes"].device
+    layout = word_layout(spec)
+    if layout is None:
+        return None
+    into, out = transform_plan(frames[0], True, device), transform_plan(frames[1], False, device)
+    if into is None or out is None:
+        return None
+    scales = tensors["scales"]
+    if scales.numel() not in (1, spec.coefficient_shape[0]):
+        return None
+    words = to_words(tensors["packed_codes"], spec, layout)
+    words = words if layout.trellis else words.view(torch.int8)
+    return TritonPlan(spec, layout, words, scales.contiguous(), into, out, bias)
+
+
+def takes(inputs: Tensor, in_features: int) -> bool:
+    """Whether the kernels know these inputs: few tokens, a dtype of theirs, and no gradient asked for."""
+    return (
+        inputs.dtype in (torch.float16, torch.bfloat16)  # coefficients are rounded to halves
+        and inputs.shape[-1:] == (in_features,)
+        and 0 < inputs.numel() <= MOST_TOKENS * in_features
+        and not (inputs.requires_grad and torch.is_grad_enabled())
+    )
+
+
+def linear(plan: TritonPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
+    """Apply the linear; ``takes(inputs)`` holds. A new tensor of the inputs' dtype."""
+    x = inputs.reshape(-1, inputs.shape[-1])
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    into, out = plan.into, plan.out
+    z, unit, sums = operators.analysis(
+        x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, plan.interleave, plan.count,
+        not plan.layout.trellis,
+    )  # fmt: skip
+    rows, factor = plan.spec.coefficient_shape[0], plan.layout.factor
+    u = operators.product(plan.words, z, sums, plan.scales, rows, plan.numbers, factor)
+    y = operators.synthesis(
+        u, unit, out.signs, list(out.matrices), [*out.sizes, *out.padded], out.norm, plan.spec.out_features,
+        plan.bias, inputs.dtype,
+    )  # fmt: skip
+    return y.view(*inputs.shape[:-1], plan.spec.out_features)
+
+
+def is_right(
+    plan: TritonPlan,
+    tensors: Mapping[str, Tensor],
+    frames: tuple[FrameOperator, FrameOperator],
+    dtype: torch.dtype,
+) -> bool:
+    """Whether two random tokens come out as in plain torch; asked once for every kind of linear and dtype.
+
+    Cost: one decoding of the linear, at first use of its kind. A kind that fails is warned about once.
+    """
+    key = (plan.spec.scheme(), plan.bias is not None, dtype, plan.words.device.type)
+    if key not in _verdicts:
+        if plan.words.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False  # nothing can be read back now
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, plan.spec.in_features, generator=generator).to(
+            device=plan.words.device, dtype=dtype
+        )
+        exact = reference.product(reference.analysis(frames[0], x.float()), plan.spec, tensors)
+        exact = reference.synthesis(frames[1], exact)
+        problem = ""
+        try:
+            found = linear(plan, x).float()
+            exact = exact if plan.bias is None else exact + plan.bias.float()
+            error = float((found - exact).norm() / exact.norm().clamp(min=1e-30))
+            if not error <= TOLERANCE:
+                problem = f"differ from plain torch by {error:.2g}"
+        except Exception as failure:
+            problem = f"failed: {type(failure).__name__}: {str(failure)[:200]}"
+        if problem:
+            name = f"{plan.spec.out_features} x {plan.spec.in_features} ({type(plan.spec.code).__name__}, {dtype})"
+            warnings.warn(
+                f"The Triton kernels of linears {name} {problem}; plain torch is used.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        _verdicts[key] = not problem
+    return _verdicts[key]
