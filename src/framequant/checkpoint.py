@@ -38,6 +38,7 @@ from framequant.config import FrameQuantConfig
 from framequant.errors import CheckpointError, FrameQuantError
 from framequant.layers import FrameLinear
 from framequant.model.discovery import is_linear, linear_weight
+from framequant.model.experts import is_expert, unfuse_
 from framequant.model.report import config_entry
 from framequant.spec import LinearSpec
 
@@ -77,12 +78,14 @@ class QuantizationEntry:
 
 
 def guard(linears: Mapping[str, LinearSpec]) -> dict[str, Tensor]:
-    """An empty tensor under the float weight's name of the linear that is first in the alphabet.
+    """An empty tensor under the float weight's name of the linear that is first in the alphabet, experts last.
 
     transformers without framequant skips a ``quant_method`` that it does not know and fills the missing weights
-    with random numbers; a weight of the wrong shape is an error there. Readers of ours pass it over.
+    with random numbers; a weight of the wrong shape is an error there. Readers of ours pass it over. Weights named
+    as an expert's are renamed by transformers before it looks at them.
     """
-    return {f"{name}.weight": torch.empty(0, dtype=torch.uint8) for name in sorted(linears)[:1]}
+    names = sorted(linears, key=lambda name: (is_expert(name), name))
+    return {f"{name}.weight": torch.empty(0, dtype=torch.uint8) for name in names[:1]}
 
 
 def is_guard(part: str, shape: tuple[int, ...]) -> bool:
@@ -416,6 +419,7 @@ def install_linears(model: nn.Module, entry: QuantizationEntry) -> None:
     Raises:
         CheckpointError: the model has no such linear, or one of another shape.
     """
+    unfuse_(model, entry.linears)
     modules = dict(model.named_modules())
     for name, spec in entry.linears.items():
         module = modules.get(name)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import auto as _registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -26,6 +27,8 @@ from framequant.checkpoint import QUANT_METHOD, QuantizationEntry
 from framequant.config import FrameQuantConfig
 from framequant.errors import CheckpointError, ConfigError
 from framequant.layers import FrameLinear
+from framequant.model.discovery import stacked_parameters
+from framequant.model.experts import fuse_, unfuse_
 from framequant.pretrained import read_report
 
 MINIMUM_VERSION = (5, 17)
@@ -82,6 +85,7 @@ class FrameQuantHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._unfused: set[str] = set()
         if not self.pre_quantized and not isinstance(quantization_config, FrameQuantConfig):
             raise ConfigError(
                 "a float model is quantized with quantization_config=framequant.FrameQuantConfig(…), "
@@ -97,9 +101,12 @@ class FrameQuantHfQuantizer(HfQuantizer):
     ) -> nn.Module:
         if not self.pre_quantized:
             return model
-        entry = fit_names(self.quantization_config.entry(), model)
+        stored = self.quantization_config.entry()
+        self._unfused = {
+            name for module in unfuse_(model, stored.linears).values() for name in stacked_parameters(module)
+        }
+        entry = fit_names(stored, model)
         if checkpoint_files:
-            stored = self.quantization_config.entry()
             checkpoint.check_header(stored, checkpoint.read_header([Path(name) for name in checkpoint_files]))
         checkpoint.install_linears(model, entry)
         guards = {f"{re.escape(name)}$" for name in checkpoint.guard(entry.linears)}
@@ -121,6 +128,16 @@ class FrameQuantHfQuantizer(HfQuantizer):
         if (source / checkpoint.REPORT_NAME).is_file():
             model.framequant_report = read_report(source)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Drop conversions into stacked parameters that were taken apart: the file has our names for their parts."""
+        kept = [
+            conversion
+            for conversion in weight_conversions
+            if not isinstance(conversion, WeightConverter)
+            or not any(target.rpartition(".")[2] in self._unfused for target in conversion.target_patterns)
+        ]
+        return super().update_weight_conversions(kept, *args)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return dequantize_(model, dtype)
@@ -211,12 +228,12 @@ def probe_inputs(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every ``FrameLinear`` of a model by the dense ``nn.Linear`` that it is equal to."""
+    """Replace every ``FrameLinear`` by the dense ``nn.Linear`` that it is equal to, and fuse experts again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, FrameLinear):
             linear = module.to_linear(dtype or torch.get_default_dtype())
             model.set_submodule(name, linear)
-    return model
+    return fuse_(model)
 
 
 def register(registry: ModuleType) -> None:

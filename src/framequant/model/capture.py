@@ -68,6 +68,7 @@ def observe(block: nn.Module, call: Call, groups: Sequence[Group], to_the_end: b
         to_the_end: run the whole block, for its output.
     """
     seen = Seen()
+    to_the_end = to_the_end or any(group.family for group in groups)  # who is read depends on the tokens
     with _observers(block, call, groups, seen, to_the_end), torch.no_grad(), suppress(EndOfRunError):
         seen.output = call.run(block)
     return seen
@@ -140,6 +141,12 @@ def add_moments(
     """
     for group in groups:
         reads = quantized.inputs.get(group.name, [])
+        if group.family:
+            for inputs in reads:
+                totals[group.name].add(
+                    inputs[inputs.any(dim=1)]
+                )  # some mixtures send zeros instead of nothing
+            continue
         float_reads = floating.inputs.get(group.name, []) if floating else []
         paired = len(reads) == len(float_reads) and all(
             a.shape == b.shape for a, b in zip(reads, float_reads, strict=True)
