@@ -327,6 +327,7 @@ MUTATIONS: dict[str, Callable[[Path, Random], str]] = {
             edit_json,
             edit_quantization,
             edit_linears,
+            edit_model,
         ),
         *(edit_index, flip_text, replace_file, edit_checksums, edit_report),
     )

@@ -122,9 +122,7 @@ def top_up(
         if own.hessian_sum is not None:
             pool.count += own.count
             pool.hessian_sum = (
-                own.hessian_sum.clone()
-                if pool.hessian_sum is None
-                else pool.hessian_sum.add_(own.hessian_sum)
+                own.hessian_sum if pool.hessian_sum is None else pool.hessian_sum + own.hessian_sum
             )
     few: dict[str, int] = {}
     for group in experts:

@@ -171,6 +171,7 @@ def linear_report(
         tokens=tokens,
         residual_correction=residual_correction,
         seconds=seconds,
+        details={} if result.loss.gain == 1.0 else {"scales_shrunk_by": result.loss.gain},
     )
 
 

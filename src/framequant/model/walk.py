@@ -30,7 +30,7 @@ from framequant.model.replay import Call, Replay, as_call, computed_in, inferenc
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.model.trace import Group, trace_block
 from framequant.quantizers.budget import Option
-from framequant.quantizers.hessian import Moments
+from framequant.quantizers.hessian import NOT_FINITE, Moments
 from framequant.quantizers.weight import quantize_group
 
 
@@ -258,7 +258,8 @@ class _Walk:
             if found and all(len(one.squares) == len(self.batches) for one in found):
                 powered = [sum(one.squares[i] for one in found) ** power for i in range(len(self.batches))]
                 mean = torch.cat(powered).mean()
-                weights[group.name] = [batch / mean for batch in powered]
+                if 0 < float(mean) < float("inf"):  # no gradient at all: tokens count alike
+                    weights[group.name] = [batch / mean for batch in powered]
         return weights
 
     def _quantize_outside(self, replay: Replay) -> None:
@@ -346,6 +347,7 @@ class _Walk:
                 use_drift=self.config.float_targets > 0,
                 use_residual=self.config.residual_targets > 0,
                 token_weights={name: batches[number] for name, batches in weights.items()},
+                where=(prefix, number),
             )
         return totals
 
@@ -391,6 +393,11 @@ class _Walk:
                 report.warnings.append(
                     f"{entry.name}: damping raised to {entry.damping:g}; too few calibration tokens?"
                 )
+            if "scales_shrunk_by" in entry.details:
+                report.warnings.append(
+                    f"{entry.name}: rounding did more harm than zeros would, so its scales were multiplied by "
+                    f"{entry.details['scales_shrunk_by']:.3g}. More bits, or ignore it."
+                )
             if entry.tokens == 0 and entry.name not in self.few:
                 report.warnings.append(
                     f"{entry.name}: saw no calibration token; an identity Hessian was used."
@@ -429,12 +436,9 @@ def untie(model: nn.Module, head: nn.Module) -> None:
 
 
 def _require_finite(moments: Moments, name: str) -> None:
-    for total in (moments.hessian_sum, moments.drift_sum):
+    for total in (moments.hessian_sum, moments.drift_sum, *moments.residual_sum.values()):
         if total is not None and not bool(torch.isfinite(total).all()):
-            raise NumericalError(
-                f"{name}: its calibration activations contain NaN or infinity. Check the model and the calibration "
-                "data, or run the walk in float32."
-            )
+            raise NumericalError(f"{name}: {NOT_FINITE}")
 
 
 def quantized_linears(model: nn.Module) -> dict[str, FrameLinear]:
