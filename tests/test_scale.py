@@ -6,7 +6,6 @@ import csv
 from dataclasses import replace
 
 import pytest
-
 from benchmarks import simulate_scale
 from benchmarks.scale_model import MODELS, Efficiency, Machine, Run, memory, run_cost
 
@@ -14,7 +13,9 @@ TRUE = Efficiency(capture=0.31, rounding=0.17, forward=0.55)
 DISKS = replace(Machine(), disk_read=2.1e9, disk_write=0.9e9)
 
 
-@pytest.mark.parametrize(("key", "size"), [("7b", 6.74e9), ("70b", 68.98e9), ("405b", 405.8e9), ("1t", 1.03e12)])
+@pytest.mark.parametrize(
+    ("key", "size"), [("7b", 6.74e9), ("70b", 68.98e9), ("405b", 405.8e9), ("1t", 1.03e12)]
+)
 def test_shapes_have_their_parameters(key, size):
     assert MODELS[key].parameters == pytest.approx(size, rel=0.01)
 
@@ -24,7 +25,13 @@ def _row(shape, blocks, slower=1.0):
     seconds = run_cost(model, 1, Run(), DISKS, TRUE).seconds
     steps = {step: slower * seconds[step] for step in ("read", "capture", "round", "write")}
     return {
-        **{"shape": shape, "blocks": MODELS[shape].layers, "blocks_measured": blocks, "samples": 128, "tokens": 2048},
+        **{
+            "shape": shape,
+            "blocks": MODELS[shape].layers,
+            "blocks_measured": blocks,
+            "samples": 128,
+            "tokens": 2048,
+        },
         **{f"seconds_{step}": value for step, value in steps.items()},
         **{"ranks": 1, "seconds": slower * sum(seconds.values()), "device": "NVIDIA H100"},
     }

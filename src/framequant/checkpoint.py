@@ -143,7 +143,7 @@ def parse_quantization(data: Any) -> QuantizationEntry:
     linears = {name: _parse_linear(name, entry, schemes) for name, entry in data["linears"].items()}
     try:
         config = FrameQuantConfig.from_dict(data["config"])
-    except (FrameQuantError, TypeError) as error:
+    except (FrameQuantError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"quantization_config.config: {error}") from error
     aliases = data.get("aliases", {})
     if not isinstance(aliases, dict) or not all(isinstance(value, str) for value in aliases.values()):

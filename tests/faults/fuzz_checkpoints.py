@@ -166,10 +166,10 @@ def main() -> None:
     rows = summarize(done)
     if arguments.show:
         for seed, (mutation, outcome, note) in sorted(done.items()):
-            print(seed, kind_of(seed), mutation, outcome, note[:300])
+            print(seed, kind_of(seed), mutation, outcome, ascii(note[:300]))
     for seed, (mutation, outcome, note) in sorted(done.items()):
         if outcome == "failed":
-            print(f"FAILED seed {seed} ({kind_of(seed)}, {mutation}): {note[:400]}")
+            print(f"FAILED seed {seed} ({kind_of(seed)}, {mutation}): {note[:400]!a}")
     totals = Counter(outcome for _, outcome, _ in done.values())
     unnoticed = sorted({m for m, outcome, _ in done.values() if outcome == "unnoticed"})
     seconds = time.perf_counter() - begun

@@ -222,6 +222,16 @@ def make_own():
     return TiedModel()
 
 
+@pytest.mark.parametrize("name", ["tile_rows", "tile_cols", "output_block", "state_bits", "group_size"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_settings_that_divide_by_zero_are_refused(goods, tmp_path, name, value):
+    directory = _copy(goods["llama"], tmp_path)
+    (directory / CHECKSUMS).unlink()  # seed 11097 of the fuzzer
+    _edit(directory / CONFIG, lambda data: data["quantization_config"]["config"].update({name: value}))
+    with pytest.raises(fq.CheckpointError, match=name):
+        fq.load(directory)
+
+
 def test_an_alias_cannot_hide_a_tensor(goods, tmp_path):
     directory = _copy(goods["own"], tmp_path)
     (directory / CHECKSUMS).unlink()
