@@ -103,9 +103,11 @@ def load(
         raise CheckpointError(f"{path / checkpoint.CONFIG_NAME} holds no mapping.")
     entry = checkpoint.parse_quantization(config.get("quantization_config"))
     files = checkpoint.weight_files(path)
-    if integrity.is_wanted(verify):
+    header = checkpoint.read_header(files)
+    checkpoint.check_header(entry, header)
+    if integrity.is_wanted(verify):  # after what names the fault more exactly, before anything is built
         checkpoint.verify(path)
-    check_config(config, checkpoint.read_header(files))
+    check_config(config, header)
     if integrity.is_wanted(verify):
         checkpoint.verify(path, files)
     if model is not None:

@@ -106,8 +106,8 @@ def test_transformers_own_way_verifies_too(goods, tmp_path):
     from transformers import AutoModelForCausalLM
 
     directory = _copy(goods["llama"], tmp_path)
-    _edit(directory / CONFIG, lambda data: data.update(num_attention_heads=2))
-    with pytest.raises(fq.CheckpointError, match=r"config.json: num_attention_heads is not what was written"):
+    _edit(directory / CONFIG, lambda data: data.update(rms_norm_eps=0.5))
+    with pytest.raises(fq.CheckpointError, match=r"config.json: rms_norm_eps is not what was written"):
         AutoModelForCausalLM.from_pretrained(directory)
     (directory / CHECKSUMS).unlink()
     shutil.copy(goods["llama"].directory / CONFIG, directory / CONFIG)

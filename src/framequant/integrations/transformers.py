@@ -112,8 +112,12 @@ class FrameQuantHfQuantizer(HfQuantizer):
         if checkpoint_files:
             header = _check_files(model, stored, [Path(name) for name in checkpoint_files])
         checkpoint.install_linears(model, entry)
-        if header:
+        if checkpoint_files:
             check_skeleton(model, header, entry.linears)
+            if integrity.is_wanted():  # last: other checks name a fault more exactly
+                files = [Path(name) for name in checkpoint_files]
+                checkpoint.verify(files[0].parent)
+                checkpoint.verify(files[0].parent, files)
         guards = {f"{re.escape(name)}$" for name in checkpoint.guard(entry.linears)}
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
@@ -180,7 +184,7 @@ class FrameQuantHfQuantizer(HfQuantizer):
 
 
 def _check_files(model: nn.Module, entry: QuantizationEntry, files: list[Path]) -> Header:
-    """Check the files of a checkpoint: inside its directory, well formed, and what was written.
+    """Check the files of a checkpoint: inside its directory, well formed, and what its config says.
 
     Raises:
         CheckpointError: they are not; the key is named.
@@ -196,9 +200,6 @@ def _check_files(model: nn.Module, entry: QuantizationEntry, files: list[Path]) 
     header = checkpoint.read_header(files)
     checkpoint.check_header(entry, header)
     checkpoint.check_index(files[0].parent, files)
-    if integrity.is_wanted():
-        checkpoint.verify(files[0].parent)
-        checkpoint.verify(files[0].parent, files)
     return header
 
 
