@@ -21,6 +21,7 @@ LAYERS = [
     {"quantizers"},
     {"layers"},
     {"model"},
+    {"integrity", "untrusted"},
     {"checkpoint"},
     {"report"},
     {"integrations", "pretrained"},

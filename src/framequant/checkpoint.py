@@ -4,6 +4,7 @@ A checkpoint is a directory::
 
     config.json                    the model's own config plus "quantization_config"
     model.safetensors              or model-00001-of-0000N.safetensors and model.safetensors.index.json
+    framequant_checksums.json      CRC-32 of every tensor and of every key of config.json
     framequant_report.json         what the run did
     README.md                      model card
 
@@ -22,7 +23,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from framequant import storage
+from framequant import integrity, storage
 from framequant.config import FrameQuantConfig
 from framequant.errors import CheckpointError, FrameQuantError
 from framequant.layers import FrameLinear
 from framequant.model.discovery import is_linear, linear_weight
+from framequant.model.experts import is_expert, unfuse_
 from framequant.model.report import config_entry
 from framequant.spec import LinearSpec
+from framequant.untrusted import Header, check_finite, check_skeleton
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "framequant"
@@ -77,12 +80,14 @@ class QuantizationEntry:
 
 
 def guard(linears: Mapping[str, LinearSpec]) -> dict[str, Tensor]:
-    """An empty tensor under the float weight's name of the linear that is first in the alphabet.
+    """An empty tensor under the float weight's name of the linear that is first in the alphabet, experts last.
 
     transformers without framequant skips a ``quant_method`` that it does not know and fills the missing weights
-    with random numbers; a weight of the wrong shape is an error there. Readers of ours pass it over.
+    with random numbers; a weight of the wrong shape is an error there. Readers of ours pass it over. Weights named
+    as an expert's are renamed by transformers before it looks at them.
     """
-    return {f"{name}.weight": torch.empty(0, dtype=torch.uint8) for name in sorted(linears)[:1]}
+    names = sorted(linears, key=lambda name: (is_expert(name), name))
+    return {f"{name}.weight": torch.empty(0, dtype=torch.uint8) for name in names[:1]}
 
 
 def is_guard(part: str, shape: tuple[int, ...]) -> bool:
@@ -122,7 +127,7 @@ def parse_quantization(data: Any) -> QuantizationEntry:
     if not isinstance(data, Mapping) or data.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"quantization_config: quant_method is not {QUANT_METHOD!r}.")
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or type(version) is not int:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         advice = "Upgrade framequant: pip install -U framequant." if newer else "Quantize the model again."
         raise CheckpointError(
@@ -138,7 +143,7 @@ def parse_quantization(data: Any) -> QuantizationEntry:
     linears = {name: _parse_linear(name, entry, schemes) for name, entry in data["linears"].items()}
     try:
         config = FrameQuantConfig.from_dict(data["config"])
-    except (FrameQuantError, TypeError) as error:
+    except (FrameQuantError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"quantization_config.config: {error}") from error
     aliases = data.get("aliases", {})
     if not isinstance(aliases, dict) or not all(isinstance(value, str) for value in aliases.values()):
@@ -301,7 +306,11 @@ def read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise CheckpointError(f"{path} is larger than {MAX_CONFIG_BYTES} bytes; this is no config file.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=integrity.refuse_duplicates,
+            parse_constant=integrity.refuse_constant,
+        )
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; {path.parent} is no framequant checkpoint.") from error
     except (ValueError, RecursionError) as error:
@@ -332,7 +341,11 @@ def weight_files(directory: Path) -> list[Path]:
         raise CheckpointError(f"{directory} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}.")
     index = read_json(directory / INDEX_NAME)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise CheckpointError(f"{directory / INDEX_NAME}: weight_map is missing or of the wrong type.")
     files = []
     for filename in sorted(set(weight_map.values())):
@@ -344,10 +357,6 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-#: Shape and safetensors dtype of every tensor by key.
-Header = dict[str, tuple[tuple[int, ...], str]]
-
-
 def read_header(files: list[Path]) -> Header:
     """Read the headers of safetensors files; no tensor is loaded.
 
@@ -356,6 +365,10 @@ def read_header(files: list[Path]) -> Header:
     """
     header: Header = {}
     for path in files:
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"{path} is no safetensors file; other formats can hold code and are not read."
+            )
         with open_tensors(path) as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 if key in header:
@@ -377,6 +390,56 @@ def open_tensors(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is truncated or damaged: {error}.") from error
+
+
+def check_index(directory: Path, files: list[Path]) -> None:
+    """Check that the index of a sharded checkpoint says where its tensors are.
+
+    Raises:
+        CheckpointError: a key is not in the file that the index names, or not in the index; it is named.
+    """
+    if len(files) == 1 and files[0].name == WEIGHTS_NAME:
+        return
+    weight_map = read_json(directory / INDEX_NAME)["weight_map"]
+    found: dict[str, str] = {}
+    for path in files:
+        found |= dict.fromkeys(read_header([path]), path.name)
+    for key in sorted({*weight_map, *found}):
+        if weight_map.get(key) != found.get(key):
+            raise CheckpointError(
+                f"{INDEX_NAME}: {key} is in {found.get(key)}, the index says {weight_map.get(key)}."
+            )
+
+
+def write_checksums(directory: Path) -> None:
+    """Write ``framequant_checksums.json`` of the files of a complete checkpoint.
+
+    Raises:
+        CheckpointError: the directory holds no complete checkpoint.
+    """
+    config = read_json(directory / CONFIG_NAME)
+    write_json(integrity.checksums(config, weight_files(directory)), directory / integrity.CHECKSUMS_NAME)
+
+
+def verify(directory: Path, files: list[Path] | None = None) -> None:
+    """Check a checkpoint against its checksums, if it has any.
+
+    Args:
+        directory: of the checkpoint.
+        files: its weights; None to check the config only.
+
+    Raises:
+        CheckpointError: a tensor or a key of the config is not what was written; it is named.
+    """
+    path = directory / integrity.CHECKSUMS_NAME
+    if not path.is_file():
+        return
+    stored = read_json(path)
+    if files is None:
+        config = read_json(directory / CONFIG_NAME)
+        integrity.verify_config(stored, config if isinstance(config, dict) else {})
+    else:
+        integrity.verify_tensors(stored, files)
 
 
 def check_header(entry: QuantizationEntry, header: Header) -> None:
@@ -416,6 +479,7 @@ def install_linears(model: nn.Module, entry: QuantizationEntry) -> None:
     Raises:
         CheckpointError: the model has no such linear, or one of another shape.
     """
+    unfuse_(model, entry.linears)
     modules = dict(model.named_modules())
     for name, spec in entry.linears.items():
         module = modules.get(name)
@@ -444,11 +508,10 @@ def load_tensors(
     state: dict[str, Tensor] = {}
     for path in files:
         with open_tensors(path) as file:
-            state.update({key: file.get_tensor(key).to(device) for key in file.keys()})  # noqa: SIM118
-    for alias, key in aliases.items():
-        if key not in state:
-            raise CheckpointError(f"quantization_config.aliases: {alias} stands for {key}, which is missing.")
-        state[alias] = state[key]
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                state[key] = file.get_tensor(key)
+    check_aliases(aliases, state)
+    state |= {alias: state[key] for alias, key in aliases.items()}
     expected = model.state_dict()
     for key in sorted(set(expected) | set(state)):
         if key not in state:
@@ -459,20 +522,51 @@ def load_tensors(
             raise CheckpointError(
                 f"{key}: the model has shape {tuple(expected[key].shape)}, the checkpoint {tuple(state[key].shape)}."
             )
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict({key: tensor.to(device) for key, tensor in state.items()}, strict=True, assign=True)
+    check_scales(model)
+
+
+def check_aliases(aliases: Mapping[str, str], keys: Container[str]) -> None:
+    """Check that aliases stand for tensors of the files, and for none that is there itself.
+
+    Raises:
+        CheckpointError: they do not; the key is named.
+    """
+    for alias, key in aliases.items():
+        if key not in keys:
+            raise CheckpointError(f"quantization_config.aliases: {alias} stands for {key}, which is missing.")
+        if alias in keys:
+            raise CheckpointError(f"quantization_config.aliases: {alias} is in the checkpoint itself.")
+
+
+def check_scales(model: nn.Module) -> None:
+    """Check that the scales and zero points of a loaded model are finite.
+
+    Raises:
+        CheckpointError: one is not; the key is named.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, FrameLinear):
+            for part, tensor in module.tensors.items():
+                if not tensor.is_meta:
+                    check_finite(f"{name}.{part}", tensor)
 
 
 def load_into(
-    skeleton: nn.Module, directory: Path, config: dict[str, Any], device: str | torch.device
+    skeleton: nn.Module, directory: Path, entry: QuantizationEntry, device: str | torch.device
 ) -> nn.Module:
     """Install the quantized linears in a float skeleton and load the tensors; evaluation mode.
 
     Raises:
         CheckpointError: config, shapes and tensors do not fit each other; the key is named.
     """
-    entry = parse_quantization(config.get("quantization_config"))
     files = weight_files(directory)
-    check_header(entry, read_header(files))
+    header = read_header(files)
+    check_header(entry, header)
+    check_aliases(entry.aliases, header)
+    check_index(directory, files)
     install_linears(skeleton, entry)
+    aliased = {alias: header[key] for alias, key in entry.aliases.items()}
+    check_skeleton(skeleton, header | aliased, entry.linears)
     load_tensors(skeleton, files, entry.aliases, device)
     return skeleton.to(device).eval()

@@ -209,6 +209,9 @@ class FrameQuantConfig:
                 continue
             if not low <= value <= high:
                 raise ConfigError(f"{name} = {value}: expected a value from {low:g} to {high:g}.")
+        for name in ("tile_rows", "tile_cols"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: expected a positive integer.")
         if self.group_size is not None and self.group_size < 1:
             raise ConfigError(f"group_size = {self.group_size}: expected a positive integer.")
         if self.seed < 0:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from framequant import checkpoint
+from framequant import checkpoint, integrity
 from framequant.config import FrameQuantConfig
 from framequant.errors import CheckpointError
 from framequant.model.report import QuantizationReport
 from framequant.model.walk import quantized_linears
 from framequant.report.model_card import model_card
+from framequant.untrusted import check_config
 
 
 def save_pretrained(
@@ -69,6 +70,7 @@ def save_pretrained(
             checkpoint.write_json(report.to_dict(), partial / checkpoint.REPORT_NAME)
             card = model_card(report, source, _library(model), name)
             (partial / "README.md").write_text(card, encoding="utf-8")
+        checkpoint.write_checksums(partial)
     return Path(directory)
 
 
@@ -77,6 +79,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     model: nn.Module | None = None,
+    verify: bool | None = None,
 ) -> nn.Module:
     """Load a quantized model.
 
@@ -85,6 +88,8 @@ def load(
         device: where the model goes.
         dtype: of the unquantized parameters; the saved one by default. Codes and scales keep theirs.
         model: a float skeleton to load into, for models that are neither transformers' nor timm's.
+        verify: check every tensor and every key of the config against ``framequant_checksums.json``, if the
+            checkpoint has it. None for what the environment variable ``FRAMEQUANT_VERIFY`` says: yes unless it is 0.
 
     Returns:
         The model in evaluation mode; its report is ``model.framequant_report``.
@@ -96,9 +101,17 @@ def load(
     config = checkpoint.read_json(path / checkpoint.CONFIG_NAME)
     if not isinstance(config, dict):
         raise CheckpointError(f"{path / checkpoint.CONFIG_NAME} holds no mapping.")
-    checkpoint.parse_quantization(config.get("quantization_config"))
+    entry = checkpoint.parse_quantization(config.get("quantization_config"))
+    files = checkpoint.weight_files(path)
+    header = checkpoint.read_header(files)
+    checkpoint.check_header(entry, header)
+    if integrity.is_wanted(verify):  # after what names the fault more exactly, before anything is built
+        checkpoint.verify(path)
+    check_config(config, header)
+    if integrity.is_wanted(verify):
+        checkpoint.verify(path, files)
     if model is not None:
-        loaded = checkpoint.load_into(model, path, config, device)
+        loaded = checkpoint.load_into(model, path, entry, device)
         loaded = loaded.to(dtype) if dtype is not None else loaded
     elif "architecture" in config:
         from framequant.integrations import timm

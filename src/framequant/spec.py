@@ -135,7 +135,7 @@ class LinearSpec:
                 frame_out=FrameSpec.from_dict(data["frame_out"]),
                 code=_code_from_dict(data["code"]),
             )
-        except (FrameQuantError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        except (FrameQuantError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{where}: {error}") from error
 
 

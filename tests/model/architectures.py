@@ -267,6 +267,25 @@ def gemma3() -> nn.Module:
 
 _EXPERTS = {"num_key_value_heads": 2, "moe_intermediate_size": 32, "num_experts_per_tok": 2}
 
+_LATENT = {
+    **_EXPERTS,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
+
+def llama4() -> nn.Module:
+    experts = {"num_local_experts": 4, "head_dim": 12, "intermediate_size_mlp": 80, "num_key_value_heads": 2}
+    return _transformers("Llama4TextConfig", "Llama4ForCausalLM", **_DECODER, **experts)
+
+
 #: Further families of transformers: name: (model, calibration data, share of the blocks' weights that is quantized).
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], float]] = {
     "mistral": (_decoder("Mistral", num_key_value_heads=2, sliding_window=8), _text, 1.0),
@@ -275,8 +294,18 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], float]] = 
     "gemma3": (gemma3, _text, 1.0),
     "phi": (_decoder("Phi"), _text, 1.0),
     "phi3": (_decoder("Phi3", pad_token_id=0), _text, 1.0),
-    "mixtral": (_decoder("Mixtral", num_key_value_heads=2, num_local_experts=4), _text, 0.1304),
-    "qwen3_moe": (_decoder("Qwen3Moe", num_experts=4, head_dim=12, **_EXPERTS), _text, 0.273),
+    "mixtral": (_decoder("Mixtral", num_key_value_heads=2, num_local_experts=4), _text, 1.0),
+    "qwen2_moe": (
+        _decoder("Qwen2Moe", num_experts=4, shared_expert_intermediate_size=40, **_EXPERTS),
+        _text,
+        0.998,
+    ),
+    "qwen3_moe": (_decoder("Qwen3Moe", num_experts=4, head_dim=12, **_EXPERTS), _text, 1.0),
+    "deepseek_v3": (_decoder("DeepseekV3", n_routed_experts=4, **_LATENT), _text, 1.0),
+    "gpt_oss": (_decoder("GptOss", num_local_experts=4, head_dim=12, **_EXPERTS), _text, 1.0),
+    "granite_moe": (_decoder("GraniteMoe", num_local_experts=4, **_EXPERTS), _text, 1.0),
+    "jetmoe": (_decoder("JetMoe", num_local_experts=4, num_key_value_heads=2, kv_channels=12), _text, 1.0),
+    "llama4": (llama4, _text, 1.0),
     "deit": (_vision("DeiT", "DeiTForImageClassification"), _images, 1.0),
     "swin": (hf_swin, lambda: _images(56), 1.0),
     "dinov2": (_vision("Dinov2", "Dinov2ForImageClassification", mlp_ratio=2), _images, 1.0),

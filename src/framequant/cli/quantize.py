@@ -288,6 +288,7 @@ def summarize(
         "budget_bits": report.allocation.get("budget_bits"),
         "redundancy": report.redundancy,
         "coverage": report.coverage,
+        "parameter_share": report.parameter_share,
         "quantized_linears": len(report.linears),
         "quantized_weights": weights,
         "bytes": {
@@ -319,7 +320,7 @@ def print_summary(summary: dict[str, Any], report: QuantizationReport, reporter:
     rows = {
         "model": f"{summary['model']} ({summary['model_class']})",
         "quantized": f"{summary['quantized_linears']} linears, {count(summary['quantized_weights'])} weights "
-        f"({summary['coverage']:.1%} of those in the blocks)",
+        f"({summary['coverage']:.1%} of those in the blocks, {summary['parameter_share']:.1%} of all parameters)",
         "bits per weight": f"{summary['bits_per_weight']:.4f}, measured: every byte stored for these linears",
         **describe_allocation(report),
         "true redundancy": f"{summary['redundancy']:.4f} (asked for {asked:.4g})",

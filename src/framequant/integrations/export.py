@@ -25,6 +25,7 @@ from framequant.errors import CheckpointError, ConfigError, ModelSourceError, ne
 from framequant.integrations.sources import DTYPES, OpenedModel, open_model
 from framequant.layers import FrameLinear
 from framequant.model.discovery import is_conv1d
+from framequant.model.experts import fuse_, unfuse_
 
 
 class ExportFormat(StrEnum):
@@ -119,6 +120,8 @@ def densify_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     GPT-2's ``Conv1D`` comes back as one, with its transposed weight, so that the model saves what its class reads.
     """
     floats = _float_skeleton(model)
+    if floats is not None:
+        unfuse_(floats, [name for name, layer in model.named_modules() if isinstance(layer, FrameLinear)])
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, FrameLinear):
             continue
@@ -131,7 +134,7 @@ def densify_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if layer.bias is not None:
             dense.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
         model.set_submodule(name, dense)
-    return model.to(dtype).eval()
+    return fuse_(model.to(dtype)).eval()
 
 
 def _float_skeleton(model: nn.Module) -> nn.Module | None:

@@ -9,6 +9,7 @@ first and quantized afterwards, without data (``model/without_data.py``).
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import auto as _registry
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from framequant import checkpoint
+from framequant import checkpoint, integrity
 from framequant.checkpoint import QUANT_METHOD, QuantizationEntry
 from framequant.config import FrameQuantConfig
-from framequant.errors import CheckpointError, ConfigError
+from framequant.errors import CheckpointError, ConfigError, FrameQuantError
 from framequant.layers import FrameLinear
+from framequant.model.discovery import stacked_parameters
+from framequant.model.experts import fuse_, unfuse_
 from framequant.pretrained import read_report
+from framequant.untrusted import Header, check_skeleton
 
 MINIMUM_VERSION = (5, 17)
 MAXIMUM_MAJOR = 5
@@ -82,6 +87,7 @@ class FrameQuantHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self._unfused: set[str] = set()
         if not self.pre_quantized and not isinstance(quantization_config, FrameQuantConfig):
             raise ConfigError(
                 "a float model is quantized with quantization_config=framequant.FrameQuantConfig(…), "
@@ -97,11 +103,21 @@ class FrameQuantHfQuantizer(HfQuantizer):
     ) -> nn.Module:
         if not self.pre_quantized:
             return model
-        entry = fit_names(self.quantization_config.entry(), model)
+        stored = self.quantization_config.entry()
+        self._unfused = {
+            name for module in unfuse_(model, stored.linears).values() for name in stacked_parameters(module)
+        }
+        entry = fit_names(stored, model)
+        header: Header = {}
         if checkpoint_files:
-            stored = self.quantization_config.entry()
-            checkpoint.check_header(stored, checkpoint.read_header([Path(name) for name in checkpoint_files]))
+            header = _check_files(model, stored, [Path(name) for name in checkpoint_files])
         checkpoint.install_linears(model, entry)
+        if checkpoint_files:
+            check_skeleton(model, header, entry.linears)
+            if integrity.is_wanted():  # last: other checks name a fault more exactly
+                files = [Path(name) for name in checkpoint_files]
+                checkpoint.verify(files[0].parent)
+                checkpoint.verify(files[0].parent, files)
         guards = {f"{re.escape(name)}$" for name in checkpoint.guard(entry.linears)}
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
@@ -117,10 +133,21 @@ class FrameQuantHfQuantizer(HfQuantizer):
                 for part, tensor in module.tensors.items():
                     if tensor.is_meta and not hasattr(module, "_hf_hook"):
                         raise CheckpointError(f"{name}.{part} was not loaded.")
+        checkpoint.check_scales(model)
         source = Path(str(getattr(model.config, "name_or_path", "")))
         if (source / checkpoint.REPORT_NAME).is_file():
             model.framequant_report = read_report(source)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        """Drop conversions into stacked parameters that were taken apart: the file has our names for their parts."""
+        kept = [
+            conversion
+            for conversion in weight_conversions
+            if not isinstance(conversion, WeightConverter)
+            or not any(target.rpartition(".")[2] in self._unfused for target in conversion.target_patterns)
+        ]
+        return super().update_weight_conversions(kept, *args)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         return dequantize_(model, dtype)
@@ -154,6 +181,26 @@ class FrameQuantHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The reference product is plain torch."""
         return True
+
+
+def _check_files(model: nn.Module, entry: QuantizationEntry, files: list[Path]) -> Header:
+    """Check the files of a checkpoint: inside its directory, well formed, and what its config says.
+
+    Raises:
+        CheckpointError: they are not; the key is named.
+    """
+    source = str(getattr(model.config, "name_or_path", ""))
+    if os.path.isdir(source):
+        home = os.path.abspath(source)
+        for path in files:
+            if os.path.commonpath([home, os.path.abspath(path)]) != home:
+                raise CheckpointError(
+                    f"{path} lies outside {source}; the index of the checkpoint is damaged."
+                )
+    header = checkpoint.read_header(files)
+    checkpoint.check_header(entry, header)
+    checkpoint.check_index(files[0].parent, files)
+    return header
 
 
 def fit_names(entry: QuantizationEntry, model: nn.Module) -> QuantizationEntry:
@@ -211,12 +258,12 @@ def probe_inputs(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Replace every ``FrameLinear`` of a model by the dense ``nn.Linear`` that it is equal to."""
+    """Replace every ``FrameLinear`` by the dense ``nn.Linear`` that it is equal to, and fuse experts again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, FrameLinear):
             linear = module.to_linear(dtype or torch.get_default_dtype())
             model.set_submodule(name, linear)
-    return model
+    return fuse_(model)
 
 
 def register(registry: ModuleType) -> None:
@@ -257,13 +304,29 @@ def load(directory: Path, device: str | torch.device, dtype: torch.dtype | None)
     config = checkpoint.read_json(directory / checkpoint.CONFIG_NAME)
     entry = checkpoint.parse_quantization(config.get("quantization_config"))
     checkpoint.check_header(entry, checkpoint.read_header(checkpoint.weight_files(directory)))
-    names = config.get("architectures") or []
-    model_class = getattr(transformers, str(names[0]), None) if names else None
-    if model_class is None or not hasattr(model_class, "from_pretrained"):
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    model_class = getattr(transformers, first, None) if isinstance(first, str) else None
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         raise CheckpointError(f"config.json: architectures {names!r} names no model class of transformers.")
-    model, info = model_class.from_pretrained(
-        directory, dtype=dtype or "auto", device_map=None, output_loading_info=True, local_files_only=True
-    )
+    if (directory / "generation_config.json").is_file():
+        checkpoint.read_json(directory / "generation_config.json")  # transformers passes a damaged one over
+    with integrity.settled():
+        try:
+            model, info = model_class.from_pretrained(
+                directory,
+                dtype=dtype or "auto",
+                device_map=None,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+        except FrameQuantError:
+            raise
+        except Exception as error:  # whatever transformers raises on a config that it cannot follow
+            raise CheckpointError(
+                f"{directory}: transformers cannot build the {first} that config.json describes, or not fill it "
+                f"({type(error).__name__}: {str(error)[:300]})."
+            ) from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         keys = sorted(map(str, info.get(problem, ())))
         if keys:

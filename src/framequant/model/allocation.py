@@ -71,6 +71,7 @@ def allocate_bits(
     names: Sequence[str],
     gradients: Mapping[str, OutputGradients],
     config: FrameQuantConfig,
+    use: Mapping[str, float] | None = None,
 ) -> Shares:
     """Choose the rate of each linear so that all of them take ``config.bits`` bits per weight on disk.
 
@@ -79,6 +80,7 @@ def allocate_bits(
         names: linears to quantize.
         gradients: with inputs, by name; a linear that was not reached counts as insensitive.
         config: an override that names a linear's ``bits`` or ``code`` fixes what it takes of the budget.
+        use: share of the model's tokens that pass a linear, 1 for those not named.
 
     Returns:
         The choices; predicted to lose no more than one rate for all.
@@ -94,6 +96,7 @@ def allocate_bits(
         settings = config.for_linear(name) or config
         found = gradients.get(name)
         sensitivity = 0.0 if found is None else _sensitivity(weight, found, settings, name)
+        sensitivity *= (use or {}).get(name, 1.0)
         options[name] = _options(weight, sensitivity, settings, name, config.fixes_code(name))
     budget = int(config.bits * weights / 8)
     choices = share_out(options, budget, weights)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from framequant.errors import NumericalError
 from framequant.model.replay import Call, EndOfRunError
 from framequant.model.trace import Group, StreamTerm
 from framequant.quantizers.hessian import Moments
@@ -68,6 +69,7 @@ def observe(block: nn.Module, call: Call, groups: Sequence[Group], to_the_end: b
         to_the_end: run the whole block, for its output.
     """
     seen = Seen()
+    to_the_end = to_the_end or any(group.family for group in groups)  # who is read depends on the tokens
     with _observers(block, call, groups, seen, to_the_end), torch.no_grad(), suppress(EndOfRunError):
         seen.output = call.run(block)
     return seen
@@ -125,6 +127,7 @@ def add_moments(
     use_drift: bool,
     use_residual: bool,
     token_weights: Mapping[str, Tensor] | None = None,
+    where: tuple[str, int] = ("", 0),
 ) -> None:
     """Add one batch's moments for each group.
 
@@ -137,26 +140,51 @@ def add_moments(
         use_drift: whether to sum the drift between both inputs.
         use_residual: whether to sum the deviation of the residual streams.
         token_weights: by group name, the weight of each real token, of mean one.
+        where: prefix of the groups' names and number of the batch, for messages.
+
+    Raises:
+        NumericalError: an activation is NaN or infinite; linear and batch are named.
     """
     for group in groups:
-        reads = quantized.inputs.get(group.name, [])
-        float_reads = floating.inputs.get(group.name, []) if floating else []
-        paired = len(reads) == len(float_reads) and all(
-            a.shape == b.shape for a, b in zip(reads, float_reads, strict=True)
+        try:
+            _add_group(totals, group, quantized, floating, mask, use_drift, use_residual, token_weights)
+        except NumericalError as error:
+            prefix, number = where
+            raise NumericalError(f"{prefix}{group.name}, batch {number}: {error}") from error
+
+
+def _add_group(
+    totals: dict[str, Moments],
+    group: Group,
+    quantized: Seen,
+    floating: Seen | None,
+    mask: Tensor | None,
+    use_drift: bool,
+    use_residual: bool,
+    token_weights: Mapping[str, Tensor] | None,
+) -> None:
+    reads = quantized.inputs.get(group.name, [])
+    if group.family:
+        for inputs in reads:
+            totals[group.name].add(inputs[inputs.any(dim=1)])  # some mixtures send zeros instead of nothing
+        return
+    float_reads = floating.inputs.get(group.name, []) if floating else []
+    paired = len(reads) == len(float_reads) and all(
+        a.shape == b.shape for a, b in zip(reads, float_reads, strict=True)
+    )
+    moments = totals[group.name]
+    for index, inputs in enumerate(reads):
+        keep = _applicable(mask, inputs)
+        other = float_reads[index] if paired and use_drift else None
+        root = _root_weights(token_weights, group, inputs, keep)
+        moments.add(
+            _weighted(_kept(inputs, keep), root),
+            None if other is None else _weighted(_kept(other, keep), root),
         )
-        moments = totals[group.name]
-        for index, inputs in enumerate(reads):
-            keep = _applicable(mask, inputs)
-            other = float_reads[index] if paired and use_drift else None
-            root = _root_weights(token_weights, group, inputs, keep)
-            moments.add(
-                _weighted(_kept(inputs, keep), root),
-                None if other is None else _weighted(_kept(other, keep), root),
-            )
-        if floating is not None and use_residual and len(reads) == 1:
-            keep = _applicable(mask, reads[0])
-            root = _root_weights(token_weights, group, reads[0], keep)
-            _add_residuals(moments, group, quantized, floating, keep, root, reads[0])
+    if floating is not None and use_residual and len(reads) == 1:
+        keep = _applicable(mask, reads[0])
+        root = _root_weights(token_weights, group, reads[0], keep)
+        _add_residuals(moments, group, quantized, floating, keep, root, reads[0])
 
 
 def _add_residuals(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from framequant.config import FrameQuantConfig
 from framequant.errors import DiscoveryError
 from framequant.layers import FrameLinear
 from framequant.model import discovery
+from framequant.model.experts import put_back_unselected, routers, unfuse_
 from framequant.model.network_bounds import network_bounds
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.quantizers.sigma_delta_weight import DataFreeResult, linear_spec, quantize_linear
@@ -41,10 +42,14 @@ def quantize_data_free(
         FrameError: no harmonic frame of the ratio exists for a dimension.
     """
     start = time.perf_counter()
+    fused = unfuse_(model)
     linears = discovery.linears(model)
     if not linears or "" in linears:
         raise DiscoveryError(f"{type(model).__name__} holds no linears; give a model with linears inside.")
     selected = discovery.select_linears(model, None, config)
+    left = set() if config.include else routers(model, _parents(fused))
+    selected = [name for name in selected if name not in left]
+    put_back_unselected(model, fused, selected)
     first = next(model.parameters())
     report = QuantizationReport(config.to_dict())
     report.environment = environment(str(first.device), str(first.dtype).removeprefix("torch."))
@@ -60,7 +65,11 @@ def quantize_data_free(
     for name in linears:
         if name not in names:
             reason = (
-                "its weight is tied to another module's" if name in tied else "left in float by a pattern"
+                "its weight is tied to another module's"
+                if name in tied
+                else "a router"
+                if name in left
+                else "left in float by a pattern"
             )
             report.skipped[name] = reason
     if not names:
@@ -71,6 +80,11 @@ def quantize_data_free(
     _warn(report)
     model.framequant_report = report
     return report
+
+
+def _parents(fused: Mapping[str, nn.Module]) -> list[str]:
+    """Modules that hold mixtures of experts."""
+    return sorted({path.rpartition(".")[0] for path in fused if "." in path})
 
 
 def _quantize_all(

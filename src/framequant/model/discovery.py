@@ -42,19 +42,33 @@ def linears(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module.named_modules() if is_linear(child)}
 
 
+def stacked_parameters(module: nn.Module) -> list[str]:
+    """Names of a module's own three-dimensional parameters, stacks of matrices; convolutions have none."""
+    if type(module).__module__ == nn.Conv1d.__module__:
+        return []
+    return [
+        name
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and min(parameter.shape) > 1
+    ]
+
+
 def stacked_weights(module: nn.Module) -> dict[str, int]:
-    """Matrices that a module holds stacked in three-dimensional parameters, as fused experts do: no linears.
+    """Matrices that a block holds in parameters that are no linear's: fused experts that were not taken apart.
 
     Returns:
-        Number of weights by the parameter's qualified name; convolutions are not among them.
+        Number of weights by the parameter's qualified name: stacks of matrices, and matrices larger than all linears
+        of the block, as experts side by side are. Convolutions and embeddings are not among them.
     """
-    return {
-        f"{name}.{key}".lstrip("."): parameter.numel()
-        for name, owner in module.named_modules()
-        if type(owner).__module__ != nn.Conv1d.__module__
-        for key, parameter in owner.named_parameters(recurse=False)
-        if parameter.ndim == 3 and min(parameter.shape) > 1
-    }
+    largest = max((linear_weight(linear).numel() for linear in linears(module).values()), default=0)
+    found: dict[str, int] = {}
+    for name, owner in module.named_modules():
+        stacks = stacked_parameters(owner)
+        for key, parameter in owner.named_parameters(recurse=False):
+            wide = parameter.ndim == 2 and parameter.numel() > largest and min(parameter.shape) > 1
+            if key in stacks or (wide and not is_linear(owner) and not isinstance(owner, nn.Embedding)):
+                found[f"{name}.{key}".lstrip(".")] = parameter.numel()
+    return found
 
 
 def find_blocks(model: nn.Module) -> dict[str, list[str]]:

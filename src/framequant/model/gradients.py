@@ -79,9 +79,17 @@ class OutputGradients:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Σ r rᵀ in float32, whatever autocast says."""
+    """Σ r rᵀ in float32, whatever autocast says; in float64 where float32 overflows."""
     with torch.autocast(rows.device.type, enabled=False):
-        return rows.T @ rows
+        gram = rows.T @ rows
+        return gram if bool(torch.isfinite(gram.diagonal()).all()) else rows.double().T @ rows.double()
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    """A running sum, in place where the dtypes agree."""
+    if total is None:
+        return more
+    return total.add_(more) if total.dtype == more.dtype else total.double() + more.double()
 
 
 def _thinned(rows: Tensor, taken: int) -> Tensor:
@@ -119,8 +127,7 @@ class _Pass:
             return
         flat = _thinned(flat, total.count)
         total.count += flat.shape[0]
-        gram = _gram(flat)
-        total.gram_sum = gram if total.gram_sum is None else total.gram_sum.add_(gram)
+        total.gram_sum = _plus(total.gram_sum, _gram(flat))
 
     def add_input(self, name: str, tensor: Tensor) -> None:
         """Add what a linear reads; the first reader of a tensor adds it for all."""
@@ -139,8 +146,7 @@ class _Pass:
         total.input_square += float(flat.square().sum())
         if not self.grams:
             return
-        gram = _gram(flat)
-        total.input_sum = gram if total.input_sum is None else total.input_sum.add_(gram)
+        total.input_sum = _plus(total.input_sum, _gram(flat))
 
 
 def output_gradients(

@@ -40,7 +40,8 @@ class LinearReport:
         target_change: squared relative distance of the target from the weight.
         damping: fraction of the mean diagonal used, after escalation.
         escalations: how often the damping had to be raised.
-        tokens: calibration tokens seen; 0 means that an identity Hessian was used.
+        tokens: calibration tokens seen; 0 means that an identity Hessian was used, but for experts whose
+            ``details["hessian"]`` says otherwise.
         residual_correction: whether the residual stream's deviation was corrected.
         seconds: time spent on this linear's group, divided by the number of its members.
         details: what only some codes have: Sigma-Delta's overloads, bounds and nearest rounding at equal bits.
@@ -117,6 +118,12 @@ class QuantizationReport:
         weights = sum(entry.num_weights for entry in self.linears)
         return weights / max(self.model.get("block_linear_weights", weights), weights, 1)
 
+    @property
+    def parameter_share(self) -> float:
+        """Share of all parameters of the model, embeddings and head included, that is quantized."""
+        weights = sum(entry.num_weights for entry in self.linears)
+        return weights / max(self.model.get("parameters", weights), weights, 1)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form; ``from_dict`` inverts it."""
         return {
@@ -125,6 +132,7 @@ class QuantizationReport:
                 "bits_per_weight": self.bits_per_weight,
                 "redundancy": self.redundancy,
                 "coverage": self.coverage,
+                "parameter_share": self.parameter_share,
                 "quantized_linears": len(self.linears),
                 "quantized_weights": sum(entry.num_weights for entry in self.linears),
             },
@@ -163,6 +171,7 @@ def linear_report(
         tokens=tokens,
         residual_correction=residual_correction,
         seconds=seconds,
+        details={} if result.loss.gain == 1.0 else {"scales_shrunk_by": result.loss.gain},
     )
 
 

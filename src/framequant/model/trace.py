@@ -55,11 +55,15 @@ class Group:
         linears: names inside the block, in order of execution; the first stands for the group.
         calls: how often the group's tensor is read in one forward pass.
         streams: for each linear that writes to a residual stream, the other terms of the sum.
+        family: for an expert's linear, what its fellow experts' linears have in common with it; else empty.
+        rows: tokens that the traced run had in this tensor.
     """
 
     linears: list[str]
     calls: int = 1
     streams: dict[str, tuple[StreamTerm, ...]] = field(default_factory=dict)
+    family: str = ""
+    rows: int = 0
 
     @property
     def name(self) -> str:
@@ -116,6 +120,7 @@ class _Record:
     inputs: dict[str, list[int]] = field(default_factory=dict)
     outputs: dict[int, str] = field(default_factory=dict)
     boundaries: dict[int, StreamTerm] = field(default_factory=dict)
+    rows: dict[int, int] = field(default_factory=dict)
     ready: dict[str, set[int]] = field(default_factory=dict)
 
 
@@ -137,7 +142,7 @@ def trace_block(block: nn.Module, call: Call, names: Sequence[str]) -> list[Grou
         call.run(block)
     groups: dict[int, Group] = {}
     for name, roots in record.inputs.items():
-        group = groups.setdefault(roots[0], Group([], len(roots)))
+        group = groups.setdefault(roots[0], Group([], len(roots), rows=record.rows[roots[0]]))
         group.linears.append(name)
     for group in groups.values():
         for name in group.linears:
@@ -175,6 +180,7 @@ def _hooks(
         record.boundaries.setdefault(root, StreamTerm("input", name))
         if name in selected:
             record.inputs.setdefault(name, []).append(root)
+            record.rows[root] = tensors[0].numel() // max(tensors[0].shape[-1], 1)
             record.ready[name] = set(record.boundaries) | set(record.outputs)
 
     def after(module: nn.Module, args: Any, out: Any, name: str) -> None:

@@ -20,7 +20,7 @@ from framequant.config import Allocation, FrameQuantConfig, preset
 from framequant.errors import DiscoveryError, NumericalError
 from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
-from framequant.model import discovery
+from framequant.model import discovery, experts, mixture
 from framequant.model.allocation import allocate_bits, at_rate
 from framequant.model.calibration import as_batches, to_device
 from framequant.model.capture import Seen, add_moments, observe, token_mask
@@ -30,7 +30,7 @@ from framequant.model.replay import Call, Replay, as_call, computed_in, inferenc
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.model.trace import Group, trace_block
 from framequant.quantizers.budget import Option
-from framequant.quantizers.hessian import Moments
+from framequant.quantizers.hessian import NOT_FINITE, Moments
 from framequant.quantizers.weight import quantize_group
 
 
@@ -176,6 +176,7 @@ class _Walk:
             environment=environment(str(self.device), str(self.dtype).removeprefix("torch.")),
         )
         self.done = 0
+        self.few: dict[str, tuple[int, str]] = {}
 
     def run(self) -> QuantizationReport:
         start = time.perf_counter()
@@ -202,9 +203,14 @@ class _Walk:
 
     def _begin(self) -> dict[str, list[str]]:
         """Find blocks and linears, and what needs the whole float model; return the blocks by chain."""
+        fused = experts.unfuse_(self.model)
         chains = discovery.find_blocks(self.model)
         blocks = [name for names in chains.values() for name in names]
         self.selected = discovery.select_linears(self.model, blocks, self.config)
+        self.routers = set() if self.config.include else experts.routers(self.model, blocks)
+        self.selected = [name for name in self.selected if name not in self.routers]
+        self.unselected = experts.put_back_unselected(self.model, fused, self.selected)
+        self.families = experts.families(self.model, blocks)
         modules = dict(self.model.named_modules())
         self.total = sum(modules[name].weight.numel() for name in self.selected)
         self._describe_model(chains)
@@ -230,8 +236,9 @@ class _Walk:
         )
         if note:
             self.report.warnings.append(note)
+        use = mixture.fill_gradients(self.gradients, self.families)
         if allocate:
-            shares = allocate_bits(self.model, self.selected, self.gradients, self.config)
+            shares = allocate_bits(self.model, self.selected, self.gradients, self.config, use)
             self.choices, self.report.allocation = shares.choices, shares.to_dict()
         for found in self.gradients.values():
             found.input_sum = None
@@ -256,7 +263,8 @@ class _Walk:
             if found and all(len(one.squares) == len(self.batches) for one in found):
                 powered = [sum(one.squares[i] for one in found) ** power for i in range(len(self.batches))]
                 mean = torch.cat(powered).mean()
-                weights[group.name] = [batch / mean for batch in powered]
+                if 0 < float(mean) < float("inf"):  # no gradient at all: tokens count alike
+                    weights[group.name] = [batch / mean for batch in powered]
         return weights
 
     def _quantize_outside(self, replay: Replay) -> None:
@@ -301,15 +309,21 @@ class _Walk:
         prefix = f"{name}."
         inner = [full.removeprefix(prefix) for full in self.selected if full.startswith(prefix)]
         groups = trace_block(block, calls[0], inner)
+        families = {
+            linear: self.families[prefix + linear] for linear in inner if prefix + linear in self.families
+        }
+        groups = mixture.with_experts(groups, inner, families, calls[0].hidden[..., 0].numel())
         called = {linear for group in groups for linear in group.linears}
         for linear in inner:
             if linear not in called:
                 self.report.skipped[prefix + linear] = "its forward was not called on the calibration data"
         if original is not None:
-            original.remember(groups)
-        stages = [[group] for group in groups] if self.config.recapture else [groups]
-        for stage in stages:
+            original.remember([group for group in groups if not group.family])
+        pools: dict[str, Moments] = {}
+        for stage in mixture.stages(groups, block, self.config.recapture):
             moments = self._capture(prefix, block, original, calls, stage)
+            for name, tokens in mixture.top_up(moments, stage, pools).items():
+                self.few[prefix + name] = tokens, families[name]
             for group in stage:
                 self._quantize_group(prefix, block, group, moments[group.name])
 
@@ -326,6 +340,8 @@ class _Walk:
         }
         totals = {name: Moments(count) for name, count in features.items()}
         weights = self._token_weights(prefix, stage)
+        if all(group.family for group in stage):
+            original = None
         for number, (call, mask) in enumerate(zip(calls, self.masks, strict=True)):
             add_moments(
                 totals,
@@ -336,6 +352,7 @@ class _Walk:
                 use_drift=self.config.float_targets > 0,
                 use_residual=self.config.residual_targets > 0,
                 token_weights={name: batches[number] for name, batches in weights.items()},
+                where=(prefix, number),
             )
         return totals
 
@@ -352,7 +369,7 @@ class _Walk:
                 for name in modules
                 if name in self.gradients and self.gradients[name].gram_sum is not None
             }
-        results = quantize_group(weights, moments, configs, prefix + group.name)
+        results = quantize_group(weights, moments, configs, group.family or prefix + group.name)
         seconds = (time.perf_counter() - start) / len(modules)
         for name, result in results.items():
             layer = FrameLinear.from_tensors(result.spec, result.tensors, modules[name].bias)
@@ -372,13 +389,21 @@ class _Walk:
             )
         chosen = {entry.name for entry in report.linears} | set(report.skipped)
         for name in sorted(self.block_linears - chosen):
-            report.skipped[name] = "left in float by include, ignore or overrides"
+            report.skipped[name] = (
+                "a router" if name in self.routers else "left in float by include, ignore or overrides"
+            )
+        mixture.warn_of_fallbacks(report, self.few)
         for entry in report.linears:
             if entry.escalations:
                 report.warnings.append(
                     f"{entry.name}: damping raised to {entry.damping:g}; too few calibration tokens?"
                 )
-            if entry.tokens == 0:
+            if "scales_shrunk_by" in entry.details:
+                report.warnings.append(
+                    f"{entry.name}: rounding did more harm than zeros would, so its scales were multiplied by "
+                    f"{entry.details['scales_shrunk_by']:.3g}. More bits, or ignore it."
+                )
+            if entry.tokens == 0 and entry.name not in self.few:
                 report.warnings.append(
                     f"{entry.name}: saw no calibration token; an identity Hessian was used."
                 )
@@ -388,7 +413,11 @@ class _Walk:
                 "stream's deviation is not corrected."
             )
         for name in self.stacked:
-            report.skipped[name] = "matrices stacked in one parameter (fused experts) are no linears"
+            report.skipped[name] = (
+                "left in float by include, ignore or overrides"
+                if name.rpartition(".")[0] in self.unselected
+                else "matrices in one parameter that cannot be taken apart into linears"
+            )
         if report.coverage < 0.95:
             report.warnings.append(
                 f"only {report.coverage:.1%} of the weights of the blocks' linears are quantized."
@@ -412,12 +441,9 @@ def untie(model: nn.Module, head: nn.Module) -> None:
 
 
 def _require_finite(moments: Moments, name: str) -> None:
-    for total in (moments.hessian_sum, moments.drift_sum):
+    for total in (moments.hessian_sum, moments.drift_sum, *moments.residual_sum.values()):
         if total is not None and not bool(torch.isfinite(total).all()):
-            raise NumericalError(
-                f"{name}: its calibration activations contain NaN or infinity. Check the model and the calibration "
-                "data, or run the walk in float32."
-            )
+            raise NumericalError(f"{name}: {NOT_FINITE}")
 
 
 def quantized_linears(model: nn.Module) -> dict[str, FrameLinear]:

@@ -9,6 +9,7 @@ Must not import ``torch.nn``, models or frames.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -20,11 +21,34 @@ from framequant.errors import NumericalError
 #: The first retry of a failed factorisation multiplies the damping by this, and so on.
 ESCALATION = 10.0
 MAX_ESCALATIONS = 8
+NOT_FINITE = (
+    "its calibration activations contain NaN or infinity. "
+    "Check the model and the calibration data, or run the walk in float32."
+)
+#: Batches with a larger peak, or with none as large as the second, are summed in float64: the squares of a million
+#: tokens would overflow float32, or half of the digits would be denormal.
+LARGEST_IN_FLOAT32 = 1e15
+SMALLEST_IN_FLOAT32 = 1e-15
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which moments of activations of ``dtype`` are summed."""
+    """Dtype in which moments of activations of ``dtype`` are summed, unless their squares leave float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _summable(*batches: Tensor) -> list[Tensor]:
+    """The same activations in a dtype in which sums of their products neither overflow nor vanish.
+
+    Raises:
+        NumericalError: an activation is NaN or infinite.
+    """
+    dtype = accumulation_dtype(batches[0].dtype)
+    peaks = [float(batch.detach().abs().amax()) for batch in batches if batch.numel()]
+    if not all(math.isfinite(peak) for peak in peaks):
+        raise NumericalError(NOT_FINITE)
+    if any(peak > LARGEST_IN_FLOAT32 or 0 < peak < SMALLEST_IN_FLOAT32 for peak in peaks):
+        dtype = torch.float64
+    return [batch.to(dtype) for batch in batches]
 
 
 @dataclass
@@ -52,19 +76,21 @@ class Moments:
     count: int = 0
 
     def add(self, inputs: Float[Tensor, "t n"], float_inputs: Float[Tensor, "t n"] | None = None) -> None:
-        """Add a batch of tokens; ``float_inputs`` are the same tokens' inputs in the float model."""
-        dtype = accumulation_dtype(inputs.dtype)
-        x = inputs.to(dtype)
+        """Add a batch of tokens; ``float_inputs`` are the same tokens' inputs in the float model.
+
+        Raises:
+            NumericalError: an activation is NaN or infinite; the caller knows the linear and the batch.
+        """
+        x, *other = _summable(inputs, *([] if float_inputs is None else [float_inputs]))
         self.hessian_sum = _accumulate(self.hessian_sum, x, x)
-        if float_inputs is not None:
-            self.drift_sum = _accumulate(self.drift_sum, float_inputs.to(dtype) - x, x)
+        for y in other:
+            self.drift_sum = _accumulate(self.drift_sum, y - x, x)
         self.count += x.shape[0]
 
     def add_residual(self, name: str, deviation: Float[Tensor, "t o"], inputs: Float[Tensor, "t n"]) -> None:
-        """Add the residual stream's deviation for the linear ``name``; call beside ``add``."""
-        dtype = accumulation_dtype(inputs.dtype)
-        total = _accumulate(self.residual_sum.get(name), deviation.to(dtype), inputs.to(dtype))
-        self.residual_sum[name] = total
+        """Add the residual stream's deviation for the linear ``name``; call beside ``add``; raises as it does."""
+        error, x = _summable(deviation, inputs)
+        self.residual_sum[name] = _accumulate(self.residual_sum.get(name), error, x)
 
     def hessian(self) -> Float[Tensor, "n n"]:
         """Mean of x xᵀ in float64; the identity when no token was seen (every direction matters alike)."""
@@ -85,6 +111,8 @@ class Moments:
 def _accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     if total is None:
         return left.T @ right
+    if total.dtype != left.dtype:
+        return total.double() + left.double().T @ right.double()
     return total.addmm_(left.T, right)
 
 
@@ -129,10 +157,7 @@ def feedback_factor(hessian: Float[Tensor, "n n"], damping: float, name: str = "
         Frantar et al. 2022, arXiv 2210.17323 (GPTQ), for the use of the Cholesky factor of the inverse.
     """
     if not torch.isfinite(hessian).all():
-        raise NumericalError(
-            f"{name or 'a linear'}: its calibration activations contain NaN or infinity. "
-            "Check the model and the calibration data, or run the walk in float32."
-        )
+        raise NumericalError(f"{name or 'a linear'}: {NOT_FINITE}")
     current = damping
     for escalation in range(MAX_ESCALATIONS + 1):
         upper = _inverse_cholesky(damped(hessian, current))

@@ -15,7 +15,7 @@ Everything here is float64 and free of hooks, devices and modules.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -27,10 +27,12 @@ from framequant.frames import FrameKind, FrameOperator, FrameSpec, build_frame, 
 from framequant.frames.signs import derive_seed
 from framequant.quantizers.coders import make_coder
 from framequant.quantizers.group_rounding import round_group
-from framequant.quantizers.hessian import FeedbackFactor, Moments
+from framequant.quantizers.hessian import NOT_FINITE, FeedbackFactor, Moments
 from framequant.quantizers.rounding import proxy_loss
+from framequant.quantizers.safety import shrink, shrinkage
 from framequant.quantizers.targets import float_target
 from framequant.spec import LinearSpec
+from framequant.storage import decode_rows
 
 #: Sign seeds are stored as decimal numbers in JSON; 32 bits keep them short.
 SEED_BITS = 32
@@ -46,6 +48,8 @@ class LinearLoss:
         target_change: ‖W* - W‖² / ‖W‖², how far the target moved from the weight.
         damping: fraction of the mean diagonal that the factorisation used; 0 for nearest rounding.
         escalations: how often that damping had to be raised.
+        reference: tr(W H Wᵀ), the loss of zeros.
+        gain: what the scales were multiplied by because rounding did more harm than zeros; see ``safety``.
     """
 
     proxy: float
@@ -53,6 +57,8 @@ class LinearLoss:
     target_change: float
     damping: float
     escalations: int
+    reference: float = 0.0
+    gain: float = 1.0
 
 
 @dataclass
@@ -113,6 +119,7 @@ def quantize_group(
     """
     device = next(iter(weights.values())).device
     hessian = moments.hessian().to(device)
+    _require_finite(hessian, f"{next(iter(weights))}: {NOT_FINITE}")
     results: dict[str, QuantizedWeight] = {}
     for names in _alike(configs):
         members = {name: weights[name].double() for name in names}
@@ -158,7 +165,32 @@ def _quantize_alike(
         restored = _reconstruct(piece, frame_in, frames_out[name])
         loss = _loss(weight, targets[name], restored, hessian, factor)
         results[name] = QuantizedWeight(specs[name], tensors, loss)
+        _shrink_if_harmful(
+            results[name], weight, targets[name], restored, hessian, factor, frame_in, frames_out[name]
+        )
     return results
+
+
+def _shrink_if_harmful(
+    result: QuantizedWeight,
+    weight: Tensor,
+    target: Tensor,
+    restored: Tensor,
+    hessian: Tensor,
+    factor: FeedbackFactor | None,
+    frame_in: FrameOperator,
+    frame_out: FrameOperator,
+) -> None:
+    """Shrink the scales where rounding did more harm than zeros would; see ``safety``."""
+    damping = None if factor is None else factor.damping
+    gain = shrinkage(target, restored, hessian, result.loss.proxy, result.loss.reference, damping)
+    if gain == 1.0:
+        return
+    result.tensors = shrink(result.tensors, gain)
+    rows = result.spec.coefficient_shape[0]
+    coefficients = decode_rows(result.spec, result.tensors, 0, rows, torch.float64)
+    loss = _loss(weight, target, _reconstruct(coefficients, frame_in, frame_out), hessian, factor)
+    result.loss = replace(loss, gain=gain)
 
 
 def _target(name: str, weight: Tensor, hessian: Tensor, moments: Moments, config: FrameQuantConfig) -> Tensor:
@@ -203,6 +235,7 @@ def _loss(
         target_change=change,
         damping=factor.damping if factor else 0.0,
         escalations=factor.escalations if factor else 0,
+        reference=reference,
     )
 
 

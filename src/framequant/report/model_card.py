@@ -58,7 +58,8 @@ def model_card(report: QuantizationReport, source: str | None, library: str, nam
         "| | |",
         "|---|---|",
         f"| measured bits per weight | **{report.bits_per_weight:.3f}** (from bytes on disk) |",
-        f"| quantized weights | {weights:,} in {len(report.linears)} linears, {report.coverage:.1%} of the blocks' |",
+        f"| quantized weights | {weights:,} in {len(report.linears)} linears, {report.coverage:.1%} of the blocks', "
+        f"{report.parameter_share:.1%} of all parameters |",
         f"| bytes of these | {size:,} ({16 / report.bits_per_weight:.1f} times smaller than fp16) |",
         f"| true redundancy | {report.redundancy:.4f} |",
         f"| calibration tokens | {max((entry.tokens for entry in report.linears), default=0):,} |",
