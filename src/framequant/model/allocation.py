@@ -71,6 +71,7 @@ def allocate_bits(
     names: Sequence[str],
     gradients: Mapping[str, OutputGradients],
     config: FrameQuantConfig,
+    known: Mapping[str, float] | None = None,
 ) -> Shares:
     """Choose the rate of each linear so that all of them take ``config.bits`` bits per weight on disk.
 
@@ -79,6 +80,7 @@ def allocate_bits(
         names: linears to quantize.
         gradients: with inputs, by name; a linear that was not reached counts as insensitive.
         config: an override that names a linear's ``bits`` or ``code`` fixes what it takes of the budget.
+        known: what ``sensitivity_of`` gave for each linear, where weights and sums are no longer at hand.
 
     Returns:
         The choices; predicted to lose no more than one rate for all.
@@ -92,8 +94,10 @@ def allocate_bits(
         weight = discovery.linear_weight(model.get_submodule(name))
         weights += weight.numel()
         settings = config.for_linear(name) or config
-        found = gradients.get(name)
-        sensitivity = 0.0 if found is None else _sensitivity(weight, found, settings, name)
+        if known is None:
+            sensitivity = sensitivity_of(weight, gradients.get(name), config, name)
+        else:
+            sensitivity = known.get(name, 0.0)
         options[name] = _options(weight, sensitivity, settings, name, config.fixes_code(name))
     budget = int(config.bits * weights / 8)
     choices = share_out(options, budget, weights)
@@ -178,8 +182,13 @@ def _fill(
     return filled
 
 
-def _sensitivity(weight: Tensor, found: OutputGradients, settings: FrameQuantConfig, name: str) -> float:
-    """Loss of unit errors, in nats per token and unit of the code's relative error."""
+def sensitivity_of(
+    weight: Tensor, found: OutputGradients | None, config: FrameQuantConfig, name: str
+) -> float:
+    """Loss of unit errors, in nats per token and unit of the code's relative error; 0 if nothing was found."""
+    if found is None:
+        return 0.0
+    settings = config.for_linear(name) or config
     out_features, in_features = weight.shape
     frame_in, frame_out = frame_specs(settings, in_features, out_features, name, name)
     variance = float(weight.double().square().mean()) / (frame_in.num_coefficients / in_features)

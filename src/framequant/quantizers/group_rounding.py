@@ -6,6 +6,7 @@ Must not import models, layers or frames.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,18 @@ from framequant.quantizers.trellis_coder import TrellisCoder
 from framequant.quantizers.two_sided import round_two_sided, unit_factor
 
 
+class RowShare(Protocol):
+    """Deals rows out to several processes."""
+
+    def bounds(self, rows: int) -> tuple[int, int]:
+        """First row, and one past the last, that is rounded here."""
+        ...
+
+    def gather_rows(self, rows: Tensor, total: int) -> Tensor:
+        """All ``total`` rows from every process's share."""
+        ...
+
+
 def round_group(
     matrices: Sequence[Float[Tensor, "m n"]],
     hessian: Float[Tensor, "n n"],
@@ -27,6 +40,7 @@ def round_group(
     coder: ScalarCoder | TrellisCoder,
     config: FrameQuantConfig,
     name: str,
+    share: RowShare | None = None,
 ) -> tuple[Float[Tensor, "m_total n"], FeedbackFactor | None]:
     """Choose the codes of a group.
 
@@ -37,6 +51,7 @@ def round_group(
         coder: fitted to the matrices; it records the codes.
         config: ``rounding``, dampings, order and sweeps.
         name: of the first linear, for messages.
+        share: deals the rows of a scalar code without feedback between rows out to several processes.
 
     Returns:
         The rounded values, stacked, and the factor of H' (None for nearest rounding).
@@ -62,13 +77,28 @@ def round_group(
         return refine_codes(part, rounded, smooth, rows, config.sweeps)
 
     if all(upper is None for upper in uppers):
-        return columns(stacked, coder), factor
+        return _shared(stacked, coder, columns, share), factor
     pieces, first = [], 0
     for matrix, upper in zip(matrices, uppers, strict=True):
         rows = coder.part(first, first + len(matrix))
         pieces.append(_round_block_rows(matrix, upper, rows, config.output_block, columns))
         first += len(matrix)
     return torch.cat(pieces), factor
+
+
+def _shared(
+    stacked: Tensor,
+    coder: ScalarCoder,
+    columns: Callable[[Tensor, ScalarCoder], Tensor],
+    share: RowShare | None,
+) -> Tensor:
+    """Round all rows; with a share, some of them, and take the others' values and codes from where they are."""
+    if share is None:
+        return columns(stacked, coder)
+    first, last = share.bounds(len(stacked))
+    rounded = columns(stacked[first:last], coder.part(first, last))
+    coder.record(share.gather_rows(coder.codes(first, last), len(stacked)))
+    return share.gather_rows(rounded, len(stacked))
 
 
 def _round_block_rows(

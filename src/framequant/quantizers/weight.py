@@ -26,7 +26,7 @@ from framequant.errors import NumericalError
 from framequant.frames import FrameKind, FrameOperator, FrameSpec, build_frame, choose_frame
 from framequant.frames.signs import derive_seed
 from framequant.quantizers.coders import make_coder
-from framequant.quantizers.group_rounding import round_group
+from framequant.quantizers.group_rounding import RowShare, round_group
 from framequant.quantizers.hessian import FeedbackFactor, Moments
 from framequant.quantizers.rounding import proxy_loss
 from framequant.quantizers.targets import float_target
@@ -95,6 +95,7 @@ def quantize_group(
     moments: Moments,
     configs: Mapping[str, FrameQuantConfig],
     group: str,
+    share: RowShare | None = None,
 ) -> dict[str, QuantizedWeight]:
     """Quantize the linears that read one tensor.
 
@@ -103,6 +104,7 @@ def quantize_group(
         moments: second moments of the shared input.
         configs: settings of each linear; linears with equal settings are rounded together.
         group: name of the group, for the seed of its input frame.
+        share: rounds some of the rows here and the others elsewhere; for scalar codes without ``output_gram``.
 
     Returns:
         The stored form of each linear.
@@ -120,7 +122,7 @@ def quantize_group(
             _require_finite(
                 weight, f"{name}: its weight contains NaN or infinity; the model file is damaged."
             )
-        results.update(_quantize_alike(members, hessian, moments, configs[names[0]], group))
+        results.update(_quantize_alike(members, hessian, moments, configs[names[0]], group, share))
     return {name: results[name] for name in weights}
 
 
@@ -138,7 +140,12 @@ def _alike(configs: Mapping[str, FrameQuantConfig]) -> list[list[str]]:
 
 
 def _quantize_alike(
-    weights: Mapping[str, Tensor], hessian: Tensor, moments: Moments, config: FrameQuantConfig, group: str
+    weights: Mapping[str, Tensor],
+    hessian: Tensor,
+    moments: Moments,
+    config: FrameQuantConfig,
+    group: str,
+    share: RowShare | None,
 ) -> dict[str, QuantizedWeight]:
     first = next(iter(weights))
     targets = {name: _target(name, weight, hessian, moments, config) for name, weight in weights.items()}
@@ -150,7 +157,7 @@ def _quantize_alike(
 
     grams = [_rotated_gram(moments.output_gram.get(name), frame) for name, frame in frames_out.items()]
     coder = make_coder(matrices, specs[first].code)
-    rounded, factor = round_group(matrices, coefficient_hessian, grams, coder, config, first)
+    rounded, factor = round_group(matrices, coefficient_hessian, grams, coder, config, first, share)
 
     results = {}
     pieces = rounded.split([matrix.shape[0] for matrix in matrices])
