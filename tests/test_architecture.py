@@ -24,6 +24,7 @@ LAYERS = [
     {"checkpoint"},
     {"report"},
     {"integrations", "pretrained"},
+    {"streaming"},
     {"evaluation"},
     {"cli", "__init__", "__main__"},
 ]
