@@ -273,9 +273,7 @@ def write_tensors(
 
 def write_index(directory: Path, weight_map: Mapping[str, str], total: int) -> None:
     """Write the index of a sharded checkpoint: the file of every key, and the bytes of all tensors."""
-    write_json(
-        {"metadata": {"total_size": total}, "weight_map": dict(weight_map)}, directory / INDEX_NAME
-    )
+    write_json({"metadata": {"total_size": total}, "weight_map": dict(weight_map)}, directory / INDEX_NAME)
 
 
 def _plan_shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
@@ -375,7 +373,17 @@ def read_header(files: list[Path]) -> Header:
 
 
 #: Bytes of an element of each safetensors dtype that float models come in.
-_ELEMENT_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2}
+_ELEMENT_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+}
 _ELEMENT_BYTES.update({"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8})
 
 

@@ -71,7 +71,11 @@ class Journal:
     @property
     def was_finished(self) -> bool:
         """Whether the output was renamed already, and only the journal's own files are left."""
-        return (self.path / RUN_NAME).is_file() and not self.shards.exists() and checkpoint.is_checkpoint(self.output)
+        return (
+            (self.path / RUN_NAME).is_file()
+            and not self.shards.exists()
+            and checkpoint.is_checkpoint(self.output)
+        )
 
     def __enter__(self) -> Journal:
         with self.guarded():
@@ -127,7 +131,12 @@ class Journal:
         return (self.path / "blocks" / f"{number:05d}.json").is_file() and self.record(number) is None
 
     def keep(
-        self, number: int, shard: str, tensors: Mapping[str, Tensor], record: BlockRecord, more: Mapping[str, Any]
+        self,
+        number: int,
+        shard: str,
+        tensors: Mapping[str, Tensor],
+        record: BlockRecord,
+        more: Mapping[str, Any],
     ) -> None:
         """Write the shard of a block and then its record.
 
@@ -147,7 +156,9 @@ class Journal:
         try:
             save_file(held, str(temporary), metadata={"format": "pt"})
         except SafetensorError as error:
-            full = shutil.disk_usage(path.parent).free < sum(t.numel() * t.element_size() for t in held.values())
+            full = shutil.disk_usage(path.parent).free < sum(
+                t.numel() * t.element_size() for t in held.values()
+            )
             raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
         _rename_durably(temporary, path)
 
@@ -196,7 +207,9 @@ class Journal:
 
 def record_of(data: Mapping[str, Any]) -> BlockRecord:
     """The report of a block, from what the journal kept."""
-    return BlockRecord([LinearReport(**entry) for entry in data["linears"]], data["skipped"], data["warnings"])
+    return BlockRecord(
+        [LinearReport(**entry) for entry in data["linears"]], data["skipped"], data["warnings"]
+    )
 
 
 def sha256(path: Path) -> str:

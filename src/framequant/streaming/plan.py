@@ -54,7 +54,9 @@ def parse_size(text: str) -> int:
         assert match is not None
         return int(float(match[1]) * _UNITS[unit])
     except (AssertionError, KeyError, ValueError) as error:
-        raise ConfigError(f"{text!r} is no size; write for example 8GB, 512MiB or cuda=40GB,cpu=8GB.") from error
+        raise ConfigError(
+            f"{text!r} is no size; write for example 8GB, 512MiB or cuda=40GB,cpu=8GB."
+        ) from error
 
 
 def memory_limits(
@@ -128,7 +130,12 @@ class MemoryPlan:
 
 
 def plan_memory(
-    activation_bytes: int, working_bytes: int, host_bytes: int, limits: MemoryLimits, device: torch.device, scratch: Path
+    activation_bytes: int,
+    working_bytes: int,
+    host_bytes: int,
+    limits: MemoryLimits,
+    device: torch.device,
+    scratch: Path,
 ) -> MemoryPlan:
     """Choose the nearest place that has room for the activations.
 

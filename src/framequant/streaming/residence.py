@@ -5,7 +5,9 @@ Must not import evaluation or the command line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +18,15 @@ from framequant.config import FrameQuantConfig
 from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
 from framequant.model import discovery
-from framequant.model.activations import Activations, tensor_bytes
+from framequant.model.activations import Activations, Place, tensor_bytes
 from framequant.model.calibration import as_samples
-from framequant.model.gradients import OutputGradients
+from framequant.model.capture import token_mask
+from framequant.model.gradients import GradientPass, OutputGradients, gram_bytes, watched
 from framequant.model.ranks import Ranks
-from framequant.model.replay import Call, call_model, forwards_replaced, require_once, with_hidden
+from framequant.model.replay import Call, Replay, call_model, forwards_replaced, require_once, with_hidden
 from framequant.model.residence import BlockRecord, Residence
+from framequant.model.walk import Stream
+from framequant.streaming.gradients import Gathered, GradientFiles, StreamedPass, clear, conclude
 from framequant.streaming.journal import Journal, record_of
 from framequant.streaming.plan import MemoryLimits, MemoryPlan, block_bytes, plan_memory, rounding_bytes
 from framequant.streaming.skeleton import Skeleton
@@ -49,7 +54,7 @@ class StreamedResidence(Residence):
         device: torch.device,
         limits: MemoryLimits,
         ranks: Ranks,
-        scratch: Any,
+        scratch: Path,
         notify: Callable[[str], None],
     ) -> None:
         self._skeleton, self._journal, self._config = skeleton, journal, config
@@ -59,7 +64,10 @@ class StreamedResidence(Residence):
         self._done: set[str] = set()
         self._outside_shard = ""
         self._plan: MemoryPlan | None = None
+        self._working = (0, 0)
         self._batches: list[Any] = []
+        self._every_batch: list[Any] = []
+        self._gradient_files = GradientFiles(scratch.parent.parent / f"gradients-{ranks.rank}")
         self._held: dict[str, OutputGradients] = {}
         self._sensitivities: dict[str, float] | None = None
         self.chains = discovery.find_blocks(self.model)
@@ -183,8 +191,8 @@ class StreamedResidence(Residence):
         return calls, max(sizes)
 
     def watch(self, batches: list[Any]) -> None:
-        """Say which batches this rank will run."""
-        self._batches = batches
+        """Say which batches all ranks will run."""
+        self._every_batch, self._batches = batches, self.ranks.deal(batches)
 
     def _number(self, names: list[str]) -> None:
         count = len(names) + 1
@@ -209,8 +217,9 @@ class StreamedResidence(Residence):
         working = 3 * largest + max(rounding_bytes(block) for block in blocks)
         if self.device.type == "cpu":
             working += sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
+        self._working = working, 2 * largest
         self._plan = plan_memory(
-            streams * bytes_of_one_stream, working, 2 * largest, self._limits, self.device, self._scratch
+            streams * bytes_of_one_stream, *self._working, self._limits, self.device, self._scratch
         )
         self.float_cache_bytes = self._plan.float_cache_bytes
 
@@ -246,10 +255,15 @@ class StreamedResidence(Residence):
         data, tensors = self.ranks.share((data, tensors), 0)
         entry = checkpoint.parse_quantization(data["quantization"])
         for linear, spec in entry.linears.items():
-            parts = {part: tensors[f"{linear}.{part}"].to(self.device) for part in FrameLinear(spec, device="meta").tensors}
+            parts = {
+                part: tensors[f"{linear}.{part}"].to(self.device)
+                for part in FrameLinear(spec, device="meta").tensors
+            }
             bias = tensors.get(f"{linear}.bias")
             dtype = next(self.model.parameters()).dtype
-            layer = FrameLinear.from_tensors(spec, parts, None if bias is None else bias.to(self.device, dtype))
+            layer = FrameLinear.from_tensors(
+                spec, parts, None if bias is None else bias.to(self.device, dtype)
+            )
             self.model.set_submodule(linear, layer)
         return record_of(data)
 
@@ -258,7 +272,9 @@ class StreamedResidence(Residence):
         if record is not None and self._journal is not None:
             number = self._numbers[name]
             block = self.model.get_submodule(name)
-            tensors = {f"{name}.{key}": self.saved(f"{name}.{key}", t) for key, t in block.state_dict().items()}
+            tensors = {
+                f"{name}.{key}": self.saved(f"{name}.{key}", t) for key, t in block.state_dict().items()
+            }
             specs = {
                 f"{name}.{key}": module.spec
                 for key, module in block.named_modules()
@@ -285,7 +301,9 @@ class StreamedResidence(Residence):
         tensors: dict[str, Tensor] = {}
         specs = {n: m.spec for n, m in self.model.named_modules() if isinstance(m, FrameLinear)}
         state = self.model.state_dict()
-        wanted = [key for key in state if key not in weight_map and self._skeleton.aliases.get(key) not in state]
+        wanted = [
+            key for key in state if key not in weight_map and self._skeleton.aliases.get(key) not in state
+        ]
         for key in wanted:
             if not state[key].is_meta:
                 tensors[key] = self.saved(key, state[key])
@@ -304,14 +322,117 @@ class StreamedResidence(Residence):
         self, model: nn.Module, batches: Sequence[Any], names: Sequence[str], seed: int, inputs: bool
     ) -> tuple[dict[str, OutputGradients], str]:
         """Gradients of the float model's outputs, block by block; see ``streaming/gradients.py``."""
-        raise NotImplementedError
+        if all(self.ranks.gather(self._gradient_files.is_complete)):
+            found = self._gradient_files.read(self.device)
+        else:
+            found = self._run_gradients(batches, names, inputs)
+        self._held = found.sums
+        self._sensitivities = found.sensitivities if inputs else None
+        return found.sums, found.note
+
+    def _run_gradients(self, batches: Sequence[Any], names: Sequence[str], inputs: bool) -> Gathered:
+        replay = Replay(self.model, self.chains, batches[0], self.order(self.model, self.chains, batches[0]))
+        head = self.head_name()
+        if head is not None:
+            self.bring_outside(head)
+        problem = self._no_gradients(replay)
+        problem = next(filter(None, self.ranks.gather(problem)), "")
+        plan = self._plan
+        try:
+            if problem:
+                return self._inputs_alone(replay, batches, names, inputs, problem)
+            assert plan is not None
+            self._plan = self._gradient_plan(len(replay.names) + 2, plan)
+            streamed = StreamedPass(
+                self.model,
+                replay,
+                batches,
+                self._every_batch,
+                self._config,
+                self.ranks,
+                self.enter,
+                self.evict,
+                self.store,
+                self._gradient_files,
+            )
+            return streamed.run(names, inputs, grams=True)
+        finally:
+            self._plan = plan
+            if head is not None:
+                self._send_away(head)
+            clear(self._scratch)
+
+    def _gradient_plan(self, stores: int, plan: MemoryPlan) -> MemoryPlan:
+        """Where the outputs of all blocks together have room."""
+        one = plan.activation_bytes // (2 if self._config.carries_float_stream else 1)
+        return plan_memory(stores * one, *self._working, self._limits, self.device, self._scratch)
+
+    def _no_gradients(self, replay: Replay) -> str:
+        """Why no backward pass can be streamed, or nothing."""
+        if len(self.chains) > 1:
+            return "gradients cannot be streamed through several chains of blocks"
+        assert self._plan is not None
+        plan = self._gradient_plan(len(replay.names) + 2, self._plan)
+        matrices = gram_bytes(self.model, list(discovery.linears(self.model)), inputs=False)
+        needed = matrices + (plan.activation_bytes if plan.placement.place is Place.DISK else 0)
+        free = shutil.disk_usage(self._scratch).free
+        if needed > free * 9 // 10:
+            return (
+                f"the outputs of all blocks and their second moments take {needed / 1e9:.1f} GB, and the disk of "
+                f"{self._scratch.parent.parent} has {free / 1e9:.1f} GB"
+            )
+        return ""
+
+    def _inputs_alone(
+        self, replay: Replay, batches: Sequence[Any], names: Sequence[str], inputs: bool, problem: str
+    ) -> Gathered:
+        """What the linears read, from one forward pass: the errors are weighed layer by layer."""
+        note = (
+            "no backward pass through the float model, so errors are weighed layer by layer and not fed from row to "
+            f"row: {problem}."
+        )
+        files, found = self._gradient_files, Gathered(note=note)
+        files.begin()
+        if inputs:
+            stream = Stream(replay, list(batches), lambda name: self.store(f"inputs-{name}"))
+            for index, name in enumerate(replay.names):
+                self.enter(name)
+                inside = [linear for linear in names if linear.startswith(f"{name}.")]
+                self._read_inputs(index, inside, replay, stream, found)
+                self.evict(name)
+        files.finish(found)
+        return found
+
+    def _read_inputs(
+        self, index: int, inside: list[str], replay: Replay, stream: Stream, found: Gathered
+    ) -> None:
+        state = GradientPass(inputs=True)
+
+        def outputs() -> Iterator[Any]:
+            for state.number, batch in enumerate(self._batches):
+                state.mask = token_mask(batch)
+                state.read.clear()
+                yield stream.call(index, state.number).run(replay.blocks[index])
+
+        with watched(self.model, inside, state, gradients=False), torch.no_grad():
+            stream.advance(index, outputs())
+        conclude(self.model, inside, state, found, self._config, self.ranks)
 
     def sensitivities(self) -> dict[str, float] | None:
         """What ``gradients`` computed beside them."""
         return self._sensitivities
 
     def _bring_moments(self, name: str) -> None:
-        return
+        """Map the second moments of a block's output gradients from their file."""
+        if self._held:
+            for linear, gram in self._gradient_files.grams(name).items():
+                self._held[linear].gram_sum = gram.to(self.device)
+
+    def _send_away(self, name: str) -> None:
+        module = self.model.get_submodule(name)
+        for part, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[part] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
 class _ended_after:  # noqa: N801 - a context manager, named as one is used

@@ -136,10 +136,17 @@ class _Run:
         scratch = self._scratch()
         limits = memory_limits(max_memory, self.device)
         home = StreamedResidence(
-            self.skeleton, self.journal, self.config, self.device, limits, self.ranks, scratch, self.notes.append
+            self.skeleton,
+            self.journal,
+            self.config,
+            self.device,
+            limits,
+            self.ranks,
+            scratch,
+            self.notes.append,
         )
         home.load_outside()
-        home.watch(self.ranks.deal(batches))
+        home.watch(batches)
         dtype = None if self.config.walk_dtype is None else getattr(torch, self.config.walk_dtype)
         with inference_mode(model), computed_in(model, dtype):
             report = _Walk(model, batches, self.config, progress, home).run()

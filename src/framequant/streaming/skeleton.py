@@ -86,7 +86,9 @@ class WeightFiles:
                 part = file.get_slice(key)
                 shape = part.get_shape()
                 width = max(SAMPLE_BYTES // 4, 1)
-                sample = part[:1, :width] if len(shape) > 1 else part[:width] if shape else file.get_tensor(key)
+                sample = (
+                    part[:1, :width] if len(shape) > 1 else part[:width] if shape else file.get_tensor(key)
+                )
                 digest.update(sample.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
@@ -115,7 +117,9 @@ class Skeleton:
     def num_bytes(self) -> int:
         """Bytes of the whole model in the dtype that it is computed in."""
         state = self.model.state_dict()
-        return sum(state[key].numel() * dtype.itemsize for key, dtype in self.dtypes.items() if key in self.keys)
+        return sum(
+            state[key].numel() * dtype.itemsize for key, dtype in self.dtypes.items() if key in self.keys
+        )
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """Float tensors by their key in the model's state, in their saved dtype; on the host."""
@@ -165,7 +169,9 @@ def _empty_model(directory: Path, dtype: torch.dtype) -> nn.Module:
     names = getattr(config, "architectures", None) or []
     kind = getattr(transformers, str(names[0]), None) if names else None
     if kind is None:
-        raise ModelSourceError(f"{directory}/config.json: architectures {names!r} names no class of transformers.")
+        raise ModelSourceError(
+            f"{directory}/config.json: architectures {names!r} names no class of transformers."
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelSourceError(f"{directory} is already quantized; give the float model.")
     with init_empty_weights(include_buffers=False):
