@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from framequant import checkpoint
+from framequant import checkpoint, storage
 from framequant.config import FrameQuantConfig
 from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
@@ -23,7 +24,15 @@ from framequant.model.calibration import as_samples
 from framequant.model.capture import token_mask
 from framequant.model.gradients import GradientPass, OutputGradients, gram_bytes, watched
 from framequant.model.ranks import Ranks
-from framequant.model.replay import Call, Replay, call_model, forwards_replaced, require_once, with_hidden
+from framequant.model.replay import (
+    Call,
+    EndOfRunError,
+    Replay,
+    call_model,
+    forwards_replaced,
+    require_once,
+    with_hidden,
+)
 from framequant.model.residence import BlockRecord, Residence
 from framequant.model.walk import Stream
 from framequant.streaming.gradients import Gathered, GradientFiles, StreamedPass, clear, conclude
@@ -61,6 +70,7 @@ class StreamedResidence(Residence):
         self.model, self.device, self.ranks = skeleton.model, device, ranks
         self._limits, self._scratch, self._notify = limits, scratch, notify
         self._numbers: dict[str, int] = {}
+        self._shards: list[str] = []
         self._done: set[str] = set()
         self._outside_shard = ""
         self._plan: MemoryPlan | None = None
@@ -152,6 +162,8 @@ class StreamedResidence(Residence):
 
         The others pass their hidden states on. Where widths differ along a chain that fails, and every block is run.
         """
+        if self._numbers:
+            return list(self._numbers)
         sample = as_samples([batch])[0]
         head = self.head_name()
         if len(chains) > 1 and head is not None:
@@ -255,10 +267,7 @@ class StreamedResidence(Residence):
         data, tensors = self.ranks.share((data, tensors), 0)
         entry = checkpoint.parse_quantization(data["quantization"])
         for linear, spec in entry.linears.items():
-            parts = {
-                part: tensors[f"{linear}.{part}"].to(self.device)
-                for part in FrameLinear(spec, device="meta").tensors
-            }
+            parts = {part: tensors[f"{linear}.{part}"].to(self.device) for part in storage.layout(spec)}
             bias = tensors.get(f"{linear}.bias")
             dtype = next(self.model.parameters()).dtype
             layer = FrameLinear.from_tensors(
@@ -435,27 +444,20 @@ class StreamedResidence(Residence):
                 module._parameters[part] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-class _ended_after:  # noqa: N801 - a context manager, named as one is used
-    """End a run of the model behind a block, if asked to: heads may not be there."""
+@contextmanager
+def _ended_after(block: nn.Module, end: bool) -> Iterator[None]:
+    """End a run of the model behind a block, if asked to: what comes after it may not be there."""
 
-    def __init__(self, block: nn.Module, end: bool) -> None:
-        self._block, self._end, self._hook = block, end, None
+    def stop(*_: Any) -> None:
+        raise EndOfRunError
 
-    def __enter__(self) -> None:
-        from framequant.model.replay import EndOfRunError
-
-        def stop(*_: Any) -> None:
-            raise EndOfRunError
-
-        if self._end:
-            self._hook = self._block.register_forward_hook(stop)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
-        from framequant.model.replay import EndOfRunError
-
-        if self._hook is not None:
-            self._hook.remove()
-        return isinstance(error, EndOfRunError)
+    handles = [block.register_forward_hook(stop)] if end else []
+    try:
+        with suppress(EndOfRunError):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _bound(run: Callable[..., Any], *first: Any) -> Callable[..., Any]:

@@ -144,9 +144,7 @@ def build_skeleton(directory: Path, dtype: torch.dtype, name: str | None = None)
     """
     files = WeightFiles.open(directory)
     model = _empty_model(directory, dtype)
-    state = dict(model.named_parameters(remove_duplicate=False))
-    state.update({key: tensor for key, tensor in model.state_dict(keep_vars=True).items()})
-    state = {key: state[key] for key in model.state_dict()}
+    state = dict(model.state_dict(keep_vars=True))
     first: dict[int, str] = {}
     aliases = {}
     for key, tensor in state.items():
@@ -203,6 +201,6 @@ def _matched(
     if missing:
         raise ModelSourceError(
             f"{files.directory} holds no tensors for {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''} of "
-            f"{type(model).__name__}: they are missing, or fused on loading. Quantize this model in memory: --no-stream."
+            f"{type(model).__name__}: they are missing, or fused on loading. Quantize it in memory: --no-stream."
         )
     return found
