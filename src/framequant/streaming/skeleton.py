@@ -187,11 +187,13 @@ def _matched(
 ) -> dict[str, str]:
     """The key in the files of every key of a model's state."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    renamed = {**_renamed(model, files), **{key: key for key in files.header}}
     found: dict[str, str] = {}
     for key, tensor in state.items():
         for candidate in (key, prefix + key, key.removeprefix(prefix)):
-            if candidate in files.header and files.header[candidate][0] == tuple(tensor.shape):
-                found[key] = candidate
+            original = renamed.get(candidate)
+            if original is not None and files.header[original][0] == tuple(tensor.shape):
+                found[key] = original
                 break
     for key, original in aliases.items():  # files hold a tied tensor under one of its names
         both = found.get(original) or found.get(key)
@@ -204,3 +206,24 @@ def _matched(
             f"{type(model).__name__}: they are missing, or fused on loading. Quantize it in memory: --no-stream."
         )
     return found
+
+
+def _renamed(model: nn.Module, files: WeightFiles) -> dict[str, str]:
+    """Keys of the files by the names that transformers gives them on loading, where it only renames."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        changes = [c for c in get_model_conversion_mapping(model) if not getattr(c, "operations", None)]
+    except (
+        ImportError,
+        TypeError,
+        AttributeError,
+    ):  # another version of transformers; names are taken as they are
+        return {}
+    names = {}
+    for key in files.header:
+        name = key
+        for change in changes:
+            name = change.rename_source_key(name)[0]
+        names[name] = key
+    return names
