@@ -78,13 +78,18 @@ class Journal:
         )
 
     def __enter__(self) -> Journal:
-        with self.guarded():
-            self._open()
+        try:
+            with self.guarded():
+                self._open()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
             self._lock.close()
+            self._lock = None
 
     def _open(self) -> None:
         if not (self.path / RUN_NAME).is_file():
