@@ -57,12 +57,12 @@ def model_config(shape: str, blocks: int) -> Any:
         tie_word_embeddings=tied,
         max_position_embeddings=4096,
         architectures=["LlamaForCausalLM"],
-        dtype="float16",
+        dtype="bfloat16",
     )
 
 
-def write_model(folder: Path, shape: str, blocks: int, device: str) -> None:
-    """Write random weights in float16, a file for each block and one for the rest."""
+def write_model(folder: Path, shape: str, blocks: int, device: str, dtype: torch.dtype) -> None:
+    """Write random weights, a file for each block and one for the rest."""
     from safetensors.torch import save_file
     from transformers import LlamaForCausalLM
 
@@ -77,7 +77,7 @@ def write_model(folder: Path, shape: str, blocks: int, device: str) -> None:
             files[f"model-{part}.safetensors"].append(name)
     generator = torch.Generator(device).manual_seed(0)
     for file, names in files.items():
-        tensors = {name: random_weight(name, state[name].shape, generator, device) for name in names}
+        tensors = {name: random_weight(name, state[name].shape, generator, dtype) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     weight_map = {name: file for file, names in files.items() for name in names}
     (folder / "model.safetensors.index.json").write_text(
@@ -85,11 +85,13 @@ def write_model(folder: Path, shape: str, blocks: int, device: str) -> None:
     )
 
 
-def random_weight(name: str, shape: torch.Size, generator: torch.Generator, device: str) -> torch.Tensor:
+def random_weight(
+    name: str, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype
+) -> torch.Tensor:
     if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.float16)
-    weight = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
-    return weight.mul_(0.02 if "embed" not in name else 1.0).half().cpu()
+        return torch.ones(shape, dtype=dtype)
+    weight = torch.randn(shape, generator=generator, device=generator.device)
+    return weight.mul_(0.02 if "embed" not in name else 1.0).to(dtype).cpu()
 
 
 class Peaks:
@@ -270,7 +272,8 @@ def main() -> None:
     arguments = parser.parse_args()
     blocks = arguments.blocks or SHAPES[arguments.shape][4]
     if arguments.step == "write":
-        write_model(arguments.folder, arguments.shape, blocks, arguments.device)
+        dtype = getattr(torch, arguments.dtype)
+        write_model(arguments.folder, arguments.shape, blocks, arguments.device, dtype)
         return
     if arguments.step == "measure":
         finish(arguments, measure(arguments, arguments.folder / "model", arguments.folder / "out"))

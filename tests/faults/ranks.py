@@ -46,7 +46,9 @@ class Agreement:
         differing: of them.
         share: the same as a share.
         scales_differing: share of the scales that differ.
-        relative: largest relative difference between two layers' proxy losses.
+        relative: largest relative difference between the proxy losses of one linear.
+        relative_total: relative difference between their sums.
+        rates_differing: linears to which a bit budget gave another rate.
         seconds_of_one, seconds: of one process, and of all of them together.
     """
 
@@ -59,6 +61,8 @@ class Agreement:
     share: float
     scales_differing: float
     relative: float
+    relative_total: float
+    rates_differing: int
     seconds_of_one: float
     seconds: float
 
@@ -85,12 +89,19 @@ def compare(one: Path, other: Path) -> dict[str, float]:
         for path in (one, other)
     ]
     relative = max(abs(losses[1][name] / value - 1) for name, value in losses[0].items() if value)
+    total = abs(sum(losses[1].values()) / sum(losses[0].values()) - 1)
+    choices = [
+        json.loads((path / "framequant_report.json").read_text())["allocation"] for path in (one, other)
+    ]
+    rates = [found.get("choices", {}) for found in choices]
     return {
         "codes": codes,
         "differing": differing,
         "share": differing / codes,
         "scales_differing": other_scales / scales,
         "relative": relative,
+        "relative_total": total,
+        "rates_differing": sum(rates[0][name]["bits"] != rates[1][name]["bits"] for name in rates[0]),
     }
 
 

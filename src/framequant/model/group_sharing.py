@@ -29,16 +29,16 @@ def quantize_shared(
     """``quantize_group`` by all ranks together.
 
     Args:
-        weights, moments, configs, group: see ``quantize_group``; moments are those of all ranks.
+        weights, moments, configs, group: see ``quantize_group``; moments are those of all ranks, and are used up.
         ranks: who shares the work.
 
     Returns:
         The same results on every rank.
     """
     if ranks.size == 1:
-        return quantize_group(weights, moments, configs, group)
+        return quantize_group(weights, moments, configs, group, consume=True)
     if _rows_are_independent(moments, configs):
-        found = quantize_group(weights, moments, configs, group, ranks)
+        found = quantize_group(weights, moments, configs, group, ranks, consume=True)
         return {name: _sent(found[name], 0, ranks) for name in weights}
     shares = split_evenly({name: weight.numel() for name, weight in weights.items()}, ranks.size)
     mine = [name for name in weights if name in shares[ranks.rank]]

@@ -86,19 +86,22 @@ def reduce_moments(moments: Moments, ranks: Ranks, device: torch.device, dtype: 
             moments.count,
             moments.hessian_sum is not None,
             moments.drift_sum is not None,
+            any(t is not None and t.dtype == torch.float64 for t in (moments.hessian_sum, moments.drift_sum)),
             {name: tuple(total.shape) for name, total in moments.residual_sum.items()},
         )
     )
     moments.count = sum(count for count, *_ in kinds)
     square, wide = (moments.features, moments.features), accumulation_dtype(dtype)
+    if any(double for *_, double, _ in kinds):
+        wide = torch.float64
 
     def total(value: Tensor | None, shape: Sequence[int]) -> Tensor:
-        found = torch.zeros(*shape, dtype=wide, device=device) if value is None else value
+        found = torch.zeros(*shape, dtype=wide, device=device) if value is None else value.to(wide)
         return ranks.add_(found.contiguous())
 
-    if any(seen for _, seen, _, _ in kinds):
+    if any(seen for _, seen, *_ in kinds):
         moments.hessian_sum = total(moments.hessian_sum, square)
-    if any(seen for _, _, seen, _ in kinds):
+    if any(seen for _, _, seen, *_ in kinds):
         moments.drift_sum = total(moments.drift_sum, square)
     shapes = {name: shape for *_, residuals in kinds for name, shape in residuals.items()}
     for name in sorted(shapes):

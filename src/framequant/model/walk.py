@@ -339,8 +339,7 @@ class _Walk:
         ranks = self.home.ranks
         if ranks.size == 1:
             return values.mean()
-        total, count = ranks.sum(float(values.double().sum())), ranks.sum(values.numel())
-        return torch.tensor(total / count, dtype=values.dtype, device=values.device)
+        return torch.cat([part.to(values.device) for part in ranks.gather(values.cpu())]).mean()
 
     def _outside(self, replay: Replay) -> list[str]:
         """Selected linears outside the blocks."""

@@ -34,6 +34,8 @@ from framequant.spec import LinearSpec
 
 #: Sign seeds are stored as decimal numbers in JSON; 32 bits keep them short.
 SEED_BITS = 32
+#: Matrices of more rows are transformed by pieces.
+LARGE = 8192
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def quantize_group(
     configs: Mapping[str, FrameQuantConfig],
     group: str,
     share: RowShare | None = None,
+    consume: bool = False,
 ) -> dict[str, QuantizedWeight]:
     """Quantize the linears that read one tensor.
 
@@ -105,6 +108,7 @@ def quantize_group(
         configs: settings of each linear; linears with equal settings are rounded together.
         group: name of the group, for the seed of its input frame.
         share: rounds some of the rows here and the others elsewhere; for scalar codes without ``output_gram``.
+        consume: let the sums of ``moments`` go as soon as they are used, where nobody else will ask for them.
 
     Returns:
         The stored form of each linear.
@@ -115,14 +119,21 @@ def quantize_group(
     """
     device = next(iter(weights.values())).device
     hessian = moments.hessian().to(device)
+    if consume:
+        moments.hessian_sum = None
     results: dict[str, QuantizedWeight] = {}
-    for names in _alike(configs):
+    clusters = _alike(configs)
+    for names in clusters:
         members = {name: weights[name].double() for name in names}
         for name, weight in members.items():
             _require_finite(
                 weight, f"{name}: its weight contains NaN or infinity; the model file is damaged."
             )
-        results.update(_quantize_alike(members, hessian, moments, configs[names[0]], group, share))
+        results.update(
+            _quantize_alike(
+                members, hessian, moments, configs[names[0]], group, share, consume and names is clusters[-1]
+            )
+        )
     return {name: results[name] for name in weights}
 
 
@@ -146,14 +157,19 @@ def _quantize_alike(
     config: FrameQuantConfig,
     group: str,
     share: RowShare | None,
+    consume: bool,
 ) -> dict[str, QuantizedWeight]:
     first = next(iter(weights))
     targets = {name: _target(name, weight, hessian, moments, config) for name, weight in weights.items()}
+    if consume:
+        moments.drift_sum = None
     specs = {name: _spec(weight, config, group, name) for name, weight in weights.items()}
     frame_in = build_frame(specs[first].frame_in)
     frames_out = {name: build_frame(spec.frame_out) for name, spec in specs.items()}
     matrices = [frames_out[name].analysis(frame_in.analysis(target).T).T for name, target in targets.items()]
-    coefficient_hessian = frame_in.analysis(frame_in.analysis(hessian).T)
+
+    def coefficient_hessian() -> Tensor:
+        return _rotated(hessian, frame_in)
 
     grams = [_rotated_gram(moments.output_gram.get(name), frame) for name, frame in frames_out.items()]
     coder = make_coder(matrices, specs[first].code)
@@ -169,12 +185,11 @@ def _quantize_alike(
 
 
 def _target(name: str, weight: Tensor, hessian: Tensor, moments: Moments, config: FrameQuantConfig) -> Tensor:
-    drift, residual = moments.drift(), moments.residual(name)
-    target = float_target(
+    target = float_target(  # which alone holds the two matrices that it is given
         weight,
         hessian,
-        None if drift is None else drift.to(weight.device),
-        None if residual is None else residual.to(weight.device),
+        None if moments.drift_sum is None else moments.drift().to(weight.device),
+        None if name not in moments.residual_sum else moments.residual(name).to(weight.device),
         config.float_targets,
         config.residual_targets,
     )
@@ -186,6 +201,19 @@ def _spec(weight: Tensor, config: FrameQuantConfig, group: str, name: str) -> Li
     out_features, in_features = weight.shape
     frame_in, frame_out = frame_specs(config, in_features, out_features, group, name)
     return LinearSpec(in_features, out_features, frame_in, frame_out, config.code_spec())
+
+
+def _rotated(matrix: Tensor, frame: FrameOperator) -> Tensor:
+    """T M Tᵀ of a symmetric M, a new tensor; a large one by pieces, since the transforms make copies."""
+    if len(matrix) <= LARGE:
+        return frame.analysis(frame.analysis(matrix).T).clone()
+    size = frame.num_coefficients
+    half, whole = matrix.new_empty(len(matrix), size), matrix.new_empty(size, size)
+    for first in range(0, len(matrix), LARGE):
+        half[first : first + LARGE] = frame.analysis(matrix[first : first + LARGE])
+    for first in range(0, size, LARGE):
+        whole[first : first + LARGE] = frame.analysis(half[:, first : first + LARGE].T)
+    return whole
 
 
 def _rotated_gram(gram: Tensor | None, frame: FrameOperator) -> Tensor | None:

@@ -22,8 +22,8 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
 #: A model in memory takes its weights, a float block, a decoded one, and what rounding works with.
 IN_MEMORY_FACTOR = 1.3
-#: Copies in float64 of a linear's matrices that rounding holds at its peak, about; see benchmarks/streaming.py.
-ROUNDING_COPIES = 5
+#: Copies in float64 of half a Hessian and of a weight that rounding holds at its peak, at a redundancy of 1.125.
+ROUNDING_COPIES = 7
 #: Held back for libraries and for what is allocated in other sizes than it was freed.
 RESERVE = {"cpu": 10**9, "cuda": 2 * 10**9}
 
