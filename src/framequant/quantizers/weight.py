@@ -184,12 +184,17 @@ def _quantize_alike(
     return results
 
 
+def _beside(tensor: Tensor | None, other: Tensor) -> Tensor | None:
+    """A tensor, if there is one, on the device of another."""
+    return None if tensor is None else tensor.to(other.device)
+
+
 def _target(name: str, weight: Tensor, hessian: Tensor, moments: Moments, config: FrameQuantConfig) -> Tensor:
     target = float_target(  # which alone holds the two matrices that it is given
         weight,
         hessian,
-        None if moments.drift_sum is None else moments.drift().to(weight.device),
-        None if name not in moments.residual_sum else moments.residual(name).to(weight.device),
+        _beside(moments.drift(), weight),
+        _beside(moments.residual(name), weight),
         config.float_targets,
         config.residual_targets,
     )

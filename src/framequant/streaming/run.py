@@ -9,8 +9,9 @@ Must not import evaluation or the command line.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -156,6 +157,7 @@ class _Run:
             with self.journal.guarded():
                 self._describe(report, tokenizer)
             self.journal.finish()
+        self._tidy_up(scratch)
         self.ranks.barrier()
         place = home.plan.placement.place.value if home.plan else ""
         return StreamedRun(report, place, home.resumed, self.notes)
@@ -165,6 +167,17 @@ class _Run:
         self.ranks.barrier()
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def _tidy_up(self, scratch: Path) -> None:
+        """Remove what this rank put beside the output, on a machine where the first rank does not."""
+        if self.ranks.is_first:
+            return
+        partial = scratch.parent.parent
+        for path in (scratch, partial / f"gradients-{self.ranks.rank}"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (scratch.parent, partial):
+            with suppress(OSError):  # the first rank's files are there, or it has removed them already
+                path.rmdir()
 
     def _describe(self, report: QuantizationReport, tokenizer: Any) -> None:
         assert self.journal is not None
