@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import framequant as fq
 from framequant.checkpoint import parse_quantization
@@ -228,7 +229,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.worker:
         config = fq.preset("framequant-scalar")
-        data = torch.load(arguments.worker / "ids.pt", weights_only=True)
+        data = load_file(arguments.worker / "ids.safetensors")["ids"]
         worker(Case(arguments.worker / "model", data, config), arguments.worker / "two" / "out")
         return
     rows = []
@@ -239,7 +240,7 @@ def main() -> None:
         case = case if arguments.model == "tiny" else first_blocks(case, blocks)
         if arguments.namespaces:
             case.config = fq.preset("framequant-scalar")
-            torch.save(case.data, folder / "ids.pt")
+            save_file({"ids": case.data}, folder / "ids.safetensors")
             (folder / "two").mkdir()
             in_namespaces(folder)
             run(case, folder / "one" / "out", 1)

@@ -21,8 +21,9 @@ from framequant.errors import NumericalError
 #: The first retry of a failed factorisation multiplies the damping by this, and so on.
 ESCALATION = 10.0
 MAX_ESCALATIONS = 8
-#: Rows of matrices that are handled by pieces where a second copy would not fit.
+#: Matrices of more rows are handled by pieces of ``PIECE_ROWS``, since a second copy might not fit.
 SMALL = 4096
+PIECE_ROWS = 1024
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -188,8 +189,8 @@ def _exchanged_(matrix: Tensor) -> Tensor:
     if n <= SMALL:
         return matrix.copy_(matrix.flip(0, 1))
     half = n // 2
-    for first in range(0, half, SMALL):
-        last = min(first + SMALL, half)
+    for first in range(0, half, PIECE_ROWS):
+        last = min(first + PIECE_ROWS, half)
         top = matrix[first:last].flip(0, 1)
         matrix[first:last] = matrix[n - last : n - first].flip(0, 1)
         matrix[n - last : n - first] = top

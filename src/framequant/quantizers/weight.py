@@ -34,8 +34,9 @@ from framequant.spec import LinearSpec
 
 #: Sign seeds are stored as decimal numbers in JSON; 32 bits keep them short.
 SEED_BITS = 32
-#: Matrices of more rows are transformed by pieces.
-LARGE = 8192
+#: Matrices of more rows are transformed by pieces of ``PIECE_ROWS``: transforms make several copies.
+LARGE = 4096
+PIECE_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -214,10 +215,10 @@ def _rotated(matrix: Tensor, frame: FrameOperator) -> Tensor:
         return frame.analysis(frame.analysis(matrix).T).clone()
     size = frame.num_coefficients
     half, whole = matrix.new_empty(len(matrix), size), matrix.new_empty(size, size)
-    for first in range(0, len(matrix), LARGE):
-        half[first : first + LARGE] = frame.analysis(matrix[first : first + LARGE])
-    for first in range(0, size, LARGE):
-        whole[first : first + LARGE] = frame.analysis(half[:, first : first + LARGE].T)
+    for first in range(0, len(matrix), PIECE_ROWS):
+        half[first : first + PIECE_ROWS] = frame.analysis(matrix[first : first + PIECE_ROWS])
+    for first in range(0, size, PIECE_ROWS):
+        whole[first : first + PIECE_ROWS] = frame.analysis(half[:, first : first + PIECE_ROWS].T)
     return whole
 
 

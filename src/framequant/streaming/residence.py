@@ -121,8 +121,7 @@ class StreamedResidence(Residence):
         by_first: dict[str, list[str]] = {}
         for key in keys:
             by_first.setdefault(self._skeleton.aliases.get(key, key), []).append(key)
-        for key, tensor in self._skeleton.read(by_first):
-            placed = tensor.to(self.device)
+        for key, placed in self._skeleton.read(by_first, self.device):
             shared: nn.Parameter | None = None
             for alias in by_first[key]:
                 owner, _, part = alias.rpartition(".")

@@ -121,14 +121,15 @@ class Skeleton:
             state[key].numel() * dtype.itemsize for key, dtype in self.dtypes.items() if key in self.keys
         )
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Float tensors by their key in the model's state, in their saved dtype; on the host."""
+    def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+        """Tensors by their key in the model's state, in their saved dtype, on a device, which casts them."""
         wanted: dict[str, list[str]] = {}
         for name in names:
             wanted.setdefault(self.keys[name], []).append(name)
         for key, tensor in self.files.read(wanted):
+            placed = tensor.to(device)
             for name in wanted[key]:
-                yield name, tensor.to(self.dtypes[name]) if tensor.is_floating_point() else tensor
+                yield name, placed.to(self.dtypes[name]) if placed.is_floating_point() else placed
 
 
 def build_skeleton(directory: Path, dtype: torch.dtype, name: str | None = None) -> Skeleton:
@@ -214,16 +215,12 @@ def _renamed(model: nn.Module, files: WeightFiles) -> dict[str, str]:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
         changes = [c for c in get_model_conversion_mapping(model) if not getattr(c, "operations", None)]
-    except (
-        ImportError,
-        TypeError,
-        AttributeError,
-    ):  # another version of transformers; names are taken as they are
-        return {}
-    names = {}
-    for key in files.header:
-        name = key
-        for change in changes:
-            name = change.rename_source_key(name)[0]
-        names[name] = key
+        names = {}
+        for key in files.header:
+            name = key
+            for change in changes:
+                name = change.rename_source_key(name)[0]
+            names[name] = key
+    except (ImportError, TypeError, AttributeError):
+        return {}  # another version of transformers: names are taken as they are
     return names
