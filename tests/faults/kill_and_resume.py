@@ -64,7 +64,7 @@ def smollm2_case(folder: Path, preset: str = "framequant-scalar") -> Case:
 
     opened = open_model("smollm2")
     opened.model.save_pretrained(folder / "model")
-    data = torch.randint(0, 40000, (6, 100), generator=torch.Generator().manual_seed(0))
+    data = torch.randint(0, 40000, (10, 100), generator=torch.Generator().manual_seed(0))
     return Case(folder / "model", data, fq.preset(preset))
 
 
