@@ -155,17 +155,13 @@ def run(
     if streaming is not None:
         if tune is not None:
             raise ConfigError("--tune needs the whole model in memory; leave it out, or give --no-stream.")
+        if generated:
+            raise ConfigError(
+                "--generated needs the whole model in memory; give --generated 0, or --no-stream."
+            )
         check_not_itself(out, model)
-        streaming.quantize(
-            chosen,
-            Path(out),
-            find_calibration(calibration),
-            samples,
-            sequence_length,
-            word_tokenized,
-            overwrite,
-            as_json,
-        )
+        source, share = find_calibration(calibration), word_tokenized
+        streaming.quantize(chosen, out, source, samples, sequence_length, share, overwrite, as_json)
         return
     check_output(out, overwrite, model)
     tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed)

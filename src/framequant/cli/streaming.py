@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from framequant.cli.console import Reporter
+from framequant.cli.console import size as in_words
 from framequant.cli.inputs import CalibrationSource, calibration_tensor
 from framequant.errors import ConfigError, ModelSourceError
 
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from framequant.config import FrameQuantConfig
     from framequant.model.ranks import Ranks
     from framequant.streaming.skeleton import Skeleton
+
+
+#: What differs from a run in memory.
+GENERATES_NOTHING = (
+    "a streamed model writes no calibration windows itself; in memory, --generated 0 takes the same."
+)
 
 
 @dataclass(frozen=True)
@@ -58,16 +65,18 @@ class Streaming:
 
         device, ranks = join_ranks(self.device)
         reporter = Reporter(as_json or not ranks.is_first)
-        reporter.err.print(f"  streaming from {self.directory}: {self.reason}")
+        reporter.err.print(f"  streaming from {self.directory}: {self.reason}", soft_wrap=True)
         skeleton = build_skeleton(self.directory, DTYPES[self.dtype], self.name)
         opened = OpenedModel(skeleton.model, "transformers", self.name, self.directory)
         add_processors(opened, str(self.directory), self.directory)
         parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
         with reporter.stage("reading the calibration data"):
             data = calibration_tensor(
-                calibration, opened, samples, sequence_length, config.seed, reporter, word_tokenized
+                calibration, opened, samples, sequence_length, config.seed, reporter, word_tokenized, 0.0
             )
         reporter.err.print(f"  {describe_calibration(data)}")
+        if getattr(data, "ndim", 0) == 2:
+            reporter.notice(GENERATES_NOTHING)
         try:
             run = self._run(skeleton, data, config, out, device, ranks, overwrite, opened.processor, reporter)
         except KeyboardInterrupt:
@@ -158,7 +167,7 @@ def choose_streaming(
     if size is None or fits_in_memory(size, limits, torch.device(device)):
         return None
     room = min(limits.host, limits.device)
-    reason = f"its {size / 1e9:.1f} GB do not fit into {room / 1e9:.1f} GB with what quantizing takes"
+    reason = f"its {in_words(size)} do not fit into {in_words(room)} with what quantizing takes"
     return Streaming(name, directory, dtype, device, max_memory, reason)
 
 
