@@ -118,10 +118,6 @@ def quantize_group(
         NumericalError: NaN or infinity in a weight or in the activations; the linear is named.
         FrameError: no frame of the redundancy exists.
     """
-    device = next(iter(weights.values())).device
-    hessian = moments.hessian().to(device)
-    if consume:
-        moments.hessian_sum = None
     results: dict[str, QuantizedWeight] = {}
     clusters = _alike(configs)
     for names in clusters:
@@ -132,7 +128,7 @@ def quantize_group(
             )
         results.update(
             _quantize_alike(
-                members, hessian, moments, configs[names[0]], group, share, consume and names is clusters[-1]
+                members, moments, configs[names[0]], group, share, consume and names is clusters[-1]
             )
         )
     return {name: results[name] for name in weights}
@@ -153,7 +149,6 @@ def _alike(configs: Mapping[str, FrameQuantConfig]) -> list[list[str]]:
 
 def _quantize_alike(
     weights: Mapping[str, Tensor],
-    hessian: Tensor,
     moments: Moments,
     config: FrameQuantConfig,
     group: str,
@@ -161,7 +156,14 @@ def _quantize_alike(
     consume: bool,
 ) -> dict[str, QuantizedWeight]:
     first = next(iter(weights))
+    device = weights[first].device
+
+    def make_hessian() -> Tensor:  # from its float32 sum whenever it is needed: that takes half the memory
+        return moments.hessian().to(device)
+
+    hessian = make_hessian()
     targets = {name: _target(name, weight, hessian, moments, config) for name, weight in weights.items()}
+    del hessian
     if consume:
         moments.drift_sum = None
     specs = {name: _spec(weight, config, group, name) for name, weight in weights.items()}
@@ -170,12 +172,15 @@ def _quantize_alike(
     matrices = [frames_out[name].analysis(frame_in.analysis(target).T).T for name, target in targets.items()]
 
     def coefficient_hessian() -> Tensor:
-        return _rotated(hessian, frame_in)
+        return _rotated(make_hessian(), frame_in)
 
     grams = [_rotated_gram(moments.output_gram.get(name), frame) for name, frame in frames_out.items()]
     coder = make_coder(matrices, specs[first].code)
     rounded, factor = round_group(matrices, coefficient_hessian, grams, coder, config, first, share)
 
+    hessian = make_hessian()
+    if consume:
+        moments.hessian_sum = None
     results = {}
     pieces = rounded.split([matrix.shape[0] for matrix in matrices])
     for (name, weight), piece, tensors in zip(weights.items(), pieces, coder.tensors(), strict=True):
@@ -214,9 +219,11 @@ def _rotated(matrix: Tensor, frame: FrameOperator) -> Tensor:
     if len(matrix) <= LARGE:
         return frame.analysis(frame.analysis(matrix).T).clone()
     size = frame.num_coefficients
-    half, whole = matrix.new_empty(len(matrix), size), matrix.new_empty(size, size)
+    half = matrix.new_empty(len(matrix), size)
     for first in range(0, len(matrix), PIECE_ROWS):
         half[first : first + PIECE_ROWS] = frame.analysis(matrix[first : first + PIECE_ROWS])
+    del matrix  # which nobody else holds
+    whole = half.new_empty(size, size)
     for first in range(0, size, PIECE_ROWS):
         whole[first : first + PIECE_ROWS] = frame.analysis(half[:, first : first + PIECE_ROWS].T)
     return whole
