@@ -28,8 +28,8 @@ def table(file: str, columns: str) -> str:
     Raises:
         ValueError: the file lies elsewhere, or has no such column.
     """
-    if not file.startswith(("experiments/results/", "benchmarks/")):
-        raise ValueError(f"{file}: figures come from experiments/results or benchmarks")
+    if not file.startswith(("experiments/results/", "benchmarks/", "tests/faults/")):
+        raise ValueError(f"{file}: figures come from experiments/results, benchmarks or tests/faults")
     with (ROOT / file).open(newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
     wanted = [entry.strip().partition("=") for entry in columns.split(",")]

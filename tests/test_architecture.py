@@ -25,6 +25,7 @@ LAYERS = [
     {"checkpoint"},
     {"report"},
     {"integrations", "pretrained"},
+    {"streaming"},
     {"evaluation"},
     {"cli", "__init__", "__main__"},
 ]

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from framequant.model.walk import Progress, quantize_
     from framequant.pretrained import load, save_pretrained
     from framequant.quantizers.sigma_delta import SigmaDelta
+    from framequant.streaming.run import quantize_streaming
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ _HOMES = {
     "preset": "config",
     "push_to_hub": "integrations.hub",
     "quantize_": "model.walk",
+    "quantize_streaming": "streaming.run",
     "save_pretrained": "pretrained",
     "tune_": "model.tune",
 }
@@ -91,6 +93,7 @@ __all__ = [
     "preset",
     "push_to_hub",
     "quantize_",
+    "quantize_streaming",
     "save_pretrained",
     "tune_",
 ]

@@ -19,6 +19,7 @@ Must not import integrations or transformers.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -208,7 +209,7 @@ def atomic_directory(directory: str | Path, overwrite: bool = False) -> Iterator
     try:
         partial.chmod(0o755)
         yield partial
-        _swap(partial, final)
+        swap(partial, final)
     except OSError as error:
         raise CheckpointError(
             f"writing {final} failed: {error.strerror or error}. Nothing was left there; free some space or choose "
@@ -218,7 +219,8 @@ def atomic_directory(directory: str | Path, overwrite: bool = False) -> Iterator
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _swap(partial: Path, final: Path) -> None:
+def swap(partial: Path, final: Path) -> None:
+    """Give a complete directory its final name; what had the name is deleted only when that has worked."""
     if not final.exists():
         partial.rename(final)
         return
@@ -271,7 +273,12 @@ def write_tensors(
         weight_map.update(dict.fromkeys(keys, filename))
     if len(shards) > 1:
         total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        write_json({"metadata": {"total_size": total}, "weight_map": weight_map}, directory / INDEX_NAME)
+        write_index(directory, weight_map, total)
+
+
+def write_index(directory: Path, weight_map: Mapping[str, str], total: int) -> None:
+    """Write the index of a sharded checkpoint: the file of every key, and the bytes of all tensors."""
+    write_json({"metadata": {"total_size": total}, "weight_map": dict(weight_map)}, directory / INDEX_NAME)
 
 
 def _plan_shards(tensors: Mapping[str, Tensor], limit: int) -> list[list[str]]:
@@ -376,6 +383,26 @@ def read_header(files: list[Path]) -> Header:
                 part = file.get_slice(key)
                 header[key] = (tuple(part.get_shape()), part.get_dtype())
     return header
+
+
+#: Bytes of an element of each safetensors dtype that float models come in.
+_ELEMENT_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+}
+_ELEMENT_BYTES.update({"I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8})
+
+
+def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Bytes of a tensor from its entry in a ``Header``."""
+    return math.prod(shape) * _ELEMENT_BYTES[dtype]
 
 
 @contextmanager

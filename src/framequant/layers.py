@@ -194,6 +194,10 @@ class FrameLinear(nn.Module):
         self._prepared = list(zip(held, versions, strict=True)), kind, plan
         return plan
 
+    def forget_prepared(self) -> None:
+        """Drop constants, frames and decoded matrices; they are made again when needed."""
+        self._prepared = self._frames = self._bias_frame = self._held = None
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o n"]:
         """The dense weight that the layer is equal to, up to rounding of ``dtype``; a new tensor."""
         return reference.dense_weight(self.spec, self.tensors, *self.frames, dtype=dtype)

@@ -60,18 +60,40 @@ def save_pretrained(
     # transformers ties embeddings by its own config.
     data = checkpoint.quantization_dict(config, linears, {} if _is_transformers(model) else aliases)
     with checkpoint.atomic_directory(directory, overwrite) as partial:
-        _write_config(model, partial, data, model_args)
+        write_description(model, partial, data, report, tokenizer, source, name, model_args)
         if _is_transformers(model):
             tensors |= checkpoint.guard(linears)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
         checkpoint.write_tensors(tensors, partial, max_shard_bytes)
-        if report is not None:
-            checkpoint.write_json(report.to_dict(), partial / checkpoint.REPORT_NAME)
-            card = model_card(report, source, _library(model), name)
-            (partial / "README.md").write_text(card, encoding="utf-8")
         checkpoint.write_checksums(partial)
     return Path(directory)
+
+
+def write_description(
+    model: nn.Module,
+    directory: Path,
+    data: dict[str, Any],
+    report: QuantizationReport | None,
+    tokenizer: Any = None,
+    source: str | None = None,
+    name: str | None = None,
+    model_args: dict[str, Any] | None = None,
+) -> None:
+    """Write all of a checkpoint but its tensors; see ``save_pretrained``.
+
+    Args:
+        model: quantized; its tensors may be on the meta device.
+        directory: where to.
+        data: what ``checkpoint.quantization_dict`` gives.
+        report: of the run, or None.
+        tokenizer, source, name, model_args: see ``save_pretrained``.
+    """
+    _write_config(model, directory, data, model_args)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    if report is not None:
+        checkpoint.write_json(report.to_dict(), directory / checkpoint.REPORT_NAME)
+        card = model_card(report, source, _library(model), name)
+        (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def load(

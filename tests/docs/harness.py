@@ -1,8 +1,9 @@
 """Runs the code blocks of a Markdown page in order, in one folder, on tiny stand-ins of the models they name.
 
 ``python`` blocks share one namespace per page. Lines of ``bash`` blocks that begin with ``framequant`` run in
-this process; those with ``--tune``, the demo, and blocks after ``<!-- parse: WHY -->`` are only parsed, which checks
-every option. Of other commands the extras, targets and scripts they name must exist. Anything else is an error.
+this process; those with ``--tune`` or under ``torchrun``, the demo, and blocks after ``<!-- parse: WHY -->`` are only
+parsed, which checks every option. Of other commands the extras, targets and scripts they name must exist. Anything
+else is an error.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ def run_command(words: list[str], where: str, parse_only: bool = False) -> None:
     program, arguments = Path(words[0]).name, words[1:]
     if program == "framequant":
         _framequant(arguments, where, parse_only)
+    elif program == "torchrun":
+        _framequant(words[words.index("framequant") + 1 :], where, parse_only=True)
     elif words[:2] == ["pip", "install"]:
         for extra in re.findall(r"\[([\w,]+)\]", " ".join(arguments)):
             assert set(extra.split(",")) <= set(EXTRAS), f"{where}: no extra {extra}"

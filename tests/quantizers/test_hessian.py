@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from framequant.errors import NumericalError
+from framequant.quantizers import hessian as hessian_module
 from framequant.quantizers.hessian import Moments, damped, feedback_factor
 
 
@@ -66,3 +67,37 @@ def test_scaling_the_hessian_scales_the_factor():
     hessian = _spd(9)
     one, four = feedback_factor(hessian, 0.01).upper, feedback_factor(4 * hessian, 0.01).upper
     assert torch.allclose(one, 2 * four, rtol=1e-12)
+
+
+@pytest.mark.parametrize("n", [9, 64, 65])
+def test_factors_by_pieces_are_those_of_the_whole(monkeypatch, n):
+    x = torch.randn(3 * n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    matrix = x.T @ x
+    whole = feedback_factor(matrix, 0.01).upper
+    monkeypatch.setattr(hessian_module, "SMALL", 8)
+    monkeypatch.setattr(hessian_module, "PIECE_ROWS", 5)
+    made = []
+
+    def make():
+        made.append(matrix.clone())
+        return made[-1]
+
+    pieces = feedback_factor(make, 0.01).upper
+    assert torch.equal(pieces, whole)
+    assert not torch.equal(made[0], matrix)  # it was overwritten, and no copy was made
+    singular = torch.zeros(n, n, dtype=torch.float64)
+    singular[0, 0] = 1
+    assert (
+        feedback_factor(lambda: singular.clone(), 0).escalations
+        == feedback_factor(singular, 0).escalations
+        > 0
+    )
+
+
+def test_an_exchange_in_place_reverses_rows_and_columns(monkeypatch):
+    monkeypatch.setattr(hessian_module, "SMALL", 2)
+    monkeypatch.setattr(hessian_module, "PIECE_ROWS", 3)
+    for n in (1, 2, 3, 6, 7, 13):
+        matrix = torch.arange(n * n, dtype=torch.float64).reshape(n, n)
+        assert torch.equal(hessian_module._exchanged_(matrix.clone()), matrix.flip(0, 1))
+        assert torch.equal(hessian_module._exchanged_(matrix.T.clone().T), matrix.flip(0, 1))

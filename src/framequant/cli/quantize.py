@@ -10,6 +10,7 @@ import typer
 from framequant.cli.console import Reporter, count, facts, seconds, size
 from framequant.cli.inputs import DEFAULT_SHARE, calibration_tensor, find_calibration
 from framequant.cli.options import DeviceOption, DtypeOption, JsonOption, build_config, choose_device
+from framequant.cli.streaming import choose_streaming
 from framequant.cli.tuning import Tuning, describe_tuning, request_of, tune_settings
 from framequant.errors import ConfigError
 
@@ -115,6 +116,20 @@ def run(
     ] = None,
     tune_lr: Annotated[float | None, typer.Option(help="Learning rate of --tune; 0.001.")] = None,
     tune_batch: Annotated[int | None, typer.Option(help="Samples of a step of --tune; 8.")] = None,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read, quantize and write one block at a time, and go on after an interruption; by itself where the "
+            "model does not fit into memory, and under torchrun.",
+        ),
+    ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory to stay within: 8GB of the host, or cuda=40GB,cpu=8GB; what is free."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what lies in the output directory.")
     ] = False,
@@ -135,8 +150,20 @@ def run(
     }
     reporter = Reporter(as_json)
     chosen = build_config(preset, config, settings or [], flags)
-    check_output(out, overwrite, model)
     place = choose_device(device)
+    streaming = choose_streaming(model, stream, max_memory, dtype, place, chosen)
+    if streaming is not None:
+        if tune is not None:
+            raise ConfigError("--tune needs the whole model in memory; leave it out, or give --no-stream.")
+        if generated:
+            raise ConfigError(
+                "--generated needs the whole model in memory; give --generated 0, or --no-stream."
+            )
+        check_not_itself(out, model)
+        source, share = find_calibration(calibration), word_tokenized
+        streaming.quantize(chosen, out, source, samples, sequence_length, share, overwrite, as_json)
+        return
+    check_output(out, overwrite, model)
     tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed)
     if tune_config is not None and chosen.is_data_free:
         raise ConfigError("--tune needs calibration data, and sigma-delta codes use none; leave --tune out.")
@@ -161,6 +188,18 @@ def run(
     save(opened, out, overwrite, reporter)
     if tuning is not None:
         tuning.finish()
+    conclude(report, opened, out, float_parameters, data, reporter)
+
+
+def conclude(
+    report: QuantizationReport,
+    opened: OpenedModel,
+    out: Path,
+    float_parameters: int,
+    data: Any,
+    reporter: Reporter,
+) -> None:
+    """Print what a finished run did."""
     summary = summarize(report, opened, out, float_parameters)
     summary["calibration"] = describe_calibration(data)
     print_summary(summary, report, reporter)
@@ -182,11 +221,21 @@ def check_output(out: Path, overwrite: bool, model: str) -> None:
             checkpoint.
     """
     from framequant.checkpoint import prepare_output
+
+    check_not_itself(out, model)
+    prepare_output(out, overwrite)
+
+
+def check_not_itself(out: Path, model: str) -> None:
+    """Refuse to write over the model.
+
+    Raises:
+        CheckpointError: the output is the model.
+    """
     from framequant.errors import CheckpointError
 
     if out.exists() and Path(model).exists() and out.resolve() == Path(model).resolve():
         raise CheckpointError(f"--out {out} is the model itself; choose another directory.")
-    prepare_output(out, overwrite)
 
 
 def open_float(name: str, dtype: str, device: str, reporter: Reporter) -> OpenedModel:

@@ -190,7 +190,7 @@ def _open_framequant(name: str, path: Path, dtype: str) -> OpenedModel:
             model, "timm", name, path, True, images=settings_of_timm(model), labels=_timm_labels(model)
         )
     opened = OpenedModel(model, "transformers", name, path, True)
-    _add_processors(opened, str(path), path)
+    add_processors(opened, str(path), path)
     return opened
 
 
@@ -242,7 +242,7 @@ def _open_transformers(name: str, path: Path | None, dtype: torch.dtype) -> Open
                 + ", ".join(missing[:3])
                 + (", …" if len(missing) > 3 else "")
             )
-        _add_processors(opened, source, path)
+        add_processors(opened, source, path)
     return opened
 
 
@@ -255,7 +255,7 @@ def _refuse_foreign_quantization(name: str, config: Any) -> None:
         raise ModelSourceError(f"{name} is already quantized ({method}); give the float model.")
 
 
-def _add_processors(opened: OpenedModel, source: str, path: Path | None) -> None:
+def add_processors(opened: OpenedModel, source: str, path: Path | None) -> None:
     """Find the tokenizer, or the image processor, of a transformers model."""
     import transformers
 

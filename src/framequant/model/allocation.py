@@ -72,6 +72,7 @@ def allocate_bits(
     gradients: Mapping[str, OutputGradients],
     config: FrameQuantConfig,
     use: Mapping[str, float] | None = None,
+    known: Mapping[str, float] | None = None,
 ) -> Shares:
     """Choose the rate of each linear so that all of them take ``config.bits`` bits per weight on disk.
 
@@ -81,6 +82,7 @@ def allocate_bits(
         gradients: with inputs, by name; a linear that was not reached counts as insensitive.
         config: an override that names a linear's ``bits`` or ``code`` fixes what it takes of the budget.
         use: share of the model's tokens that pass a linear, 1 for those not named.
+        known: what ``sensitivity_of`` gave for each linear, where weights and sums are no longer at hand.
 
     Returns:
         The choices; predicted to lose no more than one rate for all.
@@ -95,7 +97,7 @@ def allocate_bits(
         weights += weight.numel()
         settings = config.for_linear(name) or config
         found = gradients.get(name)
-        sensitivity = 0.0 if found is None else _sensitivity(weight, found, settings, name)
+        sensitivity = sensitivity_of(weight, found, config, name) if known is None else known.get(name, 0.0)
         sensitivity *= (use or {}).get(name, 1.0)
         options[name] = _options(weight, sensitivity, settings, name, config.fixes_code(name))
     budget = int(config.bits * weights / 8)
@@ -181,8 +183,13 @@ def _fill(
     return filled
 
 
-def _sensitivity(weight: Tensor, found: OutputGradients, settings: FrameQuantConfig, name: str) -> float:
-    """Loss of unit errors, in nats per token and unit of the code's relative error."""
+def sensitivity_of(
+    weight: Tensor, found: OutputGradients | None, config: FrameQuantConfig, name: str
+) -> float:
+    """Loss of unit errors, in nats per token and unit of the code's relative error; 0 if nothing was found."""
+    if found is None:
+        return 0.0
+    settings = config.for_linear(name) or config
     out_features, in_features = weight.shape
     frame_in, frame_out = frame_specs(settings, in_features, out_features, name, name)
     variance = float(weight.double().square().mean()) / (frame_in.num_coefficients / in_features)

@@ -35,6 +35,8 @@ from framequant.model.replay import call_model, first_tensor
 #: Tokens, or samples other than token sequences, of one backward pass.
 TOKENS_PER_PIECE = 4096
 SAMPLES_PER_PIECE = 32
+#: Tokens whose labels are drawn at once.
+LOGITS_AT_ONCE = 4096
 #: Tokens whose second moments are summed without leaving any out, on a CPU.
 TOKENS_IN_FULL = 8192
 
@@ -99,8 +101,17 @@ def _thinned(rows: Tensor, taken: int) -> Tensor:
 
 
 @dataclass
-class _Pass:
-    """One pass in progress: the sums, and the mask of the batch that is running."""
+class GradientPass:
+    """One pass in progress: the sums, and the mask of the batch that is running.
+
+    Attributes:
+        inputs: whether to sum what the linears read, too.
+        grams: whether to sum whole matrices, or squared norms only.
+        number: of the batch that is running.
+        totals: the sums by linear.
+        mask: the real tokens of what is running, or None.
+        read: who read a tensor first, by the tensor's identity.
+    """
 
     inputs: bool
     grams: bool = True
@@ -112,12 +123,14 @@ class _Pass:
     paused: bool = False
 
     def flat(self, tensor: Tensor) -> Tensor:
+        """A tensor's real tokens as (tokens, features), float32."""
         flat = tensor.detach().reshape(-1, tensor.shape[-1]).float()
         if self.mask is not None and self.mask.numel() == flat.shape[0]:
             flat = flat[self.mask.to(flat.device)]
         return flat
 
     def add(self, name: str, gradient: Tensor) -> None:
+        """Add the gradient of a linear's output."""
         flat = self.flat(gradient)
         total = self.totals.setdefault(name, OutputGradients())
         squares = flat.square().sum(dim=1)
@@ -175,11 +188,11 @@ def output_gradients(
     Raises:
         DiscoveryError: the model's output depends on none of the linears.
     """
-    state = _Pass(inputs, grams)
+    state = GradientPass(inputs, grams)
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    with _watched(model, names, state), _seeded(model, seed), torch.enable_grad(), _fast(model):
+    with watched(model, names, state), _seeded(model, seed), torch.enable_grad(), fast_pass(model):
         for state.number, batch in (
-            (i, piece) for i, whole in enumerate(batches) for piece in _pieces(whole)
+            (i, piece) for i, whole in enumerate(batches) for piece in pieces_of(whole)
         ):
             state.mask = token_mask(batch)
             state.read.clear()
@@ -194,7 +207,9 @@ def output_gradients(
     return state.totals
 
 
-def _clean_labels(model: nn.Module, batch: Any, state: _Pass, generator: torch.Generator) -> Tensor | None:
+def _clean_labels(
+    model: nn.Module, batch: Any, state: GradientPass, generator: torch.Generator
+) -> Tensor | None:
     """Labels drawn from what the model says without noise; None for a model without logits."""
     state.noise, state.paused = 0.0, True
     with torch.no_grad():
@@ -202,7 +217,7 @@ def _clean_labels(model: nn.Module, batch: Any, state: _Pass, generator: torch.G
     state.paused = False
     if logits is None:
         return None
-    return torch.cat([_draw(rows, generator) for rows in _rows(logits, state.mask).split(4096)])
+    return torch.cat([_draw(rows, generator) for rows in _rows(logits, state.mask).split(LOGITS_AT_ONCE)])
 
 
 @contextmanager
@@ -215,7 +230,7 @@ def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _fast(model: nn.Module) -> Iterator[None]:
+def fast_pass(model: nn.Module) -> Iterator[None]:
     """Half precision on a GPU: sampled labels are far noisier than bfloat16, and it takes a third of the time."""
     place = next(model.parameters())
     half = place.device.type == "cuda" and place.dtype == torch.float32 and torch.cuda.is_bf16_supported()
@@ -228,7 +243,7 @@ def _fast(model: nn.Module) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = precise
 
 
-def _pieces(batch: Any) -> list[Any]:
+def pieces_of(batch: Any) -> list[Any]:
     """A batch cut into smaller ones: a backward pass keeps every activation, and logits are wide."""
     tensors = [
         value
@@ -281,8 +296,8 @@ def gradients_or_inputs(
         return output_gradients(model, batches, names, seed, inputs, fits, noise), note
     except (RuntimeError, DiscoveryError) as error:
         reason = str(error).splitlines()[0]
-    state = _Pass(inputs, fits)
-    with _watched(model, names, state, gradients=False), torch.no_grad():
+    state = GradientPass(inputs, fits)
+    with watched(model, names, state, gradients=False), torch.no_grad():
         for batch in batches if inputs else []:
             state.mask = token_mask(batch)
             state.read.clear()
@@ -303,7 +318,9 @@ def gram_bytes(model: nn.Module, names: Sequence[str], inputs: bool) -> int:
 
 
 @contextmanager
-def _watched(model: nn.Module, names: Sequence[str], state: _Pass, gradients: bool = True) -> Iterator[None]:
+def watched(
+    model: nn.Module, names: Sequence[str], state: GradientPass, gradients: bool = True
+) -> Iterator[None]:
     """Freeze the parameters and hook the linears; the first ones reached start the graph."""
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in frozen:
@@ -364,10 +381,11 @@ def sampled_loss(
     logits = _logits(model, output)
     if logits is not None:
         flat = _rows(logits, mask)
-        chosen = [None] * len(flat.split(4096)) if labels is None else labels.split(4096)
+        pieces = flat.split(LOGITS_AT_ONCE)
+        chosen = [None] * len(pieces) if labels is None else labels.split(LOGITS_AT_ONCE)
         losses = (
             _label_loss(rows, _draw(rows, generator) if drawn is None else drawn)
-            for rows, drawn in zip(flat.split(4096), chosen, strict=True)
+            for rows, drawn in zip(pieces, chosen, strict=True)
         )
         return sum(losses, start=flat.new_zeros(()).float())
     hidden = first_tensor(list(output.values()) if isinstance(output, Mapping) else [output])
@@ -375,6 +393,16 @@ def sampled_loss(
     if mask is not None and mask.numel() == hidden.shape[:-1].numel():  # padding's outputs are nobody's loss
         cotangent *= mask.reshape(*hidden.shape[:-1], 1).to(hidden)
     return (hidden * cotangent).float().sum()
+
+
+def skip_labels(batch: Any, mask: Tensor | None, generator: torch.Generator) -> None:
+    """Draw what ``sampled_loss`` would for a batch of token ids that another process runs, and forget it."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        return
+    tokens = ids.numel() if mask is None else int(mask.sum())
+    for first in range(0, tokens, LOGITS_AT_ONCE):
+        torch.rand(min(LOGITS_AT_ONCE, tokens - first), 1, generator=generator)
 
 
 @torch.no_grad()

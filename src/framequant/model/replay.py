@@ -140,38 +140,25 @@ class Replay:
         model: in evaluation mode.
         chains: block names by chain, from ``find_blocks``.
         batch: an example batch, run once to learn the order.
+        order: the blocks as they are called, where that is known already.
 
     Raises:
         DiscoveryError: a block is never called or called more than once.
     """
 
-    def __init__(self, model: nn.Module, chains: Mapping[str, Sequence[str]], batch: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        chains: Mapping[str, Sequence[str]],
+        batch: Any,
+        order: Sequence[str] | None = None,
+    ) -> None:
         self.model = model
-        self.names = self._execution_order(chains, batch)
+        calls = called_blocks(model, chains, batch) if order is None else list(order)
+        self.names = require_once(calls)
         self.blocks = [model.get_submodule(name) for name in self.names]
         ends = {names[-1] for names in chains.values()}
         self.chain_ends = [index for index, name in enumerate(self.names) if name in ends]
-
-    def _execution_order(self, chains: Mapping[str, Sequence[str]], batch: Any) -> list[str]:
-        calls: list[str] = []
-        names = [name for chain in chains.values() for name in chain]
-        hooks = [
-            self.model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-            for name in names
-        ]
-        try:
-            call_model(self.model, batch)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        repeated = sorted({name for name in calls if calls.count(name) > 1})
-        if repeated:
-            raise DiscoveryError(
-                f"block {repeated[0]} runs more than once per forward pass; shared blocks are not walked."
-            )
-        if not calls:
-            raise DiscoveryError("no block of the model was called on the calibration data.")
-        return calls
 
     def call(self, index: int, batch: Any, previous: Any, ends: Mapping[int, Any] | None = None) -> Call:
         """What block ``index`` is called with.
@@ -188,18 +175,70 @@ class Replay:
             caught.append(Call(args, kwargs))
             raise EndOfRunError
 
+        with (
+            self.stubs(previous, ends, index),
+            forwards_replaced({self.blocks[index]: catch}),
+            suppress(EndOfRunError),
+        ):
+            call_model(self.model, batch)
+        return caught[0]
+
+    @contextmanager
+    def stubs(
+        self, previous: Any, ends: Mapping[int, Any] | None = None, index: int | None = None
+    ) -> Iterator[None]:
+        """Let the blocks before position ``index`` (all of them if not given) give stored outputs for a while.
+
+        Args:
+            previous: what the last of them gives.
+            ends: what earlier ``chain_ends`` give; the others pass their hidden states through.
+            index: a position in ``names``.
+        """
+        last = (len(self.names) if index is None else index) - 1
+
         def pass_through(*args: Any, **kwargs: Any) -> Any:
             return with_hidden(previous, Call(args, kwargs).hidden)
 
-        replacements: dict[nn.Module, Callable[..., Any]] = {self.blocks[index]: catch}
-        for earlier in range(index - 1):
+        replacements: dict[nn.Module, Callable[..., Any]] = {}
+        for earlier in range(last):
             stored = (ends or {}).get(earlier)
             replacements[self.blocks[earlier]] = pass_through if stored is None else _returning(stored)
-        if index:
-            replacements[self.blocks[index - 1]] = _returning(previous)
-        with forwards_replaced(replacements), suppress(EndOfRunError):
-            call_model(self.model, batch)
-        return caught[0]
+        if last >= 0:
+            replacements[self.blocks[last]] = _returning(previous)
+        with forwards_replaced(replacements):
+            yield
+
+
+def called_blocks(model: nn.Module, chains: Mapping[str, Sequence[str]], batch: Any) -> list[str]:
+    """Run a model and name its blocks as often, and in the order, in which they are called."""
+    calls: list[str] = []
+    names = [name for chain in chains.values() for name in chain]
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+        for name in names
+    ]
+    try:
+        call_model(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def require_once(calls: Sequence[str]) -> list[str]:
+    """Check that every block that is called is called once.
+
+    Raises:
+        DiscoveryError: a block is called more than once, or none is called.
+    """
+    repeated = sorted({name for name in calls if calls.count(name) > 1})
+    if repeated:
+        raise DiscoveryError(
+            f"block {repeated[0]} runs more than once per forward pass; shared blocks are not walked."
+        )
+    if not calls:
+        raise DiscoveryError("no block of the model was called on the calibration data.")
+    return list(calls)
 
 
 def _returning(value: Any) -> Callable[..., Any]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,17 +22,20 @@ from framequant.errors import DiscoveryError, NumericalError
 from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
 from framequant.model import discovery, experts, mixture
+from framequant.model.activations import Activations
 from framequant.model.allocation import allocate_bits, at_rate
 from framequant.model.calibration import as_batches, to_device
 from framequant.model.capture import Seen, add_moments, observe, token_mask
 from framequant.model.data_free import quantize_data_free
-from framequant.model.gradients import OutputGradients, gradients_or_inputs
+from framequant.model.gradients import OutputGradients
+from framequant.model.group_sharing import quantize_shared
+from framequant.model.ranks import reduce_moments, require_batches
 from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode
 from framequant.model.report import QuantizationReport, environment, linear_report
+from framequant.model.residence import Ledger, Residence
 from framequant.model.trace import Group, trace_block
 from framequant.quantizers.budget import Option
 from framequant.quantizers.hessian import NOT_FINITE, Moments
-from framequant.quantizers.weight import quantize_group
 
 
 @dataclass(frozen=True)
@@ -88,27 +92,61 @@ def quantize_(
         return _Walk(model, batches, config, progress).run()
 
 
+class Calls(Sequence[Call]):
+    """What a block is called with for every batch, worked out anew at each access: only outputs are held."""
+
+    def __init__(self, count: int, make: Callable[[int], Call]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self._count:
+            raise IndexError(number)
+        return self._make(number)
+
+
 class Stream:
     """One chain of activations: the outputs of the block just done, and of the last block of each chain before."""
 
-    def __init__(self, replay: Replay, batches: list[Any]) -> None:
+    def __init__(
+        self, replay: Replay, batches: list[Any], new_store: Callable[[str], Activations] | None = None
+    ) -> None:
         self._replay, self._batches = replay, batches
-        self._outputs: list[Any] = [None] * len(batches)
-        self._ends: list[dict[int, Any]] = [{} for _ in batches]
+        self._new_store = new_store or (lambda name: Activations(name=name))
+        self._outputs = self._new_store("blocks")
+        self._ends: dict[int, Activations] = {}
 
-    def calls(self, index: int) -> list[Call]:
+    def call(self, index: int, number: int) -> Call:
+        """What block ``index`` is called with on batch ``number``; one past the last block ends in a run to the end."""
+        return self._replay.call(
+            index, self._batches[number], self._outputs.get(number), self._chain_ends(number)
+        )
+
+    def calls(self, index: int) -> Sequence[Call]:
         """What block ``index`` is called with, for every batch."""
-        return [
-            self._replay.call(index, batch, output, ends)
-            for batch, output, ends in zip(self._batches, self._outputs, self._ends, strict=True)
-        ]
+        lazy = Calls(len(self._batches), lambda number: self.call(index, number))
+        return list(lazy) if self._outputs.resident else lazy
 
-    def advance(self, index: int, outputs: list[Any]) -> None:
-        """Hold the outputs of block ``index`` for the next."""
-        self._outputs = outputs
-        if index in self._replay.chain_ends:
-            for ends, output in zip(self._ends, self._outputs, strict=True):
-                ends[index] = output
+    def advance(self, index: int, outputs: Iterable[Any]) -> None:
+        """Hold the outputs of block ``index`` for the next, each as soon as it is there."""
+        ends = self._new_store(f"end-{index}") if index in self._replay.chain_ends else None
+        for number, output in enumerate(outputs):
+            self._outputs.put(number, output)
+            if ends is not None:
+                ends.put(number, output)
+        if ends is not None:
+            self._ends[index] = ends
+
+    @contextmanager
+    def behind_blocks(self, number: int) -> Iterator[None]:
+        """A model that skips its blocks: the last one gives its stored output on batch ``number``."""
+        with self._replay.stubs(self._outputs.get(number), self._chain_ends(number)):
+            yield
+
+    def _chain_ends(self, number: int) -> dict[int, Any]:
+        return {index: store.get(number) for index, store in self._ends.items()}
 
 
 #: Bytes of a float block's activations that are kept while its quantized twin is worked on.
@@ -122,8 +160,8 @@ class FloatBlock:
     all of them; they are kept where they fit, and shown again by further runs where they do not.
     """
 
-    def __init__(self, block: nn.Module, calls: list[Call]) -> None:
-        self._block, self._calls = block, calls
+    def __init__(self, block: nn.Module, calls: Sequence[Call], cache_bytes: int | None = None) -> None:
+        self._block, self._calls, self._cache_bytes = block, calls, cache_bytes
         self._seen: list[Seen] = []
 
     def remember(self, groups: list[Group]) -> None:
@@ -140,7 +178,9 @@ class FloatBlock:
             for group in groups
         )
         tokens = sum(call.hidden.numel() // call.hidden.shape[-1] for call in self._calls)
-        limit = FLOAT_CACHE_BYTES.get(hidden.device.type, FLOAT_CACHE_BYTES["cpu"])
+        limit = self._cache_bytes
+        if limit is None:
+            limit = FLOAT_CACHE_BYTES.get(hidden.device.type, FLOAT_CACHE_BYTES["cpu"])
         if tokens * features * hidden.element_size() <= limit:
             seen = [observe(self._block, call, groups, to_the_end=True) for call in self._calls]
             self._seen = [] if any(one.overwritten for one in seen) else seen
@@ -149,11 +189,11 @@ class FloatBlock:
         """What the groups of a stage read, and their residual terms, on batch ``number``."""
         return self._seen[number] if self._seen else observe(self._block, self._calls[number], stage)
 
-    def outputs(self) -> list[Any]:
-        """The block's outputs on every batch."""
+    def outputs(self) -> Iterator[Any]:
+        """The block's outputs on every batch, one after the other."""
         if self._seen:
-            return [seen.output for seen in self._seen]
-        return [call.run(self._block) for call in self._calls]
+            return (seen.output for seen in self._seen)
+        return (call.run(self._block) for call in self._calls)
 
 
 class _Walk:
@@ -165,11 +205,15 @@ class _Walk:
         batches: list[Any],
         config: FrameQuantConfig,
         progress: ProgressCallback | None,
+        home: Residence | None = None,
     ) -> None:
         reference = next(model.parameters())
-        self.model, self.config, self.progress = model, config, progress
-        self.device, self.dtype = reference.device, reference.dtype
-        self.batches = [to_device(batch, self.device, self.dtype) for batch in batches]
+        self.model, self.config, self.progress, self.home = model, config, progress, home or Residence()
+        self.device, self.dtype = self.home.device or reference.device, reference.dtype
+        if batches:
+            require_batches(batches, self.home.ranks)
+        mine = self.home.ranks.deal(batches)
+        self.batches = [to_device(batch, self.device, self.dtype) for batch in mine]
         self.masks = [token_mask(batch) for batch in self.batches]
         self.report = QuantizationReport(
             config.to_dict(),
@@ -181,25 +225,60 @@ class _Walk:
     def run(self) -> QuantizationReport:
         start = time.perf_counter()
         chains = self._begin()
-        replay = Replay(self.model, chains, self.batches[0])
-        quantized, floating = Stream(replay, self.batches), Stream(replay, self.batches)
-        carry = self.config.carries_float_stream
+        order = self.home.order(self.model, chains, self.batches[0])
+        replay = Replay(self.model, chains, self.batches[0], order)
+        quantized = Stream(replay, self.batches, lambda name: self.home.store(f"quantized-{name}"))
+        floating = Stream(replay, self.batches, lambda name: self.home.store(f"float-{name}"))
+        last = self._last_to_run(replay)
         for index, name in enumerate(replay.names):
-            block = replay.blocks[index]
-            calls = quantized.calls(index)
-            float_calls = floating.calls(index) if carry and index else calls
-            original = FloatBlock(copy.deepcopy(block), float_calls) if carry else None
-            self._quantize_block(name, block, original, calls)
-            return_freed_memory()
-            if index + 1 < len(replay.names):
-                quantized.advance(index, [call.run(block) for call in calls])
-                if original is not None:
-                    floating.advance(index, original.outputs())
-            release_decoded(block)
-        self._quantize_outside(replay)
+            self._pass_block(index, name, replay, quantized, floating, onward=index < last)
+        self._quantize_outside(replay, quantized)
         release_decoded(self.model)
         self._finish(time.perf_counter() - start)
         return self.report
+
+    def _last_to_run(self, replay: Replay) -> int:
+        """Position of the last block that is still to be quantized; those before it are run for what it reads."""
+        if self._outside(replay):
+            return len(replay.names)
+        return max((i for i, name in enumerate(replay.names) if not self.home.is_done(name)), default=-1)
+
+    def _pass_block(
+        self, index: int, name: str, replay: Replay, quantized: Stream, floating: Stream, onward: bool
+    ) -> None:
+        """Quantize a block, or take what an earlier run made of it, and pass on the outputs if they are needed."""
+        block, done = replay.blocks[index], self.home.is_done(name)
+        carry = self.config.carries_float_stream and (onward or not done)
+        original = None
+        if onward or not done:
+            self.home.enter(name)
+            calls = quantized.calls(index)
+            float_calls = floating.calls(index) if carry and index else calls
+            twin = copy.deepcopy(block) if carry else None
+            original = None if twin is None else FloatBlock(twin, float_calls, self.home.float_cache_bytes)
+        record = None
+        if done:
+            self._restore_block(name)
+        else:
+            ledger = Ledger(self.report)
+            self._quantize_block(name, block, original, calls)
+            record = ledger.record()
+        return_freed_memory()
+        if onward:
+            quantized.advance(index, (call.run(block) for call in calls))
+            if original is not None:
+                floating.advance(index, original.outputs())
+        release_decoded(block)
+        self.home.leave(name, record)
+
+    def _restore_block(self, name: str) -> None:
+        record = self.home.restore(name)
+        record.add_to(self.report)
+        self.done += sum(entry.num_weights for entry in record.linears)
+        for layer in quantized_linears(self.model.get_submodule(name)).values():
+            layer.hold_decoded(True)
+        if self.progress:
+            self.progress(Progress(self.done, self.total, f"{name} (done before)"))
 
     def _begin(self) -> dict[str, list[str]]:
         """Find blocks and linears, and what needs the whole float model; return the blocks by chain."""
@@ -226,7 +305,7 @@ class _Walk:
         allocate = self.config.allocation is Allocation.SENSITIVITY
         if self.progress:
             self.progress(Progress(0, self.total, "gradients of the float model"))
-        self.gradients, note = gradients_or_inputs(
+        self.gradients, note = self.home.gradients(
             self.model,
             self.batches,
             self.selected,
@@ -238,7 +317,8 @@ class _Walk:
             self.report.warnings.append(note)
         use = mixture.fill_gradients(self.gradients, self.families)
         if allocate:
-            shares = allocate_bits(self.model, self.selected, self.gradients, self.config, use)
+            known = self.home.sensitivities()
+            shares = allocate_bits(self.model, self.selected, self.gradients, self.config, use, known)
             self.choices, self.report.allocation = shares.choices, shares.to_dict()
         for found in self.gradients.values():
             found.input_sum = None
@@ -262,27 +342,41 @@ class _Walk:
             ]
             if found and all(len(one.squares) == len(self.batches) for one in found):
                 powered = [sum(one.squares[i] for one in found) ** power for i in range(len(self.batches))]
-                mean = torch.cat(powered).mean()
+                mean = self._mean(torch.cat(powered))
                 if 0 < float(mean) < float("inf"):  # no gradient at all: tokens count alike
                     weights[group.name] = [batch / mean for batch in powered]
         return weights
 
-    def _quantize_outside(self, replay: Replay) -> None:
-        """Quantize linears outside the blocks (heads) that ``include`` names, on what the whole model gives them."""
+    def _mean(self, values: Tensor) -> Tensor:
+        """Mean over the values of all ranks."""
+        ranks = self.home.ranks
+        if ranks.size == 1:
+            return values.mean()
+        return torch.cat([part.to(values.device) for part in ranks.gather(values.cpu())]).mean()
+
+    def _outside(self, replay: Replay) -> list[str]:
+        """Selected linears outside the blocks."""
         prefixes = tuple(f"{block}." for block in replay.names)
-        for name in self.selected:
-            if name.startswith(prefixes):
-                continue
+        return [name for name in self.selected if not name.startswith(prefixes)]
+
+    def _quantize_outside(self, replay: Replay, stream: Stream) -> None:
+        """Quantize linears outside the blocks (heads) that ``include`` names, on what the blocks give them."""
+        for name in self._outside(replay):
             if name in self.block_linears:
                 self.report.skipped[name] = "its block was not run on the calibration data"
                 continue
+            self.home.bring_outside(name)
             module = self.model.get_submodule(name)
             group, moments = Group([name]), Moments(discovery.linear_weight(module).shape[1])
-            for batch, mask in zip(self.batches, self.masks, strict=True):
-                seen = observe(self.model, as_call(batch), [group])
+            for number, (batch, mask) in enumerate(zip(self.batches, self.masks, strict=True)):
+                with stream.behind_blocks(number):
+                    seen = observe(self.model, as_call(batch), [group])
                 add_moments({name: moments}, [group], seen, None, mask, use_drift=False, use_residual=False)
             untie(self.model, module)
-            self._quantize_group("", self.model, group, moments)
+            self._quantize_group("", self.model, group, self._summed(moments))
+
+    def _summed(self, moments: Moments) -> Moments:
+        return reduce_moments(moments, self.home.ranks, self.device, self.dtype)
 
     def _describe_model(self, chains: dict[str, list[str]]) -> None:
         prefixes = tuple(f"{block}." for names in chains.values() for block in names)
@@ -304,7 +398,7 @@ class _Walk:
         }
 
     def _quantize_block(
-        self, name: str, block: nn.Module, original: FloatBlock | None, calls: list[Call]
+        self, name: str, block: nn.Module, original: FloatBlock | None, calls: Sequence[Call]
     ) -> None:
         prefix = f"{name}."
         inner = [full.removeprefix(prefix) for full in self.selected if full.startswith(prefix)]
@@ -332,7 +426,7 @@ class _Walk:
         prefix: str,
         block: nn.Module,
         original: FloatBlock | None,
-        calls: list[Call],
+        calls: Sequence[Call],
         stage: list[Group],
     ) -> dict[str, Moments]:
         features = {
@@ -354,7 +448,7 @@ class _Walk:
                 token_weights={name: batches[number] for name, batches in weights.items()},
                 where=(prefix, number),
             )
-        return totals
+        return {name: self._summed(moments) for name, moments in totals.items()}
 
     def _quantize_group(self, prefix: str, block: nn.Module, group: Group, moments: Moments) -> None:
         start = time.perf_counter()
@@ -369,7 +463,8 @@ class _Walk:
                 for name in modules
                 if name in self.gradients and self.gradients[name].gram_sum is not None
             }
-        results = quantize_group(weights, moments, configs, group.family or prefix + group.name)
+        group_name = group.family or prefix + group.name
+        results = quantize_shared(weights, moments, configs, group_name, self.home.ranks)
         seconds = (time.perf_counter() - start) / len(modules)
         for name, result in results.items():
             layer = FrameLinear.from_tensors(result.spec, result.tensors, modules[name].bias)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from framequant.model.data_free import quantize_data_free
 from framequant.model.replay import Call, Replay, call_model, inference_mode
 from framequant.model.report import QuantizationReport
 from framequant.model.trace import Group
-from framequant.model.walk import FloatBlock, _Walk, release_decoded, untie
+from framequant.model.walk import FloatBlock, Stream, _Walk, release_decoded, untie
 from framequant.quantizers.hessian import Moments
 
 #: What each setting that needs data becomes without.
@@ -120,12 +120,12 @@ class _WalkWithoutData(_Walk):
         prefix: str,
         block: nn.Module,
         original: FloatBlock | None,
-        calls: list[Call],
+        calls: Sequence[Call],
         stage: list[Group],
     ) -> dict[str, Moments]:
         return {group.name: _no_moments(block.get_submodule(group.name)) for group in stage}
 
-    def _quantize_outside(self, replay: Replay) -> None:
+    def _quantize_outside(self, replay: Replay, stream: Stream) -> None:
         self._quantize_rest()
 
     def _quantize_rest(self) -> None:

@@ -61,6 +61,14 @@ class ScalarCoder:
         part._codes = self._codes[first:last]
         return part
 
+    def codes(self, first: int, last: int) -> Int[Tensor, "rows n"]:
+        """The codes recorded for some of the stacked rows."""
+        return self._codes[first:last]
+
+    def record(self, codes: Int[Tensor, "m n"]) -> None:
+        """Record the codes of all stacked rows, some of them chosen elsewhere."""
+        self._codes.copy_(codes)
+
     def clip(self, coefficients: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """Clamp the stacked coefficients to the range of their grids."""
         return clip_to_grid(coefficients, self._grid)

@@ -5,7 +5,10 @@ Must not import models, layers or frames.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -13,35 +16,52 @@ from torch import Tensor
 
 from framequant.config import ColumnOrder, FrameQuantConfig, Rounding
 from framequant.quantizers.coders import ScalarCoder
-from framequant.quantizers.hessian import FeedbackFactor, damped, feedback_factor
+from framequant.quantizers.hessian import FeedbackFactor, damped_, feedback_factor
 from framequant.quantizers.refine import refine_codes
 from framequant.quantizers.rounding import round_ldlq, round_nearest
 from framequant.quantizers.trellis_coder import TrellisCoder
 from framequant.quantizers.two_sided import round_two_sided, unit_factor
 
+#: Rows are rounded in pieces of at most so many bytes in float64: rounding works on eight such copies.
+PIECE_BYTES = 1 << 30
+
+
+class RowShare(Protocol):
+    """Deals rows out to several processes."""
+
+    def bounds(self, rows: int) -> tuple[int, int]:
+        """First row, and one past the last, that is rounded here."""
+        ...
+
+    def gather_rows(self, rows: Tensor, total: int) -> Tensor:
+        """All ``total`` rows from every process's share."""
+        ...
+
 
 def round_group(
     matrices: Sequence[Float[Tensor, "m n"]],
-    hessian: Float[Tensor, "n n"],
+    hessian: Float[Tensor, "n n"] | Callable[[], Float[Tensor, "n n"]],
     grams: Sequence[Float[Tensor, "m m"] | None],
     coder: ScalarCoder | TrellisCoder,
     config: FrameQuantConfig,
     name: str,
+    share: RowShare | None = None,
 ) -> tuple[Float[Tensor, "m_total n"], FeedbackFactor | None]:
     """Choose the codes of a group.
 
     Args:
         matrices: D of each linear, float64.
-        hessian: H' of their shared coefficients.
+        hessian: H' of their shared coefficients, or what makes it anew at each call, see ``feedback_factor``.
         grams: of each linear's output gradients, in its output frame; None for no feedback between its rows.
         coder: fitted to the matrices; it records the codes.
         config: ``rounding``, dampings, order and sweeps.
         name: of the first linear, for messages.
+        share: deals the rows of a scalar code without feedback between rows out to several processes.
 
     Returns:
-        The rounded values, stacked, and the factor of H' (None for nearest rounding).
+        The rounded values, stacked, and the factor of H' (None for nearest rounding); it may have lost its ``upper``.
     """
-    stacked = torch.cat(list(matrices))
+    stacked = torch.cat(list(matrices)) if len(matrices) > 1 else matrices[0]
     if config.rounding is Rounding.NEAREST:
         return round_nearest(_clipped(stacked, coder, config), coder), None
     uppers = [
@@ -50,25 +70,68 @@ def round_group(
     if isinstance(coder, TrellisCoder):
         factor = feedback_factor(hessian, config.damping, name)
         return round_two_sided(matrices, factor.upper, uppers, coder, config.output_block), factor
+    make = hessian if callable(hessian) else hessian.clone
     order = None
     if config.column_order is ColumnOrder.DESCENDING:
-        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    ordered = hessian if order is None else hessian[order][:, order]
+        order = torch.argsort(make().diagonal(), descending=True, stable=True)
+    ordered = make if order is None else lambda: make()[order][:, order]
+    if all(upper is None for upper in uppers):
+        return _round_rows(stacked, make, ordered, order, coder, config, share, name)
     factor = feedback_factor(ordered, config.damping, name)
-    smooth = damped(hessian, factor.damping)
+    smooth = damped_(make(), factor.damping)
 
     def columns(part: Tensor, rows: ScalarCoder) -> Tensor:
         rounded = round_ldlq(_clipped(part, rows, config), factor.upper, rows, order)
         return refine_codes(part, rounded, smooth, rows, config.sweeps)
 
-    if all(upper is None for upper in uppers):
-        return columns(stacked, coder), factor
     pieces, first = [], 0
     for matrix, upper in zip(matrices, uppers, strict=True):
         rows = coder.part(first, first + len(matrix))
         pieces.append(_round_block_rows(matrix, upper, rows, config.output_block, columns))
         first += len(matrix)
     return torch.cat(pieces), factor
+
+
+def _round_rows(
+    stacked: Tensor,
+    make: Callable[[], Tensor],
+    ordered: Callable[[], Tensor],
+    order: Tensor | None,
+    coder: ScalarCoder,
+    config: FrameQuantConfig,
+    share: RowShare | None,
+    name: str,
+) -> tuple[Tensor, FeedbackFactor]:
+    """Round rows that do not interact, a piece of them at a time; with a share, those that are ours.
+
+    The factor's matrix is dropped before H' is made again: both together are what takes the most memory.
+    """
+    first, last = (0, len(stacked)) if share is None else share.bounds(len(stacked))
+    factor = feedback_factor(ordered, config.damping, name)
+    rounded = torch.empty_like(stacked[first:last])
+    pieces = _pieces(first, last, stacked.shape[1])
+    for a, b in pieces:
+        part = coder.part(a, b)
+        rounded[a - first : b - first] = round_ldlq(
+            _clipped(stacked[a:b], part, config), factor.upper, part, order
+        )
+    factor = replace(factor, upper=factor.upper.new_empty(0, 0))
+    if config.sweeps:
+        smooth = damped_(make(), factor.damping)
+        for a, b in pieces:
+            done = rounded[a - first : b - first]
+            done.copy_(refine_codes(stacked[a:b], done, smooth, coder.part(a, b), config.sweeps))
+    if share is None:
+        return rounded, factor
+    coder.record(share.gather_rows(coder.codes(first, last), len(stacked)))
+    return share.gather_rows(rounded, len(stacked)), factor
+
+
+def _pieces(first: int, last: int, columns: int) -> list[tuple[int, int]]:
+    """Ranges of rows whose float64 copies take at most ``PIECE_BYTES``, and about as many rows each."""
+    count = max(-(-(last - first) * columns * 8 // PIECE_BYTES), 1)
+    edges = [first + (last - first) * index // count for index in range(count + 1)]
+    return list(itertools.pairwise(edges))
 
 
 def _round_block_rows(

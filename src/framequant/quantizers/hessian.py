@@ -10,6 +10,7 @@ Must not import ``torch.nn``, models or frames.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +30,9 @@ NOT_FINITE = (
 #: tokens would overflow float32, or half of the digits would be denormal.
 LARGEST_IN_FLOAT32 = 1e15
 SMALLEST_IN_FLOAT32 = 1e-15
+#: Matrices of more rows are handled by pieces of ``PIECE_ROWS``, since a second copy might not fit.
+SMALL = 4096
+PIECE_ROWS = 1024
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -96,16 +100,21 @@ class Moments:
         """Mean of x xᵀ in float64; the identity when no token was seen (every direction matters alike)."""
         if self.hessian_sum is None or self.count == 0:
             return torch.eye(self.features, dtype=torch.float64)
-        return self.hessian_sum.double() / self.count
+        return _mean(self.hessian_sum, self.count)
 
     def drift(self) -> Float[Tensor, "n n"] | None:
         """Mean of (x_f - x_q) x_qᵀ in float64, or None."""
-        return None if self.drift_sum is None else self.drift_sum.double() / max(self.count, 1)
+        return None if self.drift_sum is None else _mean(self.drift_sum, max(self.count, 1))
 
     def residual(self, name: str) -> Float[Tensor, "o n"] | None:
         """Mean of e x_qᵀ in float64 for one linear, or None."""
         total = self.residual_sum.get(name)
-        return None if total is None else total.double() / max(self.count, 1)
+        return None if total is None else _mean(total, max(self.count, 1))
+
+
+def _mean(total: Tensor, count: int) -> Tensor:
+    """``total / count``, a new tensor in float64; nothing else of its size is made."""
+    return total.to(torch.float64, copy=True).div_(count)
 
 
 def _accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
@@ -117,11 +126,18 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
 
 
 def damped(hessian: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
-    """Return ``hessian + damping · mean(diag) · I``; an all-zero Hessian gives the identity."""
-    mean = hessian.diagonal().mean()
+    """Return ``hessian + damping · mean(diag) · I``, a new tensor; an all-zero Hessian gives the identity."""
+    return damped_(hessian.clone(), damping)
+
+
+def damped_(hessian: Float[Tensor, "n n"], damping: float) -> Float[Tensor, "n n"]:
+    """``damped``, in place."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean()
     if mean == 0:
-        return torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    return hessian + damping * mean * torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+        return hessian.zero_().fill_diagonal_(1)
+    diagonal += damping * mean
+    return hessian
 
 
 @dataclass(frozen=True)
@@ -139,11 +155,14 @@ class FeedbackFactor:
     escalations: int
 
 
-def feedback_factor(hessian: Float[Tensor, "n n"], damping: float, name: str = "") -> FeedbackFactor:
+def feedback_factor(
+    hessian: Float[Tensor, "n n"] | Callable[[], Float[Tensor, "n n"]], damping: float, name: str = ""
+) -> FeedbackFactor:
     """Factor the damped inverse Hessian, raising the damping until the factorisation succeeds.
 
     Args:
-        hessian: symmetric positive semi-definite, float64.
+        hessian: symmetric positive semi-definite, float64; or what makes it anew at each call, for matrices of which
+            no more than two fit into memory: what it makes is overwritten.
         damping: fraction of the mean diagonal to start from, ≥ 0.
         name: the linear, for the error message.
 
@@ -156,29 +175,50 @@ def feedback_factor(hessian: Float[Tensor, "n n"], damping: float, name: str = "
     References:
         Frantar et al. 2022, arXiv 2210.17323 (GPTQ), for the use of the Cholesky factor of the inverse.
     """
-    if not torch.isfinite(hessian).all():
+    matrix = hessian() if callable(hessian) else hessian.clone()
+    if not all(bool(torch.isfinite(rows).all()) for rows in matrix.split(4096)):
         raise NumericalError(f"{name or 'a linear'}: {NOT_FINITE}")
     current = damping
     for escalation in range(MAX_ESCALATIONS + 1):
-        upper = _inverse_cholesky(damped(hessian, current))
+        upper = _inverse_cholesky_(damped_(matrix, current))
         if upper is not None:
             return FeedbackFactor(upper, current, escalation)
         current = max(current, 1e-8) * ESCALATION
+        matrix = hessian() if callable(hessian) else hessian.clone()
     raise NumericalError(
         f"{name or 'a linear'}: its Hessian could not be factored with damping up to {current:g}."
     )
 
 
-def _inverse_cholesky(matrix: Tensor) -> Tensor | None:
-    """U with matrix⁻¹ = Uᵀ U, or None if the matrix is not numerically positive definite.
+def _inverse_cholesky_(matrix: Tensor) -> Tensor | None:
+    """U with matrix⁻¹ = Uᵀ U, or None if the matrix is not numerically positive definite; overwrites the matrix.
 
     With J the exchange matrix, J M J = L Lᵀ gives M = (J L J)(J L J)ᵀ, an upper triangular factor R = J L J, so
-    M⁻¹ = R⁻ᵀ R⁻¹ and U = R⁻¹: one Cholesky and one triangular solve, no explicit inverse.
+    M⁻¹ = R⁻ᵀ R⁻¹ and U = R⁻¹: one Cholesky and one triangular solve, no explicit inverse. Two matrices of this size
+    are there at a time: at n = 32256 one takes 8.3 GB.
     """
-    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-    if int(info) != 0 or not bool(torch.isfinite(lower).all()):
+    lower, info = torch.linalg.cholesky_ex(_exchanged_(matrix))
+    if int(info) != 0 or not all(bool(torch.isfinite(rows).all()) for rows in lower.split(4096)):
         return None
-    root = lower.flip(0, 1)
-    eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-    upper = torch.linalg.solve_triangular(root, eye, upper=True)
-    return upper if bool(torch.isfinite(upper).all()) else None
+    root = _exchanged_(matrix.T.copy_(lower))
+    del lower
+    # Columns are contiguous, as solvers want them: no copies, and the solution goes where the right-hand sides were.
+    eye = torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device).T
+    upper = torch.linalg.solve_triangular(root, eye, upper=True, out=eye)
+    return upper if all(bool(torch.isfinite(rows).all()) for rows in upper.split(4096)) else None
+
+
+def _exchanged_(matrix: Tensor) -> Tensor:
+    """Reverse the order of rows and columns, in place, by pieces."""
+    n = len(matrix)
+    if n <= SMALL:
+        return matrix.copy_(matrix.flip(0, 1))
+    half = n // 2
+    for first in range(0, half, PIECE_ROWS):
+        last = min(first + PIECE_ROWS, half)
+        top = matrix[first:last].flip(0, 1)
+        matrix[first:last] = matrix[n - last : n - first].flip(0, 1)
+        matrix[n - last : n - first] = top
+    if n % 2:
+        matrix[half] = matrix[half].flip(0)
+    return matrix

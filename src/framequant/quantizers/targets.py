@@ -57,5 +57,6 @@ def float_target(
         change += residual_strength * residual
     if not change.any():
         return weight
+    del drift, residual  # as large as all else together, where the caller keeps none
     factor = torch.linalg.cholesky(damped(hessian, damping))
     return weight + torch.cholesky_solve(change.T, factor).T

@@ -26,7 +26,7 @@ from framequant.errors import NumericalError
 from framequant.frames import FrameKind, FrameOperator, FrameSpec, build_frame, choose_frame
 from framequant.frames.signs import derive_seed
 from framequant.quantizers.coders import make_coder
-from framequant.quantizers.group_rounding import round_group
+from framequant.quantizers.group_rounding import RowShare, round_group
 from framequant.quantizers.hessian import NOT_FINITE, FeedbackFactor, Moments
 from framequant.quantizers.rounding import proxy_loss
 from framequant.quantizers.safety import shrink, shrinkage
@@ -36,6 +36,9 @@ from framequant.storage import decode_rows
 
 #: Sign seeds are stored as decimal numbers in JSON; 32 bits keep them short.
 SEED_BITS = 32
+#: Matrices of more rows are transformed by pieces of ``PIECE_ROWS``: transforms make several copies.
+LARGE = 4096
+PIECE_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ def quantize_group(
     moments: Moments,
     configs: Mapping[str, FrameQuantConfig],
     group: str,
+    share: RowShare | None = None,
+    consume: bool = False,
 ) -> dict[str, QuantizedWeight]:
     """Quantize the linears that read one tensor.
 
@@ -109,6 +114,8 @@ def quantize_group(
         moments: second moments of the shared input.
         configs: settings of each linear; linears with equal settings are rounded together.
         group: name of the group, for the seed of its input frame.
+        share: rounds some of the rows here and the others elsewhere; for scalar codes without ``output_gram``.
+        consume: let the sums of ``moments`` go as soon as they are used, where nobody else will ask for them.
 
     Returns:
         The stored form of each linear.
@@ -117,17 +124,19 @@ def quantize_group(
         NumericalError: NaN or infinity in a weight or in the activations; the linear is named.
         FrameError: no frame of the redundancy exists.
     """
-    device = next(iter(weights.values())).device
-    hessian = moments.hessian().to(device)
-    _require_finite(hessian, f"{next(iter(weights))}: {NOT_FINITE}")
     results: dict[str, QuantizedWeight] = {}
-    for names in _alike(configs):
+    clusters = _alike(configs)
+    for names in clusters:
         members = {name: weights[name].double() for name in names}
         for name, weight in members.items():
             _require_finite(
                 weight, f"{name}: its weight contains NaN or infinity; the model file is damaged."
             )
-        results.update(_quantize_alike(members, hessian, moments, configs[names[0]], group))
+        results.update(
+            _quantize_alike(
+                members, moments, configs[names[0]], group, share, consume and names is clusters[-1]
+            )
+        )
     return {name: results[name] for name in weights}
 
 
@@ -145,20 +154,40 @@ def _alike(configs: Mapping[str, FrameQuantConfig]) -> list[list[str]]:
 
 
 def _quantize_alike(
-    weights: Mapping[str, Tensor], hessian: Tensor, moments: Moments, config: FrameQuantConfig, group: str
+    weights: Mapping[str, Tensor],
+    moments: Moments,
+    config: FrameQuantConfig,
+    group: str,
+    share: RowShare | None,
+    consume: bool,
 ) -> dict[str, QuantizedWeight]:
     first = next(iter(weights))
+    device = weights[first].device
+
+    def make_hessian() -> Tensor:  # from its float32 sum whenever it is needed: that takes half the memory
+        return moments.hessian().to(device)
+
+    hessian = make_hessian()
+    _require_finite(hessian, f"{first}: {NOT_FINITE}")
     targets = {name: _target(name, weight, hessian, moments, config) for name, weight in weights.items()}
+    del hessian
+    if consume:
+        moments.drift_sum = None
     specs = {name: _spec(weight, config, group, name) for name, weight in weights.items()}
     frame_in = build_frame(specs[first].frame_in)
     frames_out = {name: build_frame(spec.frame_out) for name, spec in specs.items()}
     matrices = [frames_out[name].analysis(frame_in.analysis(target).T).T for name, target in targets.items()]
-    coefficient_hessian = frame_in.analysis(frame_in.analysis(hessian).T)
+
+    def coefficient_hessian() -> Tensor:
+        return _rotated(make_hessian(), frame_in)
 
     grams = [_rotated_gram(moments.output_gram.get(name), frame) for name, frame in frames_out.items()]
     coder = make_coder(matrices, specs[first].code)
-    rounded, factor = round_group(matrices, coefficient_hessian, grams, coder, config, first)
+    rounded, factor = round_group(matrices, coefficient_hessian, grams, coder, config, first, share)
 
+    hessian = make_hessian()
+    if consume:
+        moments.hessian_sum = None
     results = {}
     pieces = rounded.split([matrix.shape[0] for matrix in matrices])
     for (name, weight), piece, tensors in zip(weights.items(), pieces, coder.tensors(), strict=True):
@@ -193,13 +222,17 @@ def _shrink_if_harmful(
     result.loss = replace(loss, gain=gain)
 
 
+def _beside(tensor: Tensor | None, other: Tensor) -> Tensor | None:
+    """A tensor, if there is one, on the device of another."""
+    return None if tensor is None else tensor.to(other.device)
+
+
 def _target(name: str, weight: Tensor, hessian: Tensor, moments: Moments, config: FrameQuantConfig) -> Tensor:
-    drift, residual = moments.drift(), moments.residual(name)
-    target = float_target(
+    target = float_target(  # which alone holds the two matrices that it is given
         weight,
         hessian,
-        None if drift is None else drift.to(weight.device),
-        None if residual is None else residual.to(weight.device),
+        _beside(moments.drift(), weight),
+        _beside(moments.residual(name), weight),
         config.float_targets,
         config.residual_targets,
     )
@@ -211,6 +244,21 @@ def _spec(weight: Tensor, config: FrameQuantConfig, group: str, name: str) -> Li
     out_features, in_features = weight.shape
     frame_in, frame_out = frame_specs(config, in_features, out_features, group, name)
     return LinearSpec(in_features, out_features, frame_in, frame_out, config.code_spec())
+
+
+def _rotated(matrix: Tensor, frame: FrameOperator) -> Tensor:
+    """T M Tᵀ of a symmetric M, a new tensor; a large one by pieces, since the transforms make copies."""
+    if len(matrix) <= LARGE:
+        return frame.analysis(frame.analysis(matrix).T).clone()
+    size = frame.num_coefficients
+    half = matrix.new_empty(len(matrix), size)
+    for first in range(0, len(matrix), PIECE_ROWS):
+        half[first : first + PIECE_ROWS] = frame.analysis(matrix[first : first + PIECE_ROWS])
+    del matrix  # which nobody else holds
+    whole = half.new_empty(size, size)
+    for first in range(0, size, PIECE_ROWS):
+        whole[first : first + PIECE_ROWS] = frame.analysis(half[:, first : first + PIECE_ROWS].T)
+    return whole
 
 
 def _rotated_gram(gram: Tensor | None, frame: FrameOperator) -> Tensor | None:

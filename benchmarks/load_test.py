@@ -1,0 +1,322 @@
+"""Load tests: models of the shapes of 7B, 70B and 1.5B parameters with random weights, quantized from disk to disk.
+
+Run from the repository's root with ``PYTHONPATH=src:.``::
+
+    python benchmarks/load_test.py --shape 7b --device cuda                       # whole, 13 GB
+    python benchmarks/load_test.py --shape 70b --device cuda --blocks 2           # two blocks, projected to all
+    python benchmarks/load_test.py --shape 1.5b --limit 4GB --samples 8 --tokens 512 --blocks 2
+    torchrun --nproc-per-node 2 benchmarks/load_test.py --shape 7b --blocks 4     # several GPUs
+
+``--blocks N`` writes and quantizes a model of N blocks and projects the total: what comes before the first block,
+N measured blocks, and as many more as the shape has at the mean of all measured but the first. Weights are written
+by a process of their own, shard by shard, so that peaks are those of quantizing. ``--limit`` puts the quantizing
+process into a memory cgroup (version 1 or 2, root), page cache included. Appends one row to ``--csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.measure import commit
+
+#: hidden size, intermediate size, heads, key-value heads, blocks, vocabulary, tied embeddings.
+SHAPES = {
+    "tiny": (256, 704, 4, 4, 4, 1000, False),
+    "1.5b": (1536, 8960, 12, 2, 28, 151936, True),
+    "7b": (4096, 11008, 32, 32, 32, 32000, False),
+    "70b": (8192, 28672, 64, 8, 80, 32000, False),
+}
+
+
+def model_config(shape: str, blocks: int) -> Any:
+    from transformers import LlamaConfig
+
+    hidden, intermediate, heads, groups, _, vocabulary, tied = SHAPES[shape]
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        num_hidden_layers=blocks,
+        vocab_size=vocabulary,
+        tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+
+
+def write_model(folder: Path, shape: str, blocks: int, device: str, dtype: torch.dtype) -> None:
+    """Write random weights, a file for each block and one for the rest."""
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    config = model_config(shape, blocks)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        state = LlamaForCausalLM(config).state_dict()
+    files: dict[str, list[str]] = defaultdict(list)
+    for name in state:
+        part = name.split(".")[2] if name.startswith("model.layers.") else "rest"
+        if not (config.tie_word_embeddings and name == "lm_head.weight"):
+            files[f"model-{part}.safetensors"].append(name)
+    generator = torch.Generator(device).manual_seed(0)
+    for file, names in files.items():
+        tensors = {name: random_weight(name, state[name].shape, generator, dtype) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, names in files.items() for name in names}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+
+
+def random_weight(
+    name: str, shape: torch.Size, generator: torch.Generator, dtype: torch.dtype
+) -> torch.Tensor:
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=dtype)
+    weight = torch.randn(shape, generator=generator, device=generator.device)
+    return weight.mul_(0.02 if "embed" not in name else 1.0).to(dtype).cpu()
+
+
+class Peaks:
+    """The peaks of this process's memory: all of it, and what is no mapped file; sampled for the second."""
+
+    def __init__(self) -> None:
+        self.anonymous, self._stop = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Peaks:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.05):
+            self.anonymous = max(self.anonymous, status("RssAnon"))
+
+    @property
+    def resident(self) -> int:
+        return status("VmHWM")
+
+
+def status(key: str) -> int:
+    """A field of ``/proc/self/status`` in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return 1024 * int(line.split()[1])
+    return 0
+
+
+class Stages:
+    """Seconds of the stages of a walk, and when each block was done."""
+
+    def __init__(self, cuda: bool) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.done: list[float] = []
+        self._cuda = cuda
+
+    def now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def wrap(self, owner: Any, method: str, stage: str) -> None:
+        original = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = self.now()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                end = self.now()
+                self.seconds[stage] += end - start
+                if stage == "write":
+                    self.done.append(end)
+
+        setattr(owner, method, timed)
+
+    def watch(self) -> None:
+        """Time the walk's steps; what is in none of them is running blocks for what the next one reads."""
+        from framequant.model.walk import _Walk
+        from framequant.streaming.residence import StreamedResidence
+
+        self.wrap(_Walk, "_capture", "capture")
+        self.wrap(_Walk, "_quantize_group", "round")
+        self.wrap(StreamedResidence, "enter", "read")
+        self.wrap(StreamedResidence, "leave", "write")
+
+
+@contextlib.contextmanager
+def limited(size: str | None) -> Iterator[list[str]]:
+    """A command prefix under which a process may take so much memory, page cache included."""
+    if size is None:
+        yield []
+        return
+    from framequant.streaming.plan import parse_size
+
+    first = Path("/sys/fs/cgroup/memory")
+    group = (first if first.is_dir() else Path("/sys/fs/cgroup")) / f"framequant-{os.getpid()}"
+    group.mkdir()
+    try:
+        limit = "memory.limit_in_bytes" if first.is_dir() else "memory.max"
+        (group / limit).write_text(str(parse_size(size)))
+        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$@"', "limited"]
+        for name in ("memory.max_usage_in_bytes", "memory.peak", "memory.failcnt"):
+            if (group / name).is_file():
+                print(f"{name} {(group / name).read_text().strip()}")
+    finally:
+        group.rmdir()
+
+
+def measure(arguments: argparse.Namespace, source: Path, out: Path) -> dict[str, Any]:
+    """Quantize and return a row of figures, and nothing on ranks that do not write."""
+    import framequant as fq
+    from framequant.cli.streaming import join_ranks, leave_ranks
+    from framequant.config import preset
+
+    device, ranks = join_ranks(arguments.device)
+    cuda = device.startswith("cuda")
+    hidden, intermediate, _, _, layers, vocabulary, _ = SHAPES[arguments.shape]
+    blocks = arguments.blocks or layers
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, vocabulary, (arguments.samples, arguments.tokens), generator=generator)
+    stages = Stages(cuda)
+    stages.watch()
+    start = stages.now()
+    with Peaks() as peaks:
+        run = fq.quantize_streaming(
+            source,
+            out,
+            ids,
+            preset(arguments.preset),
+            dtype=getattr(torch, arguments.dtype),
+            device=device,
+            max_memory=arguments.max_memory,
+            ranks=ranks,
+            progress=lambda p: print(f"  {p.message} {stages.now() - start:.1f} s", flush=True),
+        )
+    total = stages.now() - start
+    every = [later - earlier for earlier, later in zip(stages.done, stages.done[1:], strict=False)]
+    block = sum(every) / len(every) if every else stages.done[0] - start
+    projected = total + (layers - blocks) * block
+    peak = torch.cuda.max_memory_reserved() if cuda else 0
+    row = {
+        "shape": arguments.shape,
+        "preset": arguments.preset,
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "blocks": layers,
+        "blocks_measured": blocks,
+        "samples": arguments.samples,
+        "tokens": arguments.tokens,
+        "dtype": arguments.dtype,
+        "ranks": ranks.size,
+        "activations": run.place,
+        "seconds": round(total, 2),
+        "seconds_per_block": round(block, 3),
+        "seconds_projected": round(projected, 1),
+        **{
+            f"seconds_{stage}": round(stages.seconds[stage], 2)
+            for stage in ("read", "capture", "round", "write")
+        },
+        "device_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else 0,
+        "device_reserved_gb": round(peak / 1e9, 2),
+        "host_peak_gb": round(peaks.resident / 1e9, 2),
+        "host_anonymous_gb": round(peaks.anonymous / 1e9, 2),
+        "limit": arguments.limit or "",
+        "bits_per_weight": round(run.report.bits_per_weight, 4),
+        "output_gb": round(sum(path.stat().st_size for path in out.iterdir()) / 1e9, 3)
+        if ranks.is_first
+        else 0,
+        "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
+        "commit": commit(),
+    }
+    first = ranks.is_first
+    leave_ranks(ranks)
+    return row if first else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--blocks", type=int, help="measure so many blocks and project the others")
+    parser.add_argument("--preset", default="framequant-scalar")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--max-memory")
+    parser.add_argument("--limit", help="memory of the quantizing process, for example 4GB")
+    parser.add_argument("--folder", type=Path, help="of the model and the output; temporary if not given")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--step", choices=["write", "measure"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    blocks = arguments.blocks or SHAPES[arguments.shape][4]
+    if arguments.step == "write":
+        dtype = getattr(torch, arguments.dtype)
+        write_model(arguments.folder, arguments.shape, blocks, arguments.device, dtype)
+        return
+    if arguments.step == "measure":
+        finish(arguments, measure(arguments, arguments.folder / "model", arguments.folder / "out"))
+        return
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="framequant-load-"))
+    if distributed:
+        folder = Path(tempfile.gettempdir()) / f"framequant-load-{os.environ['MASTER_PORT']}"
+    first = os.environ.get("RANK", "0") == "0"
+    own = [sys.executable, __file__, *sys.argv[1:], "--folder"]
+    try:
+        if first:
+            start = time.perf_counter()
+            (folder / "writing").mkdir(parents=True)
+            subprocess.run([*own, str(folder / "writing"), "--step", "write"], check=True)
+            (folder / "writing").rename(folder / "model")
+            size = sum(path.stat().st_size for path in (folder / "model").iterdir())
+            print(f"model of {size / 1e9:.2f} GB written in {time.perf_counter() - start:.1f} s", flush=True)
+        while not (folder / "model").is_dir():
+            time.sleep(0.5)
+        if distributed:
+            finish(arguments, measure(arguments, folder / "model", folder / "out"))
+            return
+        with limited(arguments.limit) as prefix:
+            subprocess.run([*prefix, *own, str(folder), "--step", "measure"], check=True)
+    finally:
+        if first and arguments.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def finish(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
+    if not row:
+        return
+    print(json.dumps(row, indent=1))
+    if arguments.csv is None:
+        return
+    new = not arguments.csv.exists()
+    with arguments.csv.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""Gradients of the float model's outputs, block by block: forwards once, keeping every block's outputs, then backwards.
+
+A block is read twice. On the way back it is run again on its kept input, the gradient of its output is passed through
+it, and what arrives at its input goes to the block before: the same operations in the same order as one backward
+pass through the whole model, so the same bits. Second moments of a block's output gradients go to a file each; the
+sensitivities that a bit budget is shared out by are worked out while the block's weights are there.
+
+Must not import evaluation or the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from framequant import checkpoint
+from framequant.config import FrameQuantConfig
+from framequant.model.activations import Activations, map_tensors
+from framequant.model.allocation import sensitivity_of
+from framequant.model.capture import token_mask
+from framequant.model.discovery import linear_weight
+from framequant.model.gradients import (
+    GradientPass,
+    OutputGradients,
+    fast_pass,
+    pieces_of,
+    sampled_loss,
+    skip_labels,
+    watched,
+)
+from framequant.model.ranks import Ranks
+from framequant.model.replay import Replay, call_model, first_tensor, with_hidden
+
+
+@dataclass
+class Gathered:
+    """What a pass found.
+
+    Attributes:
+        sums: by linear; ``gram_sum`` is in the files, ``squares`` are this rank's.
+        sensitivities: by linear, see ``allocation.sensitivity_of``.
+        note: why something is missing, or empty.
+    """
+
+    sums: dict[str, OutputGradients] = field(default_factory=dict)
+    sensitivities: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+
+
+class GradientFiles:
+    """The results of a pass on disk: a file for each block, and a mark that the pass was finished.
+
+    Args:
+        directory: of this rank.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether a pass was finished here."""
+        return (self.directory / "done.json").is_file()
+
+    def begin(self) -> None:
+        """Throw away what an unfinished pass left."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir(parents=True)
+
+    def keep(self, block: str, sums: dict[str, OutputGradients]) -> None:
+        """Write the second moments of a block's linears, and let go of them."""
+        grams = {name: one.gram_sum for name, one in sums.items() if one.gram_sum is not None}
+        if grams:
+            held = {name: gram.detach().to("cpu").contiguous() for name, gram in grams.items()}
+            save_file(held, str(self.directory / f"{block}.safetensors"))
+        for one in sums.values():
+            one.gram_sum = one.input_sum = None
+
+    def grams(self, block: str) -> dict[str, Tensor]:
+        """The second moments of a block's linears, mapped from the file; sums over tokens."""
+        path = self.directory / f"{block}.safetensors"
+        if not path.is_file():
+            return {}
+        with checkpoint.open_tensors(path) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+
+    def finish(self, found: Gathered) -> None:
+        """Write what is small, and the mark last."""
+        squares = {
+            f"{number}/{name}": part.detach().to("cpu")
+            for name, one in found.sums.items()
+            for number, part in one.squares.items()
+        }
+        save_file(squares, str(self.directory / "squares.safetensors"))
+        small = {
+            "counts": {name: [one.count, one.inputs, one.input_square] for name, one in found.sums.items()},
+            "sensitivities": found.sensitivities,
+            "note": found.note,
+        }
+        for path in self.directory.iterdir():
+            _flush(path)
+        temporary = self.directory / "done.tmp"
+        temporary.write_text(json.dumps(small), encoding="utf-8")
+        _flush(temporary)
+        os.replace(temporary, self.directory / "done.json")
+        _flush(self.directory)
+
+    def read(self, device: torch.device) -> Gathered:
+        """What a finished pass kept, the second moments left in their files."""
+        small = json.loads((self.directory / "done.json").read_text(encoding="utf-8"))
+        sums = {
+            name: OutputGradients(count=count, inputs=inputs, input_square=square)
+            for name, (count, inputs, square) in small["counts"].items()
+        }
+        with checkpoint.open_tensors(self.directory / "squares.safetensors") as file:
+            for key in sorted(file.keys(), key=lambda key: int(key.partition("/")[0])):
+                number, _, name = key.partition("/")
+                sums[name].squares[int(number)] = file.get_tensor(key).to(device)
+        return Gathered(sums, small["sensitivities"], small["note"])
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class StreamedPass:
+    """One pass through a model whose blocks come and go.
+
+    Attributes:
+        model: whose parts outside the blocks are there, the head included.
+        replay: its blocks in order; one chain.
+        batches: this rank's.
+        every_batch: all ranks'; labels are drawn for all, so that they do not depend on who runs them.
+        config: of the run.
+        ranks: who shares the work.
+        enter, leave: bring a block, and let it go.
+        store: a place for activations by name.
+        files: for the results.
+    """
+
+    model: nn.Module
+    replay: Replay
+    batches: Sequence[Any]
+    every_batch: Sequence[Any]
+    config: FrameQuantConfig
+    ranks: Ranks
+    enter: Callable[[str], None]
+    leave: Callable[[str], None]
+    store: Callable[[str], Activations]
+    files: GradientFiles
+
+    def run(self, names: Sequence[str], inputs: bool, grams: bool) -> Gathered:
+        """Run forwards and backwards.
+
+        Args:
+            names: linears to watch.
+            inputs: also sum x xᵀ of what they read, for sensitivities.
+            grams: sum whole matrices, see ``gradients.output_gradients``.
+        """
+        self.files.begin()
+        self.pieces = [(i, piece) for i, whole in enumerate(self.batches) for piece in pieces_of(whole)]
+        with fast_pass(self.model):
+            outputs = self._forwards()
+            found = Gathered()
+            gradients = self._at_the_end(names, outputs[-1], found, inputs, grams)
+            for index in range(len(self.replay.names) - 1, -1, -1):
+                before = outputs[index - 1] if index else None
+                self._backwards(index, names, before, gradients, found, inputs, grams)
+                outputs.pop()
+        self.files.finish(found)
+        return found
+
+    def _forwards(self) -> list[Activations]:
+        outputs: list[Activations] = []
+        for index, name in enumerate(self.replay.names):
+            self.enter(name)
+            kept = self.store(f"gradients-{index}")
+            with torch.no_grad():
+                for number, (_, piece) in enumerate(self.pieces):
+                    previous = outputs[-1].get(number) if outputs else None
+                    call = self.replay.call(index, piece, previous)
+                    kept.put(number, call.run(self.replay.blocks[index]))
+            outputs.append(kept)
+            self.leave(name)
+        return outputs
+
+    def _at_the_end(
+        self, names: Sequence[str], outputs: Activations, found: Gathered, inputs: bool, grams: bool
+    ) -> Activations:
+        """Draw labels on the model's outputs; return the gradients of the last block's outputs."""
+        prefixes = tuple(f"{name}." for name in self.replay.names)
+        outside = [name for name in names if not name.startswith(prefixes)]
+        gradients, state = self.store("gradients-of-outputs"), GradientPass(inputs, grams)
+        generator = torch.Generator(device="cpu").manual_seed(self.config.seed)
+        numbers = iter(range(len(self.pieces)))
+        with watched(self.model, outside, state), torch.enable_grad():
+            for mine, whole in self._all_batches():
+                for piece in pieces_of(whole):
+                    if mine is None:
+                        skip_labels(piece, token_mask(piece), generator)
+                        continue
+                    number = next(numbers)
+                    state.number, state.mask = mine, token_mask(piece)
+                    state.read.clear()
+                    leaf, stored = _leaf(outputs.get(number))
+                    with self.replay.stubs(stored):
+                        output = call_model(self.model, piece)
+                    sampled_loss(self.model, output, state.mask, generator).backward()
+                    gradients.put(number, leaf.grad)
+        self._conclude("outside", outside, state, found, keep=False)
+        return gradients
+
+    def _all_batches(self) -> Iterator[tuple[int | None, Any]]:
+        """Every rank's batches in order; with the number among ours, or None for another rank's."""
+        for number, batch in enumerate(self.every_batch):
+            mine = number % self.ranks.size == self.ranks.rank
+            yield (
+                (number // self.ranks.size, self.batches[number // self.ranks.size])
+                if mine
+                else (None, batch)
+            )
+
+    def _backwards(
+        self,
+        index: int,
+        names: Sequence[str],
+        before: Activations | None,
+        gradients: Activations,
+        found: Gathered,
+        inputs: bool,
+        grams: bool,
+    ) -> None:
+        name, block = self.replay.names[index], self.replay.blocks[index]
+        self.enter(name)
+        inside = [linear for linear in names if linear.startswith(f"{name}.")]
+        state = GradientPass(inputs, grams)
+        with watched(self.model, inside, state), torch.enable_grad():
+            for number, (state.number, piece) in enumerate(self.pieces):
+                state.mask = token_mask(piece)
+                state.read.clear()
+                leaf, stored = (None, None) if before is None else _leaf(before.get(number))
+                output = first_tensor([*_flat(self.replay.call(index, piece, stored).run(block))])
+                if output.requires_grad:
+                    output.backward(gradients.get(number))
+                if leaf is not None:
+                    gradients.put(number, leaf.grad)
+        self._conclude(name, inside, state, found, keep=True)
+        self.leave(name)
+
+    def _conclude(
+        self, block: str, names: Sequence[str], state: GradientPass, found: Gathered, keep: bool
+    ) -> None:
+        conclude(self.model, names, state, found, self.config, self.ranks)
+        if keep:
+            self.files.keep(block, {name: found.sums[name] for name in names if name in found.sums})
+
+
+def conclude(
+    model: nn.Module,
+    names: Sequence[str],
+    state: GradientPass,
+    found: Gathered,
+    config: FrameQuantConfig,
+    ranks: Ranks,
+) -> None:
+    """Sum what was watched over the ranks, and work the sensitivities out of it.
+
+    Args:
+        model: the weights of ``names`` are there.
+        names: linears that were watched.
+        state: the sums of this rank.
+        found: gets the results.
+        config: of the run.
+        ranks: who shares the work.
+    """
+    shared: dict[int, Tensor] = {}
+    for name in names:
+        one = state.totals.get(name)
+        if one is None:
+            continue
+        everywhere = _summed(one, shared, ranks)
+        if state.inputs:
+            weight = linear_weight(model.get_submodule(name))
+            found.sensitivities[name] = sensitivity_of(weight, everywhere, config, name)
+        found.sums[name] = one
+    for one in found.sums.values():
+        one.input_sum = None
+
+
+def _summed(one: OutputGradients, shared: dict[int, Tensor], ranks: Ranks) -> OutputGradients:
+    """Sum over the ranks in place; the result has one square, the mean over all ranks' tokens."""
+    if ranks.size == 1:
+        return one
+    if one.gram_sum is not None:
+        ranks.add_(one.gram_sum)
+    if one.input_sum is not None and id(one.input_sum) not in shared:
+        shared[id(one.input_sum)] = ranks.add_(one.input_sum)
+    one.count, one.inputs = int(ranks.sum(one.count)), int(ranks.sum(one.inputs))
+    one.input_square = ranks.sum(one.input_square)
+    if not one.squares:
+        return one
+    values = torch.cat([*one.squares.values()]).double()
+    mean = ranks.sum(float(values.sum())) / max(ranks.sum(values.numel()), 1)
+    return replace(one, squares={0: torch.tensor([mean], dtype=torch.float64)})
+
+
+def clear(directory: Path) -> None:
+    """Delete the files of a scratch directory; mappings that are still there keep theirs."""
+    for path in directory.iterdir():
+        path.unlink()
+
+
+def _leaf(stored: Any) -> tuple[Tensor, Any]:
+    """A stored output whose hidden states gather gradients, and these hidden states."""
+    hidden = first_tensor([*_flat(stored)]).detach().requires_grad_(True)
+    return hidden, with_hidden(stored, hidden)
+
+
+def _flat(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(value, add)
+    return found

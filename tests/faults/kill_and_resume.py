@@ -1,0 +1,186 @@
+"""Kill a streamed run at random moments, go on, and compare every byte with a run that was left alone.
+
+Run from the repository's root::
+
+    python -m tests.faults.kill_and_resume --rounds 20 --csv tests/faults/kill_and_resume.csv
+    python -m tests.faults.kill_and_resume --model smollm2 --rounds 20 --csv …
+
+Each round forks a process that quantizes, sends it SIGKILL after a random time, and lets further processes go on
+until one ends by itself; ``--kills`` of them are killed too. The report is compared without its times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import framequant as fq
+
+
+@dataclass
+class Case:
+    """What is quantized again and again."""
+
+    source: Path
+    data: torch.Tensor
+    config: fq.FrameQuantConfig
+
+
+@dataclass
+class Round:
+    """One round: when it was killed, what was done by then, and whether the result is the same."""
+
+    number: int
+    killed_after_seconds: str
+    blocks_done_at_kill: str
+    resumed_blocks: int
+    files: int
+    identical: bool
+
+
+def tiny_case(folder: Path, layers: int = 12) -> Case:
+    from tests.streaming.models import IDS, save_llama
+
+    config = fq.preset("framequant", state_bits=8)
+    return Case(save_llama(folder / "model", layers), IDS, config)
+
+
+def smollm2_case(folder: Path, preset: str = "framequant-scalar") -> Case:
+    """SmolLM2-135M, from its packaged file to safetensors."""
+    from framequant.integrations.sources import open_model
+
+    opened = open_model("smollm2")
+    opened.model.save_pretrained(folder / "model")
+    data = torch.randint(0, 40000, (10, 100), generator=torch.Generator().manual_seed(0))
+    return Case(folder / "model", data, fq.preset(preset))
+
+
+def start(case: Case, out: Path) -> int:
+    """Quantize in a forked process; return its id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        run = fq.quantize_streaming(case.source, out, case.data, case.config)
+        (out.parent / "resumed").write_text(str(run.resumed))
+        os._exit(0)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def wait(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """Every file of a checkpoint: its bytes, the report's without times."""
+    found: dict[str, Any] = {p.name: p.read_bytes() for p in sorted(out.iterdir())}
+    report = json.loads(found["framequant_report.json"])
+    for entry in (report, *report["linears"]):
+        entry.pop("seconds")
+    found["framequant_report.json"] = report
+    return found
+
+
+def blocks_done(out: Path) -> int:
+    folder = out.with_name(out.name + ".partial") / "blocks"
+    return len(list(folder.glob("*.json"))) if folder.is_dir() else 0
+
+
+def undisturbed(case: Case, folder: Path) -> tuple[dict[str, Any], float]:
+    """The result of a run that is left alone, and its seconds."""
+    begun = time.perf_counter()
+    assert wait(start(case, folder / "reference" / "out")) == 0
+    return contents(folder / "reference" / "out"), time.perf_counter() - begun
+
+
+def one_round(
+    case: Case, folder: Path, number: int, delays: list[float], expected: dict[str, Any]
+) -> Round | None:
+    """Kill a run after each delay in turn, then let it end; None if it ended before it was killed."""
+    out = folder / f"round-{number}" / "out"
+    out.parent.mkdir()
+    done = []
+    for delay in delays:
+        child = start(case, out)
+        time.sleep(delay)
+        done.append(blocks_done(out) if not out.exists() else -1)
+        os.kill(child, signal.SIGKILL)
+        wait(child)
+        if out.exists() and not out.with_name("out.partial").exists():
+            shutil.rmtree(out.parent)
+            return None  # it was done before it was killed
+    resumed = 0
+    if not out.exists() or out.with_name("out.partial").exists():
+        assert wait(start(case, out)) == 0, f"round {number}: the run did not go on"
+        resumed = int((out.parent / "resumed").read_text())
+    found = contents(out)
+    leftovers = [p.name for p in out.parent.iterdir() if p.name not in ("out", "resumed")]
+    result = Round(
+        number,
+        " ".join(f"{delay:.3f}" for delay in delays),
+        " ".join(map(str, done)),
+        resumed,
+        len(found),
+        found == expected and not leftovers,
+    )
+    shutil.rmtree(out.parent)
+    return result
+
+
+def rounds(case: Case, folder: Path, count: int, kills: int = 1, seed: int = 0) -> list[Round]:
+    """Several rounds at moments spread over a whole run."""
+    (folder / "reference").mkdir()
+    fq.quantize_streaming(
+        case.source, folder / "warm", case.data, case.config
+    )  # what is imported on first use
+    expected, seconds = undisturbed(case, folder)
+    chance, found = random.Random(seed), []
+    while len(found) < count:
+        delays = [chance.uniform(0, seconds / kills) for _ in range(kills)]
+        result = one_round(case, folder, len(found), delays, expected)
+        found += [result] if result is not None else []
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=["tiny", "smollm2"], default="tiny")
+    parser.add_argument("--preset", default="framequant-scalar", help="of smollm2")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=1, help="in each round")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--csv", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        case = tiny_case(folder) if arguments.model == "tiny" else smollm2_case(folder, arguments.preset)
+        found = rounds(case, folder, arguments.rounds, arguments.kills, arguments.seed)
+    for result in found:
+        print(result)
+    print(f"{sum(result.identical for result in found)} of {len(found)} byte-identical")
+    if arguments.csv:
+        with arguments.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["model", *asdict(found[0])], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({"model": arguments.model, **asdict(result)} for result in found)
+    sys.exit(0 if all(result.identical for result in found) else 1)
+
+
+if __name__ == "__main__":
+    main()

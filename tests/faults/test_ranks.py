@@ -1,0 +1,141 @@
+"""Two processes over gloo: the codes of one, and a rank that dies; see ``ranks.py``."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from framequant.config import preset
+from framequant.errors import CalibrationError
+from framequant.model.group_sharing import quantize_shared
+from framequant.model.ranks import Ranks, reduce_moments, require_batches, split_evenly
+from framequant.quantizers.hessian import Moments
+from framequant.quantizers.weight import quantize_group
+from framequant.streaming.run import enough_batches
+from tests.conftest import ROOT
+
+
+def ranks(*arguments):
+    command = [sys.executable, "-m", "tests.faults.ranks", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_two_processes_choose_the_codes_of_one():
+    result = ranks("--blocks", "3")
+    found = re.findall(r"preset='([\w-]+)'.* share=([\d.e-]+).* relative=([\d.e-]+)", result.stdout)
+    assert [name for name, *_ in found] == ["framequant-scalar", "framequant"], result.stderr
+    for _, share, relative in found:
+        assert float(share) <= 1e-3
+        assert float(relative) <= 1e-4
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_rank_that_dies_is_named_and_the_run_goes_on(victim):
+    result = ranks("--kill", str(victim), "--blocks", "6")
+    assert "byte-identical: True" in result.stdout, result.stderr
+    assert re.search(r"[3-6] blocks were kept", result.stdout)
+    named = f"rank {victim} (" if victim else "the rank that holds the rendezvous"
+    assert f"{named}" in result.stderr
+    assert "died or cannot be reached" in result.stderr
+    assert "run the same command to go on" in result.stderr
+
+
+@pytest.mark.slow
+def test_two_hosts():
+    result = ranks("--namespaces")
+    if "Operation not permitted" in result.stderr or "No such file" in result.stderr:
+        pytest.skip("network namespaces need root and ip")
+    assert "two network namespaces: {" in result.stdout, result.stderr
+    assert float(re.search(r"'share': ([\d.e-]+)", result.stdout)[1]) <= 1e-3
+
+
+class HalfOfTwo(Ranks):
+    """One of two ranks that hold the same data; sums double, rows come from a first run."""
+
+    size = 2
+
+    def __init__(self, rank, log):
+        self.rank, self._log, self._calls = rank, log, 0
+
+    def gather_rows(self, rows, total):
+        self._calls += 1
+        return self._log.setdefault((self.rank, self._calls), rows)
+
+    def add_(self, tensor):
+        return tensor.mul_(2)
+
+    def gather(self, value):
+        return [value, value]
+
+
+def test_moments_are_summed_and_what_one_rank_lacks_counts_as_zero():
+    mine = Moments(3)
+    mine.add(torch.ones(2, 3), torch.zeros(2, 3))
+    total = reduce_moments(mine, HalfOfTwo(0, {}), torch.device("cpu"), torch.float32)
+    assert total.count == 4
+    assert torch.equal(total.hessian(), torch.ones(3, 3, dtype=torch.float64))
+    unseen = reduce_moments(Moments(3), HalfOfTwo(0, {}), torch.device("cpu"), torch.float32)
+    assert unseen.hessian_sum is None
+    assert unseen.count == 0
+
+
+@pytest.mark.parametrize("name", ["framequant-scalar", "framequant-paper"])
+def test_rows_rounded_apart_are_the_rows_rounded_together(name):
+    torch.manual_seed(0)
+    config = preset(name)
+    moments = Moments(24)
+    moments.add(torch.randn(100, 24))
+    weights = {"a": torch.randn(10, 24), "b": torch.randn(7, 24)}
+    configs = dict.fromkeys(weights, config)
+    whole = quantize_group(weights, moments, configs, "a")
+
+    class Rows:
+        def __init__(self, first, last):
+            self.first, self.last = first, last
+
+        def bounds(self, rows):
+            return int(rows * self.first), int(rows * self.last)
+
+        def gather_rows(self, rows, total):
+            parts.setdefault(rows.dtype, []).append(rows.clone())  # a view of what is recorded
+            return (
+                torch.cat(parts[rows.dtype])
+                if self.last == 1
+                else torch.zeros(total, *rows.shape[1:]).to(rows)
+            )
+
+    parts: dict = {}
+    quantize_group(weights, moments, configs, "a", Rows(0, 0.4))
+    joined = quantize_group(weights, moments, configs, "a", Rows(0.4, 1))
+    for key in weights:
+        for part, tensor in whole[key].tensors.items():
+            assert torch.equal(tensor, joined[key].tensors[part]), part
+        assert joined[key].loss.proxy == pytest.approx(whole[key].loss.proxy, rel=1e-9)
+
+
+def test_one_rank_is_quantize_group():
+    moments = Moments(24)
+    moments.add(torch.randn(100, 24))
+    weights = {"a": torch.randn(10, 24)}
+    configs = {"a": preset("framequant-scalar")}
+    alone = quantize_shared(weights, moments, configs, "a", Ranks())
+    assert torch.equal(
+        alone["a"].tensors["packed_codes"],
+        quantize_group(weights, moments, configs, "a")["a"].tensors["packed_codes"],
+    )
+
+
+def test_names_are_dealt_out_evenly():
+    shares = split_evenly({"a": 5, "b": 4, "c": 3, "d": 2}, 2)
+    assert shares == [["a", "d"], ["b", "c"]]
+    assert split_evenly({"a": 1}, 3) == [["a"], [], []]
+
+
+def test_every_rank_gets_a_batch():
+    cut = enough_batches([torch.zeros(8, 4)], 3)
+    assert sum(len(batch) for batch in cut) == 8
+    require_batches(cut, HalfOfTwo(0, {}))
+    with pytest.raises(CalibrationError, match="cannot be dealt out to 2 ranks"):
+        require_batches([torch.zeros(1, 4)], HalfOfTwo(0, {}))
