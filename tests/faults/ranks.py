@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=["framequant-scalar", "framequant"])
     parser.add_argument("--blocks", type=int, help="12 of the tiny model, or the first 2 of SmolLM2")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--walk-dtype", choices=["float32", "float64"], help="to run the calibration in")
     parser.add_argument("--namespaces", action="store_true")
     parser.add_argument(
         "--kill", type=int, metavar="RANK", help="kill this rank after three blocks and go on"
@@ -250,12 +251,14 @@ def main() -> None:
             after_a_death(case, folder, arguments.ranks, arguments.kill)
             return
         for preset in arguments.presets:
-            case.config = fq.preset(preset, state_bits=8) if preset == "framequant" else fq.preset(preset)
+            changes = {"state_bits": 8} if preset == "framequant" else {}
+            case.config = fq.preset(preset, **changes, walk_dtype=arguments.walk_dtype)
             alone = run(case, folder / f"{preset}-1" / "out", 1)
             together = run(case, folder / f"{preset}-{arguments.ranks}" / "out", arguments.ranks)
             found = compare(folder / f"{preset}-1" / "out", folder / f"{preset}-{arguments.ranks}" / "out")
+            label = preset if arguments.walk_dtype is None else f"{preset} in {arguments.walk_dtype}"
             row = Agreement(
-                arguments.model, preset, blocks, arguments.ranks, **found,
+                arguments.model, label, blocks, arguments.ranks, **found,
                 seconds_of_one=round(alone, 2), seconds=round(together, 2),
             )  # fmt: skip
             rows.append(row)
