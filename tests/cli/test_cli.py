@@ -341,7 +341,7 @@ def test_interrupt_writes_nothing(tmp_path, monkeypatch, llama_directory, text_f
     def interrupt(*arguments, **options):
         raise KeyboardInterrupt
 
-    target = {"walk": "framequant.model.walk.quantize_group", "save": "framequant.checkpoint.write_tensors"}[
+    target = {"walk": "framequant.model.walk.quantize_shared", "save": "framequant.checkpoint.write_tensors"}[
         where
     ]
     monkeypatch.setattr(target, interrupt)
