@@ -396,3 +396,21 @@ def test_sigma_delta_needs_no_calibration(directory, request, tmp_path):
         "--frame-size-ratio",
         "1",
     )
+
+
+def test_report_writes_a_page_and_says_what_is_on_it(tmp_path):
+    pytest.importorskip("plotly")
+    (tmp_path / "a.csv").write_text("method,bits_per_weight,perplexity\nrtn,2,9\ngptq,2,8\n")
+    (tmp_path / "bad.csv").write_text("method\n")
+    done = run("report", tmp_path, "--out", tmp_path / "p.html", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tables"] == [str(tmp_path / "a.csv")]
+    assert list(found["skipped"]) == [str(tmp_path / "bad.csv")]
+    assert (tmp_path / "p.html").stat().st_size == found["bytes"]
+
+
+def test_report_without_results_is_a_users_error(tmp_path):
+    done = run("report", tmp_path, "--out", tmp_path / "p.html")
+    assert done.exit_code == 2
+    assert "holds no results" in done.stderr

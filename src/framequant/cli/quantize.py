@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,6 +160,8 @@ def run(
     else:
         opened = quantize_and_tune(opened, data, chosen, tuning, reporter)
         report = opened.model.framequant_report
+    if sys.argv[1:2] == [NAME]:
+        report.environment["command"] = shlex.join(["framequant", *sys.argv[1:]])
     save(opened, out, overwrite, reporter)
     if tuning is not None:
         tuning.finish()
