@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum, StrEnum
 from typing import Any
 
+from framequant.codes.activation import ActivationScaling, ActivationSpace, ActivationSpec
 from framequant.codes.grid import GridKind, GridSpec, ZeroPoint, closed_loop_clip
 from framequant.codes.sigma_delta import Dual, SigmaDeltaSpec, Step, Vectors, parse_dual, parse_step
 from framequant.codes.trellis import TrellisSpec, rate_pattern
@@ -80,6 +81,10 @@ class FrameQuantConfig:
         state_bits: log2 of the number of trellis states, 8…16.
         tile_rows: rows of a trellis tile.
         tile_cols: columns of a trellis tile, the panel of block LDLQ.
+        activation_bits: round what the codes are multiplied with to so many bits, 2…8; None for float activations.
+        activation_scaling: the step of an activation: "token" (its token's largest entry), "static" (fitted on
+            calibration data), "twin" (one for negative and one for positive entries, likewise).
+        activation_space: "frame": coefficients T_in x are rounded; "input": the features x.
         row_factors: a byte per row of a trellis matrix for a factor that a later tuning trains.
         allocation: "uniform": every linear has ``bits``; "sensitivity" (trellis): ``bits`` is what all linears
             together take on disk per weight, any real number, and each gets the rate that serves the model best.
@@ -133,6 +138,9 @@ class FrameQuantConfig:
     state_bits: int = 12
     tile_rows: int = 16
     tile_cols: int = 16
+    activation_bits: int | None = None
+    activation_scaling: ActivationScaling = ActivationScaling.TOKEN
+    activation_space: ActivationSpace = ActivationSpace.FRAME
     row_factors: bool = False
     allocation: Allocation = Allocation.UNIFORM
     rounding: Rounding = Rounding.LDLQ
@@ -181,6 +189,10 @@ class FrameQuantConfig:
         for pattern, changes in self.overrides.items():
             _check_override(pattern, changes)
         self.code_spec()
+        if self.activation_spec() is not None and self.code is CodeKind.SIGMA_DELTA:
+            raise ConfigError(
+                "activation_bits needs code = 'scalar' or 'trellis'; leave it out for Sigma-Delta codes."
+            )
 
     def _check_types(self) -> None:
         for name in (
@@ -306,6 +318,16 @@ class FrameQuantConfig:
             per_tensor=self.per_tensor_scale,
         )
 
+    def activation_spec(self) -> ActivationSpec | None:
+        """How activations are rounded; None for float activations.
+
+        Raises:
+            ConfigError: no such grid exists.
+        """
+        if self.activation_bits is None:
+            return None
+        return ActivationSpec(self.activation_bits, self.activation_scaling, self.activation_space)
+
     def for_linear(self, name: str) -> FrameQuantConfig | None:
         """Settings for one linear: every override whose pattern is found in ``name``, in order.
 
@@ -385,6 +407,8 @@ _ENUMS: dict[str, type[Enum]] = {
     "rounding": Rounding,
     "allocation": Allocation,
     "column_order": ColumnOrder,
+    "activation_scaling": ActivationScaling,
+    "activation_space": ActivationSpace,
     "vectors": Vectors,
 }
 
