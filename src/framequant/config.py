@@ -49,6 +49,14 @@ class Rounding(StrEnum):
     LDLQ = "ldlq"
 
 
+class Denoise(StrEnum):
+    """What is done to the scales of chosen codes; see ``quantizers.denoise``."""
+
+    NONE = "none"
+    WIENER = "wiener"
+    GAIN = "gain"
+
+
 class ColumnOrder(StrEnum):
     """Order in which LDLQ visits columns: as they lie, or by falling diagonal of the Hessian."""
 
@@ -101,6 +109,8 @@ class FrameQuantConfig:
         refine_sweeps: how often the codes that LDLQ chose are revisited, 0…16: each column is rounded again
             with all others known, which never raises the loss. Scalar codes only; a sweep costs two LDLQ. None
             for two sweeps where the code and the rounding allow them.
+        denoise: after the codes are chosen, each row's scales are multiplied by its Wiener shrinkage ("wiener") or by
+            the gain of least loss ("gain"), which costs no bits; scalar codes with scales per row. "none" for neither.
         damping: fraction of the Hessian's mean diagonal added before it is factored; raised if that fails.
         recapture: capture each group of linears after the group before it was quantized, not once per block.
         float_targets: α in [0, 1]: how far weights are corrected towards the float model's inputs.
@@ -151,6 +161,7 @@ class FrameQuantConfig:
     gradient_noise: float = 0.0
     column_order: ColumnOrder = ColumnOrder.NATURAL
     refine_sweeps: int | None = None
+    denoise: Denoise = Denoise.NONE
     damping: float = 0.01
     recapture: bool = True
     float_targets: float = 0.5
@@ -253,6 +264,8 @@ class FrameQuantConfig:
             )
         if self.code is CodeKind.SCALAR and self.allocation is Allocation.SENSITIVITY:
             raise ConfigError("allocation = 'sensitivity' needs code = 'trellis', whose rates are fractions.")
+        if self.denoise is not Denoise.NONE and (self.code is not CodeKind.SCALAR or self.per_tensor_scale):
+            raise ConfigError(f"denoise = {self.denoise.value!r} needs a scalar code with scales per row.")
         if self.code is CodeKind.SCALAR and self.row_factors:
             raise ConfigError("row_factors = true needs code = 'trellis'; a scalar code has scales per row.")
         if self.refine_sweeps and self.code is CodeKind.TRELLIS:
@@ -407,6 +420,7 @@ _ENUMS: dict[str, type[Enum]] = {
     "rounding": Rounding,
     "allocation": Allocation,
     "column_order": ColumnOrder,
+    "denoise": Denoise,
     "activation_scaling": ActivationScaling,
     "activation_space": ActivationSpace,
     "vectors": Vectors,

@@ -29,8 +29,8 @@ from framequant.model.gradients import OutputGradients, gradients_or_inputs
 from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.model.trace import Group, trace_block
-from framequant.quantizers.budget import Option
 from framequant.quantizers.activations import SAMPLE_TOKENS, thinned, with_activation
+from framequant.quantizers.budget import Option
 from framequant.quantizers.hessian import NOT_FINITE, Moments
 from framequant.quantizers.weight import quantize_group
 

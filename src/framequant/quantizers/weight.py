@@ -21,11 +21,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from framequant.config import FrameQuantConfig
+from framequant.config import Denoise, FrameQuantConfig
 from framequant.errors import NumericalError
 from framequant.frames import FrameKind, FrameOperator, FrameSpec, build_frame, choose_frame
 from framequant.frames.signs import derive_seed
 from framequant.quantizers.coders import make_coder
+from framequant.quantizers.denoise import metric_gains, wiener_gains
 from framequant.quantizers.group_rounding import round_group
 from framequant.quantizers.hessian import NOT_FINITE, FeedbackFactor, Moments
 from framequant.quantizers.rounding import proxy_loss
@@ -161,7 +162,12 @@ def _quantize_alike(
 
     results = {}
     pieces = rounded.split([matrix.shape[0] for matrix in matrices])
-    for (name, weight), piece, tensors in zip(weights.items(), pieces, coder.tensors(), strict=True):
+    stored = zip(matrices, coder.tensors(), strict=True)
+    for (name, weight), piece, (matrix, tensors) in zip(weights.items(), pieces, stored, strict=True):
+        if config.denoise is not Denoise.NONE:
+            piece, tensors = _denoised(
+                matrix, piece, tensors, coefficient_hessian, specs[name], config.denoise
+            )
         restored = _reconstruct(piece, frame_in, frames_out[name])
         loss = _loss(weight, targets[name], restored, hessian, factor)
         results[name] = QuantizedWeight(specs[name], tensors, loss)
@@ -191,6 +197,21 @@ def _shrink_if_harmful(
     coefficients = decode_rows(result.spec, result.tensors, 0, rows, torch.float64)
     loss = _loss(weight, target, _reconstruct(coefficients, frame_in, frame_out), hessian, factor)
     result.loss = replace(loss, gain=gain)
+
+
+def _denoised(
+    exact: Tensor,
+    rounded: Tensor,
+    tensors: dict[str, Tensor],
+    hessian: Tensor,
+    spec: LinearSpec,
+    kind: Denoise,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The rows of D̃ with their gains, as stored, and the tensors that say so."""
+    gains = metric_gains(exact, rounded, hessian) if kind is Denoise.GAIN else wiener_gains(exact, rounded)
+    scales = tensors["scales"]
+    changed = {**tensors, "scales": (scales.double() * gains.to(scales.device)[:, None]).to(scales.dtype)}
+    return decode_rows(spec, changed, 0, len(exact), torch.float64), changed
 
 
 def _target(name: str, weight: Tensor, hessian: Tensor, moments: Moments, config: FrameQuantConfig) -> Tensor:
