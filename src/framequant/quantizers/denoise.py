@@ -3,8 +3,8 @@
 Two of them are settings (``denoise``), folded into the scales that are stored anyway, so they cost no bit:
 
 - *wiener*: a row y = x + n of coefficients is shrunk by ``σ_x² / (σ_x² + σ_n²)``, the Wiener (LMMSE) filter of a
-  Parseval frame for a white signal. It takes the noise for uncorrelated with the signal, which it is not where codes are
-  centroids; there it hurts.
+  Parseval frame for a white signal. It takes the noise for uncorrelated with the signal, which it is not where codes
+  are centroids; there it hurts.
 - *gain*: the factor of least loss in the metric that counts, ``g = (d H d̃ᵀ) / (d̃ H d̃ᵀ)``. Before the scales are stored
   it never raises the loss of its row.
 
