@@ -46,11 +46,19 @@ class Judge:
 
     def rising(self, prefix: str) -> Row:
         """Whether quality rises with redundancy, step by step."""
-        rows = sorted((p for name, p in self.by_name.items() if name.startswith(prefix)), key=lambda p: p.bits)
+        rows = sorted(
+            (p for name, p in self.by_name.items() if name.startswith(prefix)), key=lambda p: p.bits
+        )
         if len(rows) < 2:
             return {"holds": "open", "figures": "rows are missing"}
         steps = [self.better(more, less) for less, more in pairwise(rows)]
-        holds = "yes" if all(steps) else "mostly" if self.better(rows[-1], rows[0]) and sum(steps) * 2 > len(steps) else "no"
+        holds = (
+            "yes"
+            if all(steps)
+            else "mostly"
+            if self.better(rows[-1], rows[0]) and sum(steps) * 2 > len(steps)
+            else "no"
+        )
         return {"holds": holds, "figures": "; ".join(map(show, rows))}
 
     def beaten_at_equal_bits(self, prefix: str, others: Callable[[str], bool]) -> Row:
