@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for scaling in ("token", "static"):
                     for bits in WIDTHS:
                         row = f"{settings},activation_bits={bits},activation_space={space},activation_scaling={scaling}"
-                        method = f"{'frame' if space == 'frame' else 'original'} space, step per {'token' if scaling == 'token' else 'linear'}"
+                        place = "frame" if space == "frame" else "original"
+                        step = "token" if scaling == "token" else "linear"
+                        method = f"{place} space, step per {step}"
                         how = {"method": method, "activation_bits": bits, "settings": row}
                         record.attempt(lambda b=bench, s=row: b.row(parse_row(s)[0]), **known, **how)
     describe(record)
@@ -49,8 +51,8 @@ def describe(record: Record) -> None:
                 Plot(title, column, "activation_bits", "method", where, log_y=column == "perplexity")
             )
     text = (
-        "Bits per weight are those of the weights; activations are rounded while the model runs. A static step is fitted "
-        "to least squared error on calibration data."
+        "Bits per weight are those of the weights; activations are rounded while the model runs. A static step is "
+        "fitted to least squared error on calibration data."
     )
     record.plots("Activation quantization", text, plots)
 

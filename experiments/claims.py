@@ -80,6 +80,24 @@ def show(point: Point) -> str:
     return f"{point.method} {point.quality:g} at {point.bits:g} bits"
 
 
+def verdicts(case: Judge) -> list[tuple[str, Row]]:
+    """Every claim, and whether it holds."""
+    one, both = "FrameQuant, input side:2 bit", "FrameQuant, both sides:2 bit"
+    groups = case.beaten_at_equal_bits(both, lambda name: name.startswith("GPTQ groups"))
+    sides = case.beaten_at_equal_bits(both, lambda name: name.startswith(one))
+    front = case.beaten_at_equal_bits(one, lambda name: not name.startswith("FrameQuant, "))
+    return [
+        ("at 2 bits FrameQuant is better than QuIP, and QuIP than GPTQ", case.chain(ORDER)),
+        ("the 2σ clip makes QuIP better", case.chain((CLIPPED, "QuIP:2 bit"))),
+        ("a frame (r = 1) is better than Hadamard with the same clip", case.chain((ORDER[0], CLIPPED))),
+        ("quality rises with r, input side, 2 bits", case.rising(one)),
+        ("quality rises with r, both sides, 2 bits", case.rising(both)),
+        ("two-bit FrameQuant beats GPTQ with groups of as many measured bits", groups),
+        ("redundancy on both sides is worth its bits (against input side of as many)", sides),
+        ("two-bit FrameQuant, input side, beats all else of as many measured bits", front),
+    ]
+
+
 def judge(record: Record, table: Table) -> None:
     """Every claim on every model that the table has rows of."""
     for measure in MEASURES:
@@ -89,18 +107,7 @@ def judge(record: Record, table: Table) -> None:
             found = points(table, measure, model)
             if not found:
                 continue
-            case = Judge(found, measure)
-            paper = "FrameQuant, "
-            for claim, result in (
-                ("at 2 bits FrameQuant is better than QuIP, and QuIP than GPTQ", case.chain(ORDER)),
-                ("the 2σ clip makes QuIP better", case.chain((CLIPPED, "QuIP:2 bit"))),
-                ("a frame (r = 1) is better than Hadamard with the same clip", case.chain((ORDER[0], CLIPPED))),
-                ("quality rises with r, input side, 2 bits", case.rising("FrameQuant, input side:2 bit")),
-                ("quality rises with r, both sides, 2 bits", case.rising("FrameQuant, both sides:2 bit")),
-                ("two-bit FrameQuant beats GPTQ with groups at as many measured bits", case.beaten_at_equal_bits("FrameQuant, both sides:2 bit", lambda n: n.startswith("GPTQ groups"))),
-                ("redundancy on both sides is worth its bits (against input side at as many)", case.beaten_at_equal_bits("FrameQuant, both sides:2 bit", lambda n: n.startswith("FrameQuant, input side:2"))),
-                ("two-bit FrameQuant is on the front at as many measured bits", case.beaten_at_equal_bits(f"{paper}input side:2 bit", lambda n: not n.startswith(paper))),
-            ):  # fmt: skip
+            for claim, result in verdicts(Judge(found, measure)):
                 record.add(model=model, measure=measure.column, claim=claim, **result)
 
 

@@ -87,8 +87,16 @@ def theory(args: object) -> None:
         for row in consistent(ratio, 300):
             record.add(**row)
     plots = [
-        Plot("Wiener gain on two-bit grids", "mse", "x", "line", {"case": "grid"}, "bars", y_title="mean squared error / σ²", caption="Predicted if noise was uncorrelated with the signal; on centroids it is not, and shrinkage hurts."),
-        Plot("Consistent reconstruction", "mse", "x", "line", {"case": "consistent reconstruction"}, log_x=True, log_y=True, predicted="predicted", x_title="redundancy r", y_title="mean squared error / step²", caption="Independent rounding. With error feedback cells say nothing."),
+        Plot(
+            "Wiener gain on two-bit grids", "mse", "x", "line", {"case": "grid"}, "bars",
+            y_title="mean squared error / σ²",
+            caption="Shrinkage takes the noise for uncorrelated with the signal; on centroids it is not, and it hurts.",
+        ),
+        Plot(
+            "Consistent reconstruction", "mse", "x", "line", {"case": "consistent reconstruction"}, log_x=True,
+            log_y=True, predicted="predicted", x_title="redundancy r", y_title="mean squared error / step²",
+            caption="Independent rounding. Where errors are fed forward, cells say nothing.",
+        ),
     ]  # fmt: skip
     record.plots("Denoising: closed forms", "Vectors of Gaussian entries.", plots)
 

@@ -82,7 +82,7 @@ def histograms(args: Namespace, found: Sequence[Bench]) -> None:
 
 
 def attention(model: nn.Module, pixels: Tensor) -> NDArray[np.float64]:
-    """Attention of the class token to patches in the last block of a timm ViT, mean over heads, (images, side, side)."""
+    """Attention of the class token to patches in a timm ViT's last block, mean over heads: (images, side, side)."""
     block = model.blocks[-1]
     held: list[Tensor] = []
     handle = block.attn.qkv.register_forward_hook(lambda _m, _a, out: held.append(out.detach()))
@@ -106,43 +106,53 @@ def tile(values: NDArray[np.float64], size: int) -> Image.Image:
     return Image.fromarray((255 * colours).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
 
 
+def originals(bench: Bench, pixels: Tensor, size: int) -> list[Image.Image]:
+    """Preprocessed images as pictures again."""
+    settings = bench.opened.require_images()
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (settings.mean, settings.std))
+    shown = ((pixels * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(one).resize((size, size)) for one in shown]
+
+
+def mosaic(columns: Sequence[Sequence[Image.Image]], size: int, gap: int = 6) -> Image.Image:
+    """Columns of equal squares side by side."""
+    width, height = (count * (size + gap) - gap for count in (len(columns), len(columns[0])))
+    canvas = Image.new("RGB", (width, height), "white")
+    for x, column in enumerate(columns):
+        for y, picture in enumerate(column):
+            canvas.paste(picture, (x * (size + gap), y * (size + gap)))
+    return canvas
+
+
+def agreement(maps: NDArray[np.float64], reference: NDArray[np.float64]) -> float:
+    """Correlation of maps, mean over images."""
+    pairs = zip(maps, reference, strict=True)
+    return float(np.mean([np.corrcoef(one.ravel(), other.ravel())[0, 1] for one, other in pairs]))
+
+
 def attention_maps(args: Namespace, bench: Bench, images: int = 4, size: int = 150) -> None:
     """Original images, and beside them attention of the float model and at rising redundancy."""
     record = Record(args, "attention")
     pixels = torch.cat([batch for batch, _ in bench.batches])[:images]
-    settings = bench.opened.require_images()
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (settings.mean, settings.std))
-    shown = ((pixels * std + mean).clamp(0, 1) * 255).byte().permute(0, 2, 3, 1).numpy()
-    columns = [[Image.fromarray(one).resize((size, size)) for one in shown]]
     reference = attention(bench.model, pixels)
-    columns.append([tile(one, size) for one in reference])
-    record.add(model=bench.name, method="float", redundancy=0.0, correlation=1.0)
+    columns = [originals(bench, pixels, size), [tile(one, size) for one in reference]]
     for r in REDUNDANCIES:
-        model, report, row = bench.quantized(parse_row(f"framequant-paper:two_sided=false,redundancy={r}")[0])
+        model, _, row = bench.quantized(parse_row(f"framequant-paper:two_sided=false,redundancy={r}")[0])
         maps = attention(model, pixels)
         columns.append([tile(one, size) for one in maps])
-        correlation = float(
-            np.mean([np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(maps, reference, strict=True)])
-        )
-        record.add(
-            model=bench.name, method=f"FrameQuant, r = {r:g}", **row, correlation=round(correlation, 4)
-        )
-    canvas = Image.new(
-        "RGB", (size * len(columns) + 6 * (len(columns) - 1), size * images + 6 * (images - 1)), "white"
-    )
-    for x, column in enumerate(columns):
-        for y, picture in enumerate(column):
-            canvas.paste(picture, (x * (size + 6), y * (size + 6)))
-    canvas.save(record.path.with_name("attention.png"))
+        correlation = round(agreement(maps, reference), 4)
+        record.add(model=bench.name, method=f"FrameQuant, r = {r:g}", **row, correlation=correlation)
+    mosaic(columns, size).save(record.path.with_name("attention.png"))
     order = ", ".join(["image", "float", *(f"r = {r:g}" for r in REDUNDANCIES)])
-    record.plots(
-        "Attention over rising redundancy",
-        "Attention of the class token in the last block, mean over heads; two bits, input side.",
-        [
-            Plot("Attention maps", image="attention.png", caption=f"Columns from left to right: {order}."),
-            Plot("Agreement of the maps", "correlation", "redundancy", where={"model": bench.name}, kind="points", caption="Correlation with the float model's maps, mean over the images shown; 0: the float model itself."),
-        ],
-    )  # fmt: skip
+    plots = [
+        Plot("Attention maps", image="attention.png", caption=f"Columns from left to right: {order}."),
+        Plot(
+            "Agreement of the maps", "correlation", "redundancy",
+            caption="Correlation with the float model's maps, mean over the images shown.",
+        ),
+    ]  # fmt: skip
+    text = "Attention of the class token in the last block, mean over heads; two bits, input side."
+    record.plots("Attention over rising redundancy", text, plots)
 
 
 def runs(args: Namespace, bench: Bench) -> None:
@@ -168,9 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     missing = Record(args, "pictures_missing")
     found = benches(args, missing, [deit] if args.quick else [deit, "smollm2", "minilm"])
     histograms(args, found)
-    for bench in found:
-        if bench.kind == "vision" and hasattr(bench.model, "blocks"):
-            attention_maps(args, bench)
+    transformer = next((b for b in found if b.kind == "vision" and hasattr(b.model, "blocks")), None)
+    if transformer is not None:
+        attention_maps(args, transformer)
     if found:
         runs(args, found[0])
 

@@ -71,8 +71,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Theory checks",
         "Measured beside what is predicted. Slopes of Sigma-Delta codes are on their own page.",
         [
-            Plot("Noise left by synthesis", "mse", "x", "line", {"check": "white noise"}, log_x=True, log_y=True, predicted="predicted", x_title="redundancy r", y_title="noise variance", caption="Averaging alone gives 1/r."),
-            Plot("Error of codes for a Gaussian", "mse", "x", "line", {"check": "codes"}, log_y=True, predicted="predicted", x_title="bits", y_title="mean squared error / σ²", caption="Broken line: the rate–distortion bound 4^-bits."),
+            Plot(
+                "Noise left by synthesis", "mse", "x", "line", {"check": "white noise"}, log_x=True, log_y=True,
+                predicted="predicted", x_title="redundancy r", y_title="noise variance",
+                caption="Averaging alone gives 1/r.",
+            ),
+            Plot(
+                "Error of codes for a Gaussian", "mse", "x", "line", {"check": "codes"}, log_y=True,
+                predicted="predicted", x_title="bits", y_title="mean squared error / σ²",
+                caption="Broken line: the rate–distortion bound 4^-bits.",
+            ),
         ],
     )  # fmt: skip
     record = Record(args, "scaling")
@@ -88,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             known = {"model": bench.name, "method": f"FrameQuant, r = 1:{bits} bits", "settings": settings}
             record.attempt(lambda b=bench, s=settings: measured(b, s), **known)
     text = (
-        "Divergence from the float model (language and vision: KL in nats; sentences: 1 − cosine) against the megabytes of "
-        "the quantized linears. Models differ in task and family, so lines show slopes and no ranking."
+        "Divergence from the float model (language and vision: KL in nats; sentences: 1 − cosine) against the "
+        "megabytes of the quantized linears. Models differ in task and family, so lines show slopes and no ranking."
     )
     plots = [
         Plot(

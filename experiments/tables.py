@@ -4,8 +4,8 @@
     python experiments/tables.py --model meta-llama/Llama-2-7b-hf --dtype bfloat16 --bits 2 --tasks
 
 Rows: float, round to nearest, GPTQ with a scale per row and per group, QuIP (Hadamard, one scale of 2.4σ per matrix),
-QuIP with the paper's 2σ clip per row, FrameQuant with redundancy on the input side and on both, all rounded as the paper
-does; and this library's own presets at the same bits.
+QuIP with the paper's 2σ clip per row, FrameQuant with redundancy on the input side and on both, all rounded as the
+paper does; and this library's own presets at the same bits.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def float_row(bench: Bench, tasks: int) -> Row:
 
 def describe(record: Record) -> None:
     text = (
-        "Method × bits. Bits per weight are measured: every byte stored for the quantized linears. The paper's r on both "
-        "sides costs r², so its rows stand further right than their names say."
+        "Method × bits. Bits per weight are measured: every byte stored for the quantized linears. The paper's r on "
+        "both sides costs r², so its rows stand further right than their names say."
     )
     plot = Plot(
         "Seconds to quantize",

@@ -3,9 +3,9 @@
     python experiments/peers/run.py --quick
     python experiments/peers/run.py --model smollm2 --env hqq=/venvs/hqq/bin/python
 
-Each peer runs in a process of its own, with the Python that ``--env PEER=PYTHON`` names, or with ours and, on its path, the
-folder ``--env PEER=FOLDER`` that its packages were installed to (``pip install --no-deps --target FOLDER hqq``). One that
-is not installed or fails is a row with its last words.
+Each peer runs in a process of its own, with the Python that ``--env PEER=PYTHON`` names, or with ours and, on its path,
+the folder ``--env PEER=FOLDER`` that its packages were installed to (``pip install --no-deps --target FOLDER hqq``).
+One that is not installed or fails is a row with its last words.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for bits in widths:
                     known = {"model": bench.name, "method": f"{peer}:{bits} bit"}
                     record.attempt(
-                        lambda b=bench, f=folder, r=runner, n=bits: run_peer(b, f, r, n, places.get(r), device), **known
+                        lambda b=bench, f=folder, r=runner, n=bits, d=device: run_peer(b, f, r, n, places.get(r), d),
+                        **known,
                     )  # fmt: skip
         own(bench, record, args.quick)
     text = (
