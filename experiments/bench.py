@@ -148,13 +148,14 @@ class Record:
 
     def attempt(self, function: Callable[[], Row], **known: Any) -> Row:
         """Add the row that a function returns, or the reason why there is none."""
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         try:
             found = function()
         except PROBLEMS as error:
             found = {"error": reason(error)}
         gc.collect()
-        return self.add(**known, **found, row_seconds=round(time.perf_counter() - start, 1))
+        spent = {"row_seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - processor}
+        return self.add(**known, **found, **{key: round(value, 1) for key, value in spent.items()})
 
     def plots(self, title: str, text: str, plots: Sequence[Plot] = ()) -> None:
         """Say what the page draws from the table; plots of columns that no row has are left out."""
