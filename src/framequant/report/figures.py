@@ -100,13 +100,16 @@ def table_figure(table: Table, plot: Plot) -> dict[str, Any]:
     rows = [r for r in table.rows if all(r.get(key) == str(value) for key, value in plot.where.items())]
     figure = go.Figure()
     names = list(dict.fromkeys(row[plot.series] for row in rows)) if plot.series else [""]
+    predictions: list[list[tuple[str, str]]] = []
     for index, name in enumerate(names):
         mine = [row for row in rows if not plot.series or row[plot.series] == name]
         mine = [row for row in mine if number(row[plot.y]) is not None]
         if not mine:
             continue
         _add_line(figure, go, plot, mine, name or plot.y, index)
-        if plot.predicted and any(number(row[plot.predicted]) is not None for row in mine):
+        predicted = [(r[plot.x], r[plot.predicted]) for r in mine if plot.predicted and r[plot.predicted]]
+        if predicted and predicted not in predictions:  # lines that share a prediction show it once
+            predictions.append(predicted)
             _add_prediction(figure, plot, mine, f"{name}, predicted" if name else "predicted", index)
     figure.update_layout(
         xaxis={"title": {"text": plot.x_title or plot.x}, "type": _axis(rows, plot)},
