@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         own = first["megabytes"] * 1e6 / 2**20
         paper = (
             f" The paper gives its 1024 × 1024 layer at r = 1.1 as 0.307 MB (of 2^20 bytes), {bits:.3f} bits per "
-            f"weight; ours, with the nearest frames that exist, measures {own:.4f}, {first['bits_per_weight']:.3f} bits."
+            f"weight; ours, with frames that exist, measures {own:.4f}, {first['bits_per_weight']:.3f} bits."
         )
     text = (
         "Bytes of the linears as they lie in files of layer size, headers included. The paper's 13 times and 85 % are "

@@ -19,10 +19,11 @@ from framequant.report.results import Plot
 REDUNDANCIES = (1.0, 1.05, 1.1, 1.125, 1.2, 1.25, 1.3)
 FEW_REDUNDANCIES = (1.0, 1.1, 1.25)
 #: Rows of language models in a quick run.
-QUICK_LANGUAGE = (
-    *("GPTQ:", "QuIP", "FrameQuant, input side:2 bit, r = 1", "FrameQuant, both sides:2 bit, r = 1.1"),
-    "framequant-scalar",
-)
+QUICK_LANGUAGE = {
+    *("GPTQ:2 bit", "QuIP:2 bit", "QuIP + 2σ clip:2 bit", "FrameQuant, input side:2 bit, r = 1"),
+    *("FrameQuant, input side:2 bit, r = 1.1", "FrameQuant, both sides:2 bit, r = 1.1"),
+    "framequant-scalar:2 bit, r = 1.125",
+}
 PAPER = "framequant-paper:clip_coefficients={clip},bits={bits},redundancy={r},two_sided={both}"
 
 
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for bits in args.bits or ([2] if args.quick else [2, 3, 4]):
             few = args.quick or args.few or bits != 2
             for method, settings in rows(bits, FEW_REDUNDANCIES if few else REDUNDANCIES, own):
-                if args.quick and bench.kind == "language" and not method.startswith(QUICK_LANGUAGE):
+                if args.quick and bench.kind == "language" and method not in QUICK_LANGUAGE:
                     continue  # a language model's row takes a minute on two cores
                 known = {"model": bench.name, "method": method, "settings": settings}
                 record.attempt(lambda b=bench, s=settings: measured(b, s, args.tasks), **known)

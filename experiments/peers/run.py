@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def own(bench: Bench, record: Record, quick: bool) -> None:
     """Our own rows at the same widths."""
-    for bits in (2, 3):
+    for bits in (2,) if quick else (2, 3):
         rows = {"GPTQ groups of 64 (ours)": fq.preset("gptq", bits=bits, group_size=64, grid="search")}
         rows["framequant-scalar, r = 1.125 (ours)"] = fq.preset("framequant-scalar", bits=bits)
         if not quick:
