@@ -194,14 +194,15 @@ def device_name(place: str | torch.device) -> str:
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def parse_row(row: str) -> tuple[fq.FrameQuantConfig, int]:
-    """The settings of ``preset:key=value,key=value``, and how many steps its tuning (``tune=``) has."""
+def parse_row(row: str) -> tuple[fq.FrameQuantConfig, int, int | None]:
+    """Settings of ``preset:key=value,…``, steps of its tuning (``tune=``), its own calibration ``samples=``."""
     name, _, settings = row.partition(":")
     values = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in settings.split(",") if part)}
     steps = values.pop("tune", 0)
     if steps:
         values.setdefault("row_factors", name == "framequant")
-    return fq.preset(name, **values), steps
+    samples = values.pop("samples", None)
+    return fq.preset(name, **values), steps, samples
 
 
 class Bench:
@@ -211,13 +212,17 @@ class Bench:
         name: of the model.
         args: of ``parser``.
         size: how much data; that of the options if not given.
+        plain: calibrate on the text as it is, as the paper and peers do; otherwise as ``framequant quantize`` does, with
+            windows that the model writes itself and windows with punctuation apart.
 
     Raises:
         FrameQuantError: the model or its data cannot be had.
     """
 
-    def __init__(self, name: str, args: argparse.Namespace, size: Size | None = None) -> None:
-        self.size, self.seed = size or size_of(args), args.seed
+    def __init__(
+        self, name: str, args: argparse.Namespace, size: Size | None = None, plain: bool = True
+    ) -> None:
+        self.size, self.seed, self.plain = size or size_of(args), args.seed, plain
         self.name = Path(name).name
         self.opened = open_model(name, dtype=args.dtype, device=choose_device(args.device))
         self.model = self.opened.model
@@ -262,7 +267,8 @@ class Bench:
         folder = "imagenet/train" if self.kind == "vision" else "wikitext-2-raw/calibration.txt"
         source = find_calibration(self._given or str(shared() / "data" / folder))
         length = self.size.length
-        return calibration_tensor(source, self.opened, samples, length, self.seed, Reporter(False))
+        shares = {"word_tokenized": 0.0, "generated": 0.0} if self.plain else {}
+        return calibration_tensor(source, self.opened, samples, length, self.seed, Reporter(False), **shares)
 
     def evaluate(self, model: nn.Module) -> Row:
         """The figures of a model."""

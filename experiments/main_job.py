@@ -10,7 +10,8 @@ Vision::
     python experiments/main_job.py ../shared/models/deit_tiny_patch16_224 \\
         --calibration ../shared/data/imagenet/train --imagenet ../shared/data/imagenet/val
 
-Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards; without ``--row``
+Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards and
+``samples=N`` for other than ``--samples``; without ``--row``
 the rows of the issue are run. Every figure is that of the model *reloaded* from disk, and "equal" says whether its
 logits are the in-memory model's, bit for bit.
 """
@@ -55,11 +56,14 @@ def example(bench: Bench) -> torch.Tensor:
 
 
 def run_row(row: str, bench: Bench) -> Row:
-    config, steps = parse_row(row)
-    model, report, figures = bench.quantized(config)
+    config, steps, samples = parse_row(row)
+    start = time.perf_counter()
+    data = bench.data(samples)
+    data_seconds = time.perf_counter() - start
+    model, report, figures = bench.quantized(config, samples)
     tuned = {}
     if steps:
-        found = fq.tune_(model, bench.model, bench.data(), steps)
+        found = fq.tune_(model, bench.model, data, steps)
         tuned = {
             "tune_seconds": round(found.seconds, 1),
             "held_out_kl_before": round(found.loss_before, 5),
@@ -74,6 +78,8 @@ def run_row(row: str, bench: Bench) -> Row:
         **figures,
         "bits_per_weight": round(report.bits_per_weight, 4),
         **bench.evaluate(loaded),
+        "samples": len(data),
+        "data_seconds": round(data_seconds, 1),
         "checkpoint_bytes": size,
         "reload_equal": equal,
         "warnings": len(report.warnings),
@@ -101,8 +107,10 @@ def main(
         text=perplexity_text, imagenet=imagenet, sts=None, calibration=calibration, seed=seed, device=device,
         dtype=dtype,
     )  # fmt: skip
-    bench = Bench(model, args, replace(FULL, samples=samples, length=sequence_length, kl_windows=0))
-    origin = {"samples": samples, "seed": seed, "dtype": dtype, "device": device_name(choose_device(device))}
+    bench = Bench(
+        model, args, replace(FULL, samples=samples, length=sequence_length, kl_windows=0), plain=False
+    )
+    origin = {"seed": seed, "dtype": dtype, "device": device_name(choose_device(device))}
     rows: list[dict[str, Any]] = [{"row": "float", **bench.float_row()}]
     print(rows[0], flush=True)
     for text in row or (VISION_ROWS if bench.kind == "vision" else LANGUAGE_ROWS):
