@@ -212,8 +212,8 @@ class Bench:
         name: of the model.
         args: of ``parser``.
         size: how much data; that of the options if not given.
-        plain: calibrate on the text as it is, as the paper and peers do; otherwise as ``framequant quantize`` does, with
-            windows that the model writes itself and windows with punctuation apart.
+        plain: calibrate on the text as it is, as the paper and peers do; otherwise as ``framequant quantize`` does,
+            with windows that the model writes itself and windows with punctuation apart.
 
     Raises:
         FrameQuantError: the model or its data cannot be had.
