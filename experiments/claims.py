@@ -7,6 +7,7 @@ Run the experiments first. A claim without its rows is said to be open.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -31,10 +32,19 @@ class Judge:
 
     def __init__(self, found: Sequence[Point], measure: Measure) -> None:
         self.by_name = {point.method: point for point in found}
+        self.measure = measure
         self.sign = 1 if measure.larger_is_better else -1
 
     def better(self, one: Point, other: Point) -> bool:
         return self.sign * one.quality > self.sign * other.quality
+
+    def doubt(self, pairs: Sequence[tuple[Point, Point]]) -> str:
+        """A remark if two rows differ by less than twice the standard error of their difference, where it is known."""
+        for one, other in pairs:
+            errors = [float(p.row.get(f"{self.measure.column}_error") or 0) for p in (one, other)]
+            if 0 < abs(one.quality - other.quality) < 2 * math.hypot(*errors):
+                return " (within 2 standard errors)"
+        return ""
 
     def chain(self, names: Sequence[str]) -> Row:
         """Whether each of some rows is better than the next."""
@@ -42,7 +52,7 @@ class Judge:
             return {"holds": "open", "figures": "rows are missing"}
         rows = [self.by_name[name] for name in names]
         holds = all(self.better(one, other) for one, other in pairwise(rows))
-        return {"holds": yes(holds), "figures": "; ".join(map(show, rows))}
+        return {"holds": yes(holds) + self.doubt(list(pairwise(rows))), "figures": "; ".join(map(show, rows))}
 
     def rising(self, prefix: str) -> Row:
         """Whether quality rises with redundancy, step by step."""
@@ -59,7 +69,7 @@ class Judge:
             if self.better(rows[-1], rows[0]) and sum(steps) * 2 > len(steps)
             else "no"
         )
-        return {"holds": holds, "figures": "; ".join(map(show, rows))}
+        return {"holds": holds + self.doubt([(rows[0], rows[-1])]), "figures": "; ".join(map(show, rows))}
 
     def beaten_at_equal_bits(self, prefix: str, others: Callable[[str], bool]) -> Row:
         """Whether every row of a method is better than all others of as few bits."""
@@ -69,7 +79,7 @@ class Judge:
             return {"holds": "open", "figures": "rows are missing"}
         lost = [(p, q) for p in mine for q in rivals if q.bits <= p.bits * 1.005 and not self.better(p, q)]
         figures = "; ".join(f"{show(p)} loses to {show(q)}" for p, q in lost) or "; ".join(map(show, mine))
-        return {"holds": yes(not lost), "figures": figures}
+        return {"holds": yes(not lost) + self.doubt(lost), "figures": figures}
 
 
 def yes(holds: bool) -> str:
@@ -108,7 +118,13 @@ def judge(record: Record, table: Table) -> None:
             if not found:
                 continue
             for claim, result in verdicts(Judge(found, measure)):
-                record.add(model=model, measure=measure.column, claim=claim, **result)
+                record.add(
+                    claim=claim,
+                    holds=result["holds"],
+                    model=model,
+                    measure=measure.column,
+                    figures=result["figures"],
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

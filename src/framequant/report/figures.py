@@ -16,7 +16,7 @@ from framequant.report.results import Plot, Row, Run, Table, number
 
 #: Read on white and on near black alike, and told apart by most colour-blind readers.
 COLOURS = (
-    *("#2f7fd1", "#d9682b", "#189a74", "#a95fc9", "#b98a00", "#e0507f", "#1099b0", "#8a8f98"),
+    *("#2f7fd1", "#d9682b", "#189a74", "#a95fc9", "#b98a00", "#e0507f", "#1099b0", "#9c6b3f"),
     *("#6c72dd", "#7d9a1c", "#b0655a", "#4c9a4a"),
 )
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")

@@ -22,6 +22,9 @@
   };
   const draw = (element) => {
     const figure = figures[element.dataset.figure];
+    const columns = Math.max(1, Math.floor(element.clientWidth / 230));
+    const named = figure.data.length > 1 ? figure.data.length : 0;
+    element.style.height = `${370 + 20 * Math.ceil(named / columns)}px`;
     const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
     Plotly.newPlot(element, figure.data, themed(figure.layout, element.clientWidth), options).then(() => {
       element.dataset.drawn = "yes";
