@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum, StrEnum
 from typing import Any
 
+from framequant.codes.activation import ActivationScaling, ActivationSpace, ActivationSpec
 from framequant.codes.grid import GridKind, GridSpec, ZeroPoint, closed_loop_clip
 from framequant.codes.sigma_delta import Dual, SigmaDeltaSpec, Step, Vectors, parse_dual, parse_step
 from framequant.codes.trellis import TrellisSpec, rate_pattern
@@ -46,6 +47,14 @@ class Rounding(StrEnum):
 
     NEAREST = "nearest"
     LDLQ = "ldlq"
+
+
+class Denoise(StrEnum):
+    """What is done to the scales of chosen codes; see ``quantizers.denoise``."""
+
+    NONE = "none"
+    WIENER = "wiener"
+    GAIN = "gain"
 
 
 class ColumnOrder(StrEnum):
@@ -80,6 +89,10 @@ class FrameQuantConfig:
         state_bits: log2 of the number of trellis states, 8…16.
         tile_rows: rows of a trellis tile.
         tile_cols: columns of a trellis tile, the panel of block LDLQ.
+        activation_bits: round what the codes are multiplied with to so many bits, 2…8; None for float activations.
+        activation_scaling: the step of an activation: "token" (its token's largest entry), "static" (fitted on
+            calibration data), "twin" (one for negative and one for positive entries, likewise).
+        activation_space: "frame": coefficients T_in x are rounded; "input": the features x.
         row_factors: a byte per row of a trellis matrix for a factor that a later tuning trains.
         allocation: "uniform": every linear has ``bits``; "sensitivity" (trellis): ``bits`` is what all linears
             together take on disk per weight, any real number, and each gets the rate that serves the model best.
@@ -96,6 +109,8 @@ class FrameQuantConfig:
         refine_sweeps: how often the codes that LDLQ chose are revisited, 0…16: each column is rounded again
             with all others known, which never raises the loss. Scalar codes only; a sweep costs two LDLQ. None
             for two sweeps where the code and the rounding allow them.
+        denoise: after the codes are chosen, each row's scales are multiplied by its Wiener shrinkage ("wiener") or by
+            the gain of least loss ("gain"), which costs no bits; scalar codes with scales per row. "none" for neither.
         damping: fraction of the Hessian's mean diagonal added before it is factored; raised if that fails.
         recapture: capture each group of linears after the group before it was quantized, not once per block.
         float_targets: α in [0, 1]: how far weights are corrected towards the float model's inputs.
@@ -133,6 +148,9 @@ class FrameQuantConfig:
     state_bits: int = 12
     tile_rows: int = 16
     tile_cols: int = 16
+    activation_bits: int | None = None
+    activation_scaling: ActivationScaling = ActivationScaling.TOKEN
+    activation_space: ActivationSpace = ActivationSpace.FRAME
     row_factors: bool = False
     allocation: Allocation = Allocation.UNIFORM
     rounding: Rounding = Rounding.LDLQ
@@ -143,6 +161,7 @@ class FrameQuantConfig:
     gradient_noise: float = 0.0
     column_order: ColumnOrder = ColumnOrder.NATURAL
     refine_sweeps: int | None = None
+    denoise: Denoise = Denoise.NONE
     damping: float = 0.01
     recapture: bool = True
     float_targets: float = 0.5
@@ -181,6 +200,10 @@ class FrameQuantConfig:
         for pattern, changes in self.overrides.items():
             _check_override(pattern, changes)
         self.code_spec()
+        if self.activation_spec() is not None and self.code is CodeKind.SIGMA_DELTA:
+            raise ConfigError(
+                "activation_bits needs code = 'scalar' or 'trellis'; leave it out for Sigma-Delta codes."
+            )
 
     def _check_types(self) -> None:
         for name in (
@@ -241,6 +264,8 @@ class FrameQuantConfig:
             )
         if self.code is CodeKind.SCALAR and self.allocation is Allocation.SENSITIVITY:
             raise ConfigError("allocation = 'sensitivity' needs code = 'trellis', whose rates are fractions.")
+        if self.denoise is not Denoise.NONE and (self.code is not CodeKind.SCALAR or self.per_tensor_scale):
+            raise ConfigError(f"denoise = {self.denoise.value!r} needs a scalar code with scales per row.")
         if self.code is CodeKind.SCALAR and self.row_factors:
             raise ConfigError("row_factors = true needs code = 'trellis'; a scalar code has scales per row.")
         if self.refine_sweeps and self.code is CodeKind.TRELLIS:
@@ -305,6 +330,16 @@ class FrameQuantConfig:
             group_size=self.group_size,
             per_tensor=self.per_tensor_scale,
         )
+
+    def activation_spec(self) -> ActivationSpec | None:
+        """How activations are rounded; None for float activations.
+
+        Raises:
+            ConfigError: no such grid exists.
+        """
+        if self.activation_bits is None:
+            return None
+        return ActivationSpec(self.activation_bits, self.activation_scaling, self.activation_space)
 
     def for_linear(self, name: str) -> FrameQuantConfig | None:
         """Settings for one linear: every override whose pattern is found in ``name``, in order.
@@ -385,6 +420,9 @@ _ENUMS: dict[str, type[Enum]] = {
     "rounding": Rounding,
     "allocation": Allocation,
     "column_order": ColumnOrder,
+    "denoise": Denoise,
+    "activation_scaling": ActivationScaling,
+    "activation_space": ActivationSpace,
     "vectors": Vectors,
 }
 

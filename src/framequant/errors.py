@@ -42,6 +42,10 @@ class ModelSourceError(FrameQuantError, ValueError):
     """A model could not be found or opened under the given name."""
 
 
+class ReportError(FrameQuantError, ValueError):
+    """Results that a page is to be made from are missing, empty, or of another kind."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the closest choice, or the list of choices if none is close."""
     options = sorted(choices)

@@ -102,15 +102,15 @@ class FrameLinear(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
         """Apply the layer."""
-        if self.backend == "triton":
+        if self.backend == "triton" and self.spec.activation is None:
             fast = self._triton(inputs)
             if fast is not None:
                 return fast
         plan = self._plan() if self.backend != "reference" and cpu.takes(inputs, self.in_features) else None
-        if plan is not None and cpu.is_few(inputs):
+        if plan is not None and self.spec.activation is None and cpu.is_few(inputs):
             return cpu.linear(plan, inputs)
         frame_in, frame_out = self.frames
-        coefficients = reference.analysis(frame_in, inputs)
+        coefficients = reference.coefficients(self.spec, self.tensors, frame_in, inputs)
         if plan is not None:
             coefficients = cpu.arranged(plan, coefficients)
         products = reference.multiply(coefficients, self._tiles(coefficients.dtype, plan)).to(inputs.dtype)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from framequant.codes.activation import ActivationSpec
 from framequant.codes.grid import GridSpec
 from framequant.codes.sigma_delta import SigmaDeltaSpec
 from framequant.codes.trellis import TrellisSpec
@@ -42,6 +43,7 @@ class LinearSpec:
         frame_in: analysis operator T_in acting on the input features.
         frame_out: operator T_out acting on the output features; its synthesis ends the layer.
         code: what the stored integers mean.
+        activation: how activations are rounded before the product; None for float activations.
     """
 
     in_features: int
@@ -49,6 +51,7 @@ class LinearSpec:
     frame_in: FrameSpec
     frame_out: FrameSpec
     code: CodeSpec
+    activation: ActivationSpec | None = None
 
     def __post_init__(self) -> None:
         """Check that the frames fit the shape.
@@ -110,6 +113,7 @@ class LinearSpec:
             "frame_in": self.frame_in.to_dict(),
             "frame_out": self.frame_out.to_dict(),
             "code": {"type": kind, **self.code.to_dict()},
+            **({} if self.activation is None else {"activation": self.activation.to_dict()}),
         }
 
     @classmethod
@@ -124,7 +128,7 @@ class LinearSpec:
             CheckpointError: a field is missing, unknown, of another type or out of range.
         """
         expected = {"in_features", "out_features", "frame_in", "frame_out", "code"}
-        if not isinstance(data, dict) or set(data) != expected:
+        if not isinstance(data, dict) or set(data) - {"activation"} != expected:
             found = sorted(data) if isinstance(data, dict) else type(data).__name__
             raise CheckpointError(f"{where}: expected the keys {sorted(expected)}, found {found}.")
         try:
@@ -134,6 +138,7 @@ class LinearSpec:
                 frame_in=FrameSpec.from_dict(data["frame_in"]),
                 frame_out=FrameSpec.from_dict(data["frame_out"]),
                 code=_code_from_dict(data["code"]),
+                activation=ActivationSpec.from_dict(data["activation"]) if "activation" in data else None,
             )
         except (FrameQuantError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"{where}: {error}") from error

@@ -7,6 +7,7 @@ Names are part of the file format (see ``docs/format.md``)::
     packed_codes  uint8   codes of the coefficient matrix D, (m_out, m_in), packed row by row or tile by tile
     scales        bf16    value of one code step, per row, row group or tensor
     zero_points           in code units, only where the grid has them
+    activation_steps  f32 steps of activations that do not follow from the token
     packed_bias, bias_scale   the bias, only where a Sigma-Delta code holds it
 
 Must not import layers or models.
@@ -37,6 +38,13 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 def layout(spec: LinearSpec) -> Layout:
     """Shape and dtype of every stored tensor of a linear, by name; the bias is not among them."""
+    tensors = _code_layout(spec)
+    if spec.activation is not None and spec.activation.stored_steps:
+        tensors["activation_steps"] = ((spec.activation.stored_steps,), torch.float32)
+    return tensors
+
+
+def _code_layout(spec: LinearSpec) -> Layout:
     rows, cols = spec.coefficient_shape
     if isinstance(spec.code, GridSpec):
         return _grid_layout(spec.code, rows, cols)

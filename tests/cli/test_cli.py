@@ -396,3 +396,36 @@ def test_sigma_delta_needs_no_calibration(directory, request, tmp_path):
         "--frame-size-ratio",
         "1",
     )
+
+
+def test_report_writes_a_page_and_says_what_is_on_it(tmp_path):
+    pytest.importorskip("plotly")
+    (tmp_path / "a.csv").write_text("method,bits_per_weight,perplexity\nrtn,2,9\ngptq,2,8\n")
+    (tmp_path / "bad.csv").write_text("method\n")
+    done = run("report", tmp_path, "--out", tmp_path / "p.html", "--json")
+    assert done.exit_code == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["tables"] == [str(tmp_path / "a.csv")]
+    assert list(found["skipped"]) == [str(tmp_path / "bad.csv")]
+    assert (tmp_path / "p.html").stat().st_size == found["bytes"]
+
+
+def test_report_without_results_is_a_users_error(tmp_path):
+    done = run("report", tmp_path, "--out", tmp_path / "p.html")
+    assert done.exit_code == 2
+    assert "holds no results" in done.stderr
+
+
+def test_overrides_are_read_from_the_command_line():
+    from framequant.cli.options import build_config, parse_overrides
+    from framequant.errors import ConfigError
+
+    found = parse_overrides(["a.*(?:b)::bits=3, redundancy=1.25", "head::skip", "head::bits=4"])
+    assert found == {"a.*(?:b)": {"bits": 3, "redundancy": 1.25}, "head": {"skip": True, "bits": 4}}
+    config = build_config("framequant-scalar", None, ["overrides={c: {bits: 4}}"], {"overrides": found})
+    assert list(config.overrides) == ["c", *found]
+    assert config.for_linear("a.x.b").bits == 3
+    assert config.for_linear("head") is None
+    for text in ("bits=3", "::bits=3", "a::", "a::bits"):
+        with pytest.raises(ConfigError, match="expected"):
+            parse_overrides([text])

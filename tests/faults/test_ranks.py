@@ -1,5 +1,6 @@
 """Two processes over gloo: the codes of one, and a rank that dies; see ``ranks.py``."""
 
+import copy
 import re
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def test_one_rank_is_quantize_group():
     moments.add(torch.randn(100, 24))
     weights = {"a": torch.randn(10, 24)}
     configs = {"a": preset("framequant-scalar")}
-    alone = quantize_shared(weights, moments, configs, "a", Ranks())
+    alone = quantize_shared(weights, copy.deepcopy(moments), configs, "a", Ranks())
     assert torch.equal(
         alone["a"].tensors["packed_codes"],
         quantize_group(weights, moments, configs, "a")["a"].tensors["packed_codes"],

@@ -70,8 +70,33 @@ def build_config(
     values.setdefault("preset", "framequant")
     for setting in settings:
         values.update(_parse_setting(setting))
-    values.update({key: value for key, value in flags.items() if value is not None})
+    given = {key: value for key, value in flags.items() if value is not None}
+    if "overrides" in given:  # on top of those of the file
+        given["overrides"] = {**(values.get("overrides") or {}), **given["overrides"]}
+    values.update(given)
     return FrameQuantConfig.from_dict(values)
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Settings of single linears from ``REGEX::KEY=VALUE,KEY=VALUE`` or ``REGEX::skip``.
+
+    Two colons, since a regular expression may hold one.
+
+    Raises:
+        ConfigError: another form.
+    """
+    overrides: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        pattern, colons, settings = text.rpartition("::")
+        if not colons or not pattern or not settings:
+            raise ConfigError(
+                f"--override {text!r}: expected REGEX::KEY=VALUE,…, for example --override 'down_proj::bits=3'."
+            )
+        changes: dict[str, Any] = {}
+        for part in settings.split(","):
+            changes.update({"skip": True} if part.strip() == "skip" else _parse_setting(part))
+        overrides[pattern] = {**overrides.get(pattern, {}), **changes}
+    return overrides
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

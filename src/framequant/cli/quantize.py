@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +11,14 @@ import typer
 
 from framequant.cli.console import Reporter, count, facts, seconds, size
 from framequant.cli.inputs import DEFAULT_SHARE, calibration_tensor, find_calibration
-from framequant.cli.options import DeviceOption, DtypeOption, JsonOption, build_config, choose_device
+from framequant.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    build_config,
+    choose_device,
+    parse_overrides,
+)
 from framequant.cli.streaming import choose_streaming
 from framequant.cli.tuning import Tuning, describe_tuning, request_of, tune_settings
 from framequant.errors import ConfigError
@@ -92,6 +101,13 @@ def run(
     include: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="Quantize matching linears only; repeatable.")
     ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX::KEY=VALUE,…",
+            help="Other settings for matching linears, or REGEX::skip; repeatable.",
+        ),
+    ] = None,
     damping: Annotated[
         float | None, typer.Option(help="Fraction of the Hessian's mean diagonal added to it.")
     ] = None,
@@ -143,6 +159,7 @@ def run(
         "seed": seed,
         "ignore": ignore,
         "include": include,
+        "overrides": parse_overrides(override) if override else None,
         "damping": damping,
         "group_size": group_size,
         "frame_size_ratio": frame_size_ratio,
@@ -185,6 +202,8 @@ def run(
     else:
         opened = quantize_and_tune(opened, data, chosen, tuning, reporter)
         report = opened.model.framequant_report
+    if sys.argv[1:2] == [NAME]:
+        report.environment["command"] = shlex.join(["framequant", *sys.argv[1:]])
     save(opened, out, overwrite, reporter)
     if tuning is not None:
         tuning.finish()

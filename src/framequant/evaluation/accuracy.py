@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from framequant.evaluation.forward import OnProgress, logits_of, while_decoded
 from framequant.evaluation.images import LabelledImages, image_batches
@@ -49,6 +50,7 @@ def accuracy(
     settings: ImageSettings,
     batch_size: int = 32,
     on_progress: OnProgress | None = None,
+    batches: Iterable[tuple[Tensor, Tensor]] | None = None,
 ) -> Accuracy:
     """Classify every image.
 
@@ -58,6 +60,7 @@ def accuracy(
         settings: the model's preprocessing.
         batch_size: images at once.
         on_progress: called with images done and in all.
+        batches: what ``image_batches`` returned for these images, for models that are measured one after another.
 
     Raises:
         CalibrationError: an image is unreadable; it is named.
@@ -65,7 +68,8 @@ def accuracy(
     """
     start = time.perf_counter()
     first = five = done = 0
-    for pixels, labels in while_decoded(image_batches(images, settings, batch_size), model):
+    source = image_batches(images, settings, batch_size) if batches is None else batches
+    for pixels, labels in while_decoded(source, model):
         logits = logits_of(model, pixels)
         best = logits.topk(min(5, logits.shape[-1]), dim=-1).indices.cpu()
         hits = best == labels[:, None]

@@ -81,6 +81,11 @@ def export(
         )
         raise CheckpointError(f"{target} {what}.")
     opened = open_model(str(directory))
+    if any(isinstance(m, FrameLinear) and m.spec.activation for m in opened.model.modules()):
+        raise ModelSourceError(
+            f"{directory} rounds activations at run time, which a float model cannot hold; quantize without "
+            "activation_bits to export."
+        )
     if not opened.quantized:
         raise ModelSourceError(
             f"{directory} is not quantized by framequant, so there is nothing to dequantize."

@@ -74,9 +74,10 @@ class FusedParts(nn.Module):
         outputs = []
         for part in self.parts:
             frame_in, frame_out = part.frames
-            if part.spec.frame_in not in transformed:
-                transformed[part.spec.frame_in] = reference.analysis(frame_in, inputs)
-            products = reference.product(transformed[part.spec.frame_in], part.spec, part.tensors)
+            key = part.spec.frame_in, part.spec.activation  # steps of linears that share an input are equal
+            if key not in transformed:
+                transformed[key] = reference.coefficients(part.spec, part.tensors, frame_in, inputs)
+            products = reference.product(transformed[key], part.spec, part.tensors)
             outputs.append(reference.synthesis(frame_out, products))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 

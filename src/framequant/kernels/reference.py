@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from framequant.codes.activation import ActivationSpace, round_activations
 from framequant.frames import FrameOperator
 from framequant.spec import LinearSpec
 from framequant.storage import decode_rows, row_tiles
@@ -28,6 +29,19 @@ def transform_dtype(dtype: torch.dtype) -> torch.dtype:
 def analysis(frame: FrameOperator, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
     """Coefficients ``T_in x`` in the dtype of the inputs; linears that share a frame share this result."""
     return frame.analysis(inputs.to(transform_dtype(inputs.dtype))).to(inputs.dtype)
+
+
+def coefficients(
+    spec: LinearSpec, tensors: Mapping[str, Tensor], frame: FrameOperator, inputs: Float[Tensor, "*b n"]
+) -> Float[Tensor, "*b m"]:
+    """What the codes of a linear are multiplied with: ``T_in x``, its activations rounded where the spec says so."""
+    activation = spec.activation
+    if activation is None:
+        return analysis(frame, inputs)
+    steps = tensors.get("activation_steps")
+    if activation.space is ActivationSpace.INPUT:
+        return analysis(frame, round_activations(inputs, activation, steps))
+    return round_activations(analysis(frame, inputs), activation, steps)
 
 
 def product(

@@ -151,7 +151,9 @@ def stored_bytes(shape: Sequence[int], settings: FrameQuantConfig, name: str) ->
     """Bytes on disk of a linear, its entry in ``config.json`` included."""
     out_features, in_features = shape
     frame_in, frame_out = frame_specs(settings, in_features, out_features, name, name)
-    spec = LinearSpec(in_features, out_features, frame_in, frame_out, settings.code_spec())
+    spec = LinearSpec(
+        in_features, out_features, frame_in, frame_out, settings.code_spec(), settings.activation_spec()
+    )
     sizes = [math.prod(size) * dtype.itemsize for size, dtype in layout(spec).values()]
     return sum(sizes) + len(json.dumps(config_entry(name, spec))) - 1
 

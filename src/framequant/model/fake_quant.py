@@ -87,7 +87,9 @@ class FakeQuantLinear(nn.Module):
     def forward(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
         """Apply the layer with rounded coefficients."""
         rounded = _StraightThrough.apply(self.coefficients, self.grid)
-        products = functional.linear(reference.analysis(self.frame_in, inputs), rounded.to(inputs.dtype))
+        fixed = {name: getattr(self, name) for name in self._fixed}
+        coefficients = reference.coefficients(self.spec, fixed, self.frame_in, inputs)
+        products = functional.linear(coefficients, rounded.to(inputs.dtype))
         outputs = reference.synthesis(self.frame_out, products)
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 

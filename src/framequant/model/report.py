@@ -203,7 +203,15 @@ def describe_frame(frame: FrameSpec) -> str:
 
 
 def describe_code(spec: LinearSpec) -> str:
-    """A code in words."""
+    """A code, and how activations are rounded, in words."""
+    activation = spec.activation
+    if activation is None:
+        return _describe_code(spec)
+    place = "frame coefficients" if activation.space == "frame" else "features"
+    return f"{_describe_code(spec)}; {place} in {activation.bits} bits, step per {activation.scaling}"
+
+
+def _describe_code(spec: LinearSpec) -> str:
     code = spec.code
     if isinstance(code, SigmaDeltaSpec):
         kind = f"sigma-delta order {code.order}" if code.order else "memoryless in the frame"

@@ -60,7 +60,8 @@ class TunableLinear:
     def forward(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
         """Apply the linear with its factors as they are, differentiably."""
         frame_in, frame_out = self.layer.frames
-        coefficients = reference.analysis(frame_in, inputs).to(self._matrix.dtype)
+        coefficients = reference.coefficients(self.layer.spec, self.layer.tensors, frame_in, inputs)
+        coefficients = coefficients.to(self._matrix.dtype)
         factors = 1 + self.offsets
         if factors.shape[1] == 1:
             outputs = functional.linear(coefficients, self._matrix) * factors[:, 0]

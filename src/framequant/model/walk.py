@@ -34,6 +34,7 @@ from framequant.model.replay import Call, Replay, as_call, computed_in, inferenc
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.model.residence import Ledger, Residence
 from framequant.model.trace import Group, trace_block
+from framequant.quantizers.activations import SAMPLE_TOKENS, thinned, with_activation
 from framequant.quantizers.budget import Option
 from framequant.quantizers.hessian import NOT_FINITE, Moments
 
@@ -221,6 +222,7 @@ class _Walk:
         )
         self.done = 0
         self.few: dict[str, tuple[int, str]] = {}
+        self.samples: dict[str, list[Tensor]] = {}
 
     def run(self) -> QuantizationReport:
         start = time.perf_counter()
@@ -371,6 +373,7 @@ class _Walk:
             for number, (batch, mask) in enumerate(zip(self.batches, self.masks, strict=True)):
                 with stream.behind_blocks(number):
                     seen = observe(self.model, as_call(batch), [group])
+                self._keep_sample("", [group], seen)
                 add_moments({name: moments}, [group], seen, None, mask, use_drift=False, use_residual=False)
             untie(self.model, module)
             self._quantize_group("", self.model, group, self._summed(moments))
@@ -437,10 +440,12 @@ class _Walk:
         if all(group.family for group in stage):
             original = None
         for number, (call, mask) in enumerate(zip(calls, self.masks, strict=True)):
+            seen = observe(block, call, stage)
+            self._keep_sample(prefix, stage, seen)
             add_moments(
                 totals,
                 stage,
-                observe(block, call, stage),
+                seen,
                 None if original is None else original.seen(number, stage),
                 mask,
                 use_drift=self.config.float_targets > 0,
@@ -449,6 +454,15 @@ class _Walk:
                 where=(prefix, number),
             )
         return {name: self._summed(moments) for name, moments in totals.items()}
+
+    def _keep_sample(self, prefix: str, stage: list[Group], seen: Seen) -> None:
+        """Hold a few inputs of the linears whose activation steps are fitted on them."""
+        for group in stage:
+            specs = [self._config_of(prefix + linear).activation_spec() for linear in group.linears]
+            if any(spec is not None and spec.stored_steps for spec in specs):
+                held = self.samples.setdefault(prefix + group.name, [])
+                share = -(-SAMPLE_TOKENS // len(self.batches))
+                held.extend(thinned(inputs, share) for inputs in seen.inputs.get(group.name, []))
 
     def _quantize_group(self, prefix: str, block: nn.Module, group: Group, moments: Moments) -> None:
         start = time.perf_counter()
@@ -465,8 +479,11 @@ class _Walk:
             }
         group_name = group.family or prefix + group.name
         results = quantize_shared(weights, moments, configs, group_name, self.home.ranks)
+        held = self.samples.pop(prefix + group.name, [])
+        sample = self.home.ranks.share(torch.cat(held) if held else None, 0)
         seconds = (time.perf_counter() - start) / len(modules)
-        for name, result in results.items():
+        for name, weight in results.items():
+            result = with_activation(weight, configs[name].activation_spec(), sample, name)
             layer = FrameLinear.from_tensors(result.spec, result.tensors, modules[name].bias)
             layer.hold_decoded(True)
             self.model.set_submodule(name, layer)

@@ -64,9 +64,10 @@ def round_nearest(coefficients: Float[Tensor, "m n"], coder: Coder) -> Float[Ten
     Returns:
         The rounded values, a new tensor of the shape and dtype of ``coefficients``.
     """
+    width = BLOCK_COLUMNS if coder.panel == 1 else coder.panel  # single columns are rounded side by side
     panels = [
-        coder.quantize(coefficients[:, first : first + coder.panel], first)
-        for first in range(0, coefficients.shape[1], coder.panel)
+        coder.quantize(coefficients[:, first : first + width], first)
+        for first in range(0, coefficients.shape[1], width)
     ]
     return torch.cat(panels, dim=1)
 

@@ -21,11 +21,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from framequant.config import FrameQuantConfig
+from framequant.config import Denoise, FrameQuantConfig
 from framequant.errors import NumericalError
 from framequant.frames import FrameKind, FrameOperator, FrameSpec, build_frame, choose_frame
 from framequant.frames.signs import derive_seed
 from framequant.quantizers.coders import make_coder
+from framequant.quantizers.denoise import metric_gains, wiener_gains
 from framequant.quantizers.group_rounding import RowShare, round_group
 from framequant.quantizers.hessian import NOT_FINITE, FeedbackFactor, Moments
 from framequant.quantizers.rounding import proxy_loss
@@ -185,12 +186,16 @@ def _quantize_alike(
     coder = make_coder(matrices, specs[first].code)
     rounded, factor = round_group(matrices, coefficient_hessian, grams, coder, config, first, share)
 
+    metric = coefficient_hessian() if config.denoise is Denoise.GAIN else None
     hessian = make_hessian()
     if consume:
         moments.hessian_sum = None
     results = {}
     pieces = rounded.split([matrix.shape[0] for matrix in matrices])
-    for (name, weight), piece, tensors in zip(weights.items(), pieces, coder.tensors(), strict=True):
+    stored = zip(matrices, coder.tensors(), strict=True)
+    for (name, weight), piece, (matrix, tensors) in zip(weights.items(), pieces, stored, strict=True):
+        if config.denoise is not Denoise.NONE:
+            piece, tensors = _denoised(matrix, piece, tensors, metric, specs[name])
         restored = _reconstruct(piece, frame_in, frames_out[name])
         loss = _loss(weight, targets[name], restored, hessian, factor)
         results[name] = QuantizedWeight(specs[name], tensors, loss)
@@ -225,6 +230,20 @@ def _shrink_if_harmful(
 def _beside(tensor: Tensor | None, other: Tensor) -> Tensor | None:
     """A tensor, if there is one, on the device of another."""
     return None if tensor is None else tensor.to(other.device)
+
+
+def _denoised(
+    exact: Tensor,
+    rounded: Tensor,
+    tensors: dict[str, Tensor],
+    metric: Tensor | None,
+    spec: LinearSpec,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The rows of D̃ with their gains, as stored, and the tensors that say so."""
+    gains = wiener_gains(exact, rounded) if metric is None else metric_gains(exact, rounded, metric)
+    scales = tensors["scales"]
+    changed = {**tensors, "scales": (scales.double() * gains.to(scales.device)[:, None]).to(scales.dtype)}
+    return decode_rows(spec, changed, 0, len(exact), torch.float64), changed
 
 
 def _target(name: str, weight: Tensor, hessian: Tensor, moments: Moments, config: FrameQuantConfig) -> Tensor:

@@ -1,0 +1,369 @@
+"""What the experiments share: models with their data, measured rows, and tables with their origin.
+
+A *bench* is one model with calibration data and an evaluation: perplexity and divergence for language models, top-1 and
+top-5 for vision models, rank correlation for sentence encoders. A *record* is a table that is written anew after
+every row, with model, seed, commit, device and command. Whatever is missing becomes a row with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import gc
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+import framequant as fq
+from framequant.cli.console import Reporter
+from framequant.cli.inputs import calibration_tensor, find_calibration
+from framequant.cli.options import choose_device
+from framequant.evaluation.accuracy import accuracy
+from framequant.evaluation.forward import logits_of
+from framequant.evaluation.images import image_batches, labelled_images, subset
+from framequant.evaluation.kl import kl_divergence
+from framequant.evaluation.perplexity import perplexity
+from framequant.evaluation.sentences import calibration_sentences, embeddings, read_pairs, sentence_similarity
+from framequant.evaluation.tasks import evaluate_tasks
+from framequant.evaluation.text import evaluation_windows, read_text
+from framequant.integrations.sources import open_model
+from framequant.report.results import Plot, write_plots
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results" / "paper"
+#: What an experiment may lack or break on without ending a run.
+PROBLEMS = (fq.FrameQuantError, ImportError, OSError, MemoryError, torch.OutOfMemoryError)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much data an experiment takes.
+
+    Attributes:
+        samples: calibration windows, images or sentences.
+        length: tokens of a window.
+        windows: of the evaluation text; None for all.
+        images: of the evaluation; None for all.
+        pairs: of the sentence pairs; None for all.
+        kl_windows: on which the divergence from the float model is measured; 0 for none.
+    """
+
+    samples: int = 128
+    length: int = 1024
+    windows: int | None = None
+    images: int | None = None
+    pairs: int | None = None
+    kl_windows: int = 16
+
+
+FULL = Size()
+QUICK = Size(samples=16, length=128, windows=12, images=100, pairs=300, kl_windows=2)
+
+
+def shared() -> Path:
+    """The folder of models and data."""
+    return Path(os.environ.get("FRAMEQUANT_SHARED", ROOT.parent / "shared"))
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every experiment has."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--model", action="append", help="any name that framequant opens; repeatable")
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables")
+    made.add_argument("--quick", action="store_true", help="few data and few rows, for two CPU cores")
+    for name in ("samples", "length", "windows", "images", "pairs"):
+        made.add_argument(f"--{name}", type=int, help=f"{Size.__dataclass_fields__[name].default} or all")
+    made.add_argument("--text", type=Path, help="evaluation text instead of WikiText-2's test")
+    made.add_argument("--calibration", help="calibration data instead of those in ../shared")
+    made.add_argument("--imagenet", type=Path, help="labelled images instead of those in ../shared")
+    made.add_argument("--sts", type=Path, help="sentence pairs instead of STS-B's test")
+    made.add_argument("--device", default="auto")
+    made.add_argument("--dtype", default="float32")
+    made.add_argument("--seed", type=int, default=0)
+    return made
+
+
+def parse(made: argparse.ArgumentParser, file: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the options, and keep the command that they make."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = made.parse_args(words)
+    args.command = shlex.join(["python", f"experiments/{Path(file).name}", *words])
+    return args
+
+
+def size_of(args: argparse.Namespace) -> Size:
+    """How much data the options ask for."""
+    size = QUICK if args.quick else FULL
+    given = {key: getattr(args, key) for key in ("samples", "length", "windows", "images", "pairs")}
+    return Size(**{**vars(size), **{key: value for key, value in given.items() if value is not None}})
+
+
+def default_models() -> list[str]:
+    """The models at hand: language, vision, sentences."""
+    return ["smollm2", str(shared() / "models" / "deit_tiny_patch16_224"), "minilm"]
+
+
+class Record:
+    """A table of one experiment.
+
+    Args:
+        args: of ``parser``.
+        name: of the table.
+    """
+
+    def __init__(self, args: argparse.Namespace, name: str) -> None:
+        self.path = args.out / f"{name}.csv"
+        self.rows: list[Row] = []
+        self.origin = {
+            "seed": args.seed,
+            "commit": commit(),
+            "device": device_name(choose_device(args.device)),
+            "command": args.command,
+        }
+
+    def add(self, **row: Any) -> Row:
+        """Print a row, and write the table with it."""
+        self.rows.append(row)
+        print({key: value for key, value in row.items() if value is not None}, flush=True)
+        write(self.rows, self.path, self.origin)
+        return row
+
+    def attempt(self, function: Callable[[], Row], **known: Any) -> Row:
+        """Add the row that a function returns, or the reason why there is none."""
+        start, processor = time.perf_counter(), time.process_time()
+        try:
+            found = function()
+        except PROBLEMS as error:
+            found = {"error": reason(error)}
+        gc.collect()
+        spent = {"row_seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - processor}
+        return self.add(**known, **found, **{key: round(value, 1) for key, value in spent.items()})
+
+    def plots(self, title: str, text: str, plots: Sequence[Plot] = ()) -> None:
+        """Say what the page draws from the table; plots of columns that no row has are left out."""
+        columns = {*self.origin, *(key for row in self.rows for key in row)}
+        kept = [p for p in plots if p.image or {p.x, p.y, *p.where, *filter(None, [p.series])} <= columns]
+        write_plots(self.path, title, text, kept)
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def write(rows: list[Row], path: Path, shared_columns: Row) -> None:
+    """Write rows as CSV, with columns that are the same in all of them."""
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=[*fields, *shared_columns])
+        writer.writeheader()
+        writer.writerows({**row, **shared_columns} for row in rows)
+
+
+def commit() -> str:
+    """The repository's commit, with a mark if the working tree has changes."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True, text=True, cwd=ROOT
+    )
+    return done.stdout.strip() or os.environ.get("FRAMEQUANT_COMMIT", "unknown")
+
+
+def device_name(place: str | torch.device) -> str:
+    """The machine in words."""
+    if torch.device(place).type == "cuda":
+        return f"{torch.cuda.get_device_name(place)}, torch {torch.__version__}"
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def parse_row(row: str) -> tuple[fq.FrameQuantConfig, int, int | None]:
+    """Settings of ``preset:key=value,…``, steps of its tuning (``tune=``), its own calibration ``samples=``."""
+    name, _, settings = row.partition(":")
+    values = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in settings.split(",") if part)}
+    steps = values.pop("tune", 0)
+    if steps:
+        values.setdefault("row_factors", name == "framequant")
+    samples = values.pop("samples", None)
+    return fq.preset(name, **values), steps, samples
+
+
+class Bench:
+    """A model with its data.
+
+    Args:
+        name: of the model.
+        args: of ``parser``.
+        size: how much data; that of the options if not given.
+        plain: calibrate on the text as it is, as the paper and peers do; otherwise as ``framequant quantize`` does,
+            with windows that the model writes itself and windows with punctuation apart.
+
+    Raises:
+        FrameQuantError: the model or its data cannot be had.
+    """
+
+    def __init__(
+        self, name: str, args: argparse.Namespace, size: Size | None = None, plain: bool = True
+    ) -> None:
+        self.size, self.seed, self.plain = size or size_of(args), args.seed, plain
+        self.name = Path(name).name
+        self.opened = open_model(name, dtype=args.dtype, device=choose_device(args.device))
+        self.model = self.opened.model
+        heads = (
+            hasattr(self.model, "get_output_embeddings") and self.model.get_output_embeddings() is not None
+        )
+        self.kind = "vision" if self.opened.is_vision else "language" if heads else "encoder"
+        self._data: dict[int, Any] = {}
+        self._given = args.calibration
+        getattr(self, f"_open_{self.kind}")(args)
+
+    def _open_language(self, args: argparse.Namespace) -> None:
+        source = args.text or shared() / "data" / "wikitext-2-raw" / "test.txt"
+        windows = evaluation_windows(self.opened.require_tokenizer(), read_text(source), self.size.length)
+        self.windows = windows[: self.size.windows]
+
+    def _open_vision(self, args: argparse.Namespace) -> None:
+        settings = self.opened.require_images()
+        probe = torch.zeros(1, 3, settings.height, settings.width)
+        classes = int(logits_of(self.model, probe).shape[-1])
+        folder = args.imagenet or shared() / "data" / "imagenet" / "val"
+        self.images = subset(labelled_images(folder, classes, self.opened.labels), self.size.images)
+        self.batches = list(image_batches(self.images, settings))
+
+    def _open_encoder(self, args: argparse.Namespace) -> None:
+        self.pairs = read_pairs(args.sts or shared() / "data" / "stsb" / "stsb-en-test.csv").head(
+            self.size.pairs
+        )
+
+    def data(self, samples: int | None = None) -> Any:
+        """Calibration data."""
+        count = samples or self.size.samples
+        if count not in self._data:
+            self._data[count] = self._read_data(count)
+        return self._data[count]
+
+    def _read_data(self, samples: int) -> Any:
+        if self.kind == "encoder":
+            table = read_pairs(self._given or shared() / "data" / "stsb" / "stsb-en-dev.csv")
+            count = min(4 * samples, len(table.sentences))
+            return calibration_sentences(self.opened.tokenizer, table.sentences, 128, count, self.seed)
+        folder = "imagenet/train" if self.kind == "vision" else "wikitext-2-raw/calibration.txt"
+        source = find_calibration(self._given or str(shared() / "data" / folder))
+        length = self.size.length
+        shares = {"word_tokenized": 0.0, "generated": 0.0} if self.plain else {}
+        return calibration_tensor(source, self.opened, samples, length, self.seed, Reporter(False), **shares)
+
+    def evaluate(self, model: nn.Module) -> Row:
+        """The figures of a model."""
+        if self.kind == "vision":
+            found = accuracy(model, self.images, self.opened.require_images(), batches=self.batches)
+            return {
+                "top1": round(100 * found.top1, 2),
+                "top1_error": round(100 * found.top1_error, 2),
+                "top5": round(100 * found.top5, 2),
+                "images": found.images,
+            }
+        if self.kind == "encoder":
+            similarity = sentence_similarity(model, self.opened.tokenizer, self.pairs, 128)
+            return {"spearman": round(similarity.spearman, 5), "pairs": similarity.pairs}
+        result = perplexity(model, self.windows)
+        found_row: Row = {"perplexity": round(result.perplexity, 3), "tokens": result.tokens}
+        if self.size.kl_windows and model is not self.model:
+            found_row["kl"] = round(self.divergence(model), 5)
+        return found_row
+
+    def divergence(self, model: nn.Module) -> float:
+        """Mean divergence from the float model: over tokens or images; of sentences 1 − cos of the embeddings."""
+        if self.kind == "language":
+            return kl_divergence(model, self.model, self.windows[: self.size.kl_windows]).kl
+        if self.kind == "vision":
+            return kl_divergence(model, self.model, self.data()[:64]).kl
+        both = [embeddings(each, self.data()[:2]) for each in (model, self.model)]
+        return float(1 - torch.cosine_similarity(*both).mean())
+
+    def tasks(self, model: nn.Module, limit: int | None) -> Row:
+        """PIQA and LAMBADA through lm-eval with local files; the reason where they cannot be run."""
+        folder = shared() / "data" / "tasks"
+        found = evaluate_tasks(model, self.opened.tokenizer, ["piqa", "lambada"], folder=folder, limit=limit)
+        return {f"{name}_acc": round(values["acc"], 4) for name, values in found.items()}
+
+    def float_row(self) -> Row:
+        """The float model as a row."""
+        bits = 8 * next(self.model.parameters()).element_size()
+        return {"bits_per_weight": bits, **self.evaluate(self.model)}
+
+    def quantized(
+        self, config: fq.FrameQuantConfig, samples: int | None = None
+    ) -> tuple[nn.Module, Any, Row]:
+        """A quantized copy, its report, and the columns that every row has."""
+        model = copy.deepcopy(self.model)
+        data = None if config.is_data_free else self.data(samples)
+        start = time.perf_counter()
+        report = fq.quantize_(model, data, config)
+        if next(model.parameters()).is_cuda:
+            torch.cuda.synchronize()
+        losses = [entry.relative_loss for entry in report.linears]
+        return (
+            model,
+            report,
+            {
+                "bits_per_weight": round(report.bits_per_weight, 4),
+                "redundancy": round(report.redundancy, 4),
+                "quantize_seconds": round(time.perf_counter() - start, 1),
+                "mean_relative_loss": round(sum(losses) / len(losses), 6),
+            },
+        )
+
+    def row(self, config: fq.FrameQuantConfig, samples: int | None = None) -> Row:
+        """Quantize and evaluate."""
+        model, _, row = self.quantized(config, samples)
+        return {**row, **self.evaluate(model)}
+
+    def quality(self) -> tuple[str, bool]:
+        """The column that says how good a model is, and whether it is read as a ratio."""
+        return {"language": ("perplexity", True), "vision": ("top1", False), "encoder": ("spearman", False)}[
+            self.kind
+        ]
+
+
+def benches(args: argparse.Namespace, record: Record, models: Sequence[str] | None = None) -> list[Bench]:
+    """The models of an experiment; one that cannot be had becomes a row with the reason."""
+    found = []
+    for name in args.model or models or default_models():
+        try:
+            found.append(Bench(name, args))
+        except PROBLEMS as error:
+            record.add(model=Path(name).name, error=reason(error))
+    return found
+
+
+def reloaded(model: nn.Module) -> tuple[nn.Module, int]:
+    """A model saved and loaded again, and the bytes of its checkpoint."""
+    device = next(model.parameters()).device
+    with tempfile.TemporaryDirectory() as folder:
+        path = fq.save_pretrained(model, Path(folder) / "out")
+        size = sum(file.stat().st_size for file in path.iterdir())
+        return fq.load(path, device=device), size
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))

@@ -1,0 +1,237 @@
+"""The paper's experiments on tiny stand-ins: every script runs, and what is missing becomes a row with the reason."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import random
+import sys
+
+import pytest
+
+from framequant.report.results import collect, read_table
+from tests.conftest import ROOT, make_image, make_text
+
+SCRIPTS = (
+    "ablations",
+    "activations",
+    "denoising",
+    "mixed_precision",
+    "one_bit",
+    "pictures",
+    "scaling",
+    "tables",
+)
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """The scripts import one another as they do when they are run."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    yield
+    for name in (*SCRIPTS, "bench", "claims", "storage", "run_all", "peers", "peers.run"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder of shared data with a text, sentence pairs and images."""
+    folder = tmp_path / "shared" / "data"
+    text = folder / "wikitext-2-raw"
+    text.mkdir(parents=True)
+    (text / "test.txt").write_text(make_text(600, seed=1))
+    (text / "calibration.txt").write_text(make_text(3000))
+    (folder / "stsb").mkdir()
+    for part in ("dev", "test"):
+        source = random.Random(part)
+        rows = [(make_text(6, seed=i), make_text(5, seed=99 + i), source.uniform(0, 5)) for i in range(24)]
+        with (folder / "stsb" / f"stsb-en-{part}.csv").open("w", newline="") as stream:
+            csv.writer(stream).writerows(rows)
+    for part in ("train", "val"):
+        for index in range(12):
+            make_image(folder / "imagenet" / part / "abcd"[index % 4] / f"{index}.png", seed=index)
+    monkeypatch.setenv("FRAMEQUANT_SHARED", str(tmp_path / "shared"))
+    monkeypatch.setattr("framequant.integrations.hub.reachable", lambda: False)
+    return tmp_path
+
+
+def run(script, out, *models, extra=()):
+    """Run a script on few data; the table that it wrote."""
+    words = ["--quick", "--samples", "6", "--length", "24", "--out", str(out), *extra]
+    for model in models:
+        words += ["--model", str(model)]
+    importlib.import_module(script).main(words)
+    return read_table(out / f"{script}.csv")
+
+
+def problems(table):
+    return [row["error"] for row in table.rows if row.get("error")]
+
+
+@pytest.mark.parametrize("script", ["activations", "mixed_precision", "tables"])
+def test_a_vision_model_has_every_row(script, data, vit_directory):
+    table = run(script, data / "out", vit_directory)
+    assert problems(table) == []
+    assert len(table.rows) > 8
+    assert all(row["top1"] and row["bits_per_weight"] for row in table.rows)
+    assert {"seed", "commit", "device", "command", "model", "method"} <= set(table.columns)
+    assert table.rows[0]["command"].startswith(f"python experiments/{script}.py --quick")
+
+
+def test_a_language_model_has_perplexity_and_divergence_and_a_missing_one_a_reason(data, llama_directory):
+    table = run("tables", data / "out", "no-such-model", llama_directory)
+    assert "no-such-model" in problems(table)[0]
+    rows = [row for row in table.rows if row["model"] == "tiny-llama"]
+    assert len(rows) == 8
+    assert all(float(row["perplexity"]) > 1 for row in rows)
+    assert all(float(row["kl"]) >= 0 for row in rows if row["method"] != "float")
+
+
+def test_missing_data_is_a_reason(data, llama_directory):
+    (data / "shared" / "data" / "wikitext-2-raw" / "test.txt").unlink()
+    table = run("one_bit", data / "out", llama_directory)
+    assert len(table.rows) == 1
+    assert "test.txt" in problems(table)[0]
+
+
+def test_bits_on_disk_follow_the_redundancy(data, vit_directory):
+    rows = run("one_bit", data / "out", vit_directory).rows
+    own = [
+        float(row["bits_per_weight"]) for row in rows if row["method"].startswith("FrameQuant, input side:1")
+    ]
+    assert own == sorted(own)
+    assert own[-1] > 1.6 * own[0]
+
+
+def test_pictures_have_a_mosaic_histograms_and_runs(data, vit_directory):
+    out = data / "out"
+    importlib.import_module("pictures").main(
+        ["--quick", "--samples", "6", "--out", str(out), "--model", str(vit_directory)]
+    )
+    found = collect([out])
+    assert {table.name for table in found.tables} == {"histograms", "attention"}
+    assert len(found.runs) == 4
+    assert (out / "attention.png").stat().st_size > 1000
+    table = next(t for t in found.tables if t.name == "histograms")
+    for space in {row["space"] for row in table.rows}:
+        mass = sum(float(row["density"]) for row in table.rows if row["space"] == space) * 0.1
+        assert mass == pytest.approx(1, abs=0.02)
+
+
+def test_storage_is_that_of_written_files(tmp_path):
+    storage = importlib.import_module("storage")
+    found = storage.row("one layer of 1024 × 1024", "framequant-paper:redundancy=1.0")
+    assert found["bytes: packed codes"] == 1024 * 1024 // 4
+    assert found["bits_per_weight"] == pytest.approx(2.03, abs=0.02)
+    assert found["times_smaller_than_float32"] == pytest.approx(
+        2 * found["times_smaller_than_float16"], rel=1e-3
+    )
+    assert (
+        storage.comment(found)
+        == "13 times smaller: holds against float32; 85 % saved: holds against float16 and float32"
+    )
+    poor = {key: value / 4 for key, value in found.items() if not isinstance(value, str)}
+    assert storage.comment(poor).count("neither") == 2
+
+
+def test_theory_is_met(data):
+    importlib.import_module("denoising").theory(arguments(data))
+    rows = read_table(data / "out" / "denoising_theory.csv").rows
+    linear = [row for row in rows if row["line"] == "linear"]
+    for row in linear:
+        assert float(row["mse"]) == pytest.approx(float(row["predicted"]), rel=0.15)
+    helped = {row["x"]: row["helps"] for row in rows if row["line"] == "Wiener gain"}
+    assert helped["Lloyd–Max (centroids)"] == "False"
+    assert helped["min–max"] == "True"
+    noise = importlib.import_module("scaling").noise_rows(dim=64)
+    assert all(row["mse"] == pytest.approx(row["predicted"], rel=0.05) for row in noise)
+
+
+def arguments(data):
+    from bench import parse, parser
+
+    return parse(parser(""), "denoising.py", ["--out", str(data / "out")])
+
+
+def test_claims_are_judged_by_the_rows(data):
+    out = data / "out"
+    out.mkdir()
+    rows = [
+        ("QuIP:2 bit", 2.0, 50), ("QuIP + 2σ clip:2 bit", 2.0, 45), ("GPTQ:2 bit", 2.0, 90),
+        ("FrameQuant, input side:2 bit, r = 1", 2.0, 40), ("FrameQuant, input side:2 bit, r = 1.1", 2.2, 30),
+        ("FrameQuant, both sides:2 bit, r = 1.1", 2.4, 35), ("framequant (trellis):2 bit", 2.0, 25),
+    ]  # fmt: skip
+    with (out / "tables.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["model", "method", "bits_per_weight", "perplexity"])
+        writer.writerows(("m", *row) for row in rows)
+    importlib.import_module("claims").main(["--out", str(out)])
+    verdict = {row["claim"]: row["holds"] for row in read_table(out / "claims.csv").rows}
+    assert list(verdict.values()) == ["yes", "yes", "yes", "yes", "open", "open", "NO", "NO"]
+
+
+def test_claims_without_tables_are_open(data):
+    (data / "out").mkdir()
+    importlib.import_module("claims").main(["--out", str(data / "out")])
+    (row,) = read_table(data / "out" / "claims.csv").rows
+    assert row["holds"] == "open"
+
+
+def test_a_stage_that_fails_does_not_end_the_run(data, monkeypatch):
+    pytest.importorskip("plotly")
+    out = data / "out"
+    monkeypatch.setattr(importlib.import_module("storage"), "main", lambda argv: 1 / 0)
+    importlib.import_module("run_all").main(
+        ["--quick", "--out", str(out), "--only", "storage", "--only", "claims"]
+    )
+    rows = read_table(out / "run_all.csv").rows
+    assert [row["stage"] for row in rows] == ["storage", "claims", "all"]
+    assert "ZeroDivisionError" in rows[0]["outcome"]
+    assert rows[1]["outcome"] == "done"
+    assert "Does it hold?" in (out / "page.html").read_text()
+
+
+def test_quick_or_full_must_be_said(data):
+    with pytest.raises(SystemExit):
+        importlib.import_module("run_all").main(["--out", str(data / "out")])
+
+
+def test_peers_that_are_not_installed_are_listed(data, llama_directory, monkeypatch):
+    monkeypatch.delenv("FRAMEQUANT_PEERS", raising=False)
+    peers = importlib.import_module("peers.run")
+    words = [
+        "--quick",
+        "--samples",
+        "4",
+        "--length",
+        "24",
+        "--out",
+        str(data / "out"),
+        "--model",
+        str(llama_directory),
+    ]
+    peers.main([*words, "--env", "hqq=/no/such/python"])
+    rows = {row["method"]: row for row in read_table(data / "out" / "peers.csv").rows}
+    assert "/no/such/python" in rows["HQQ:2 bit"]["error"]
+    assert "4 is the least" in rows["bitsandbytes:2 bit"]["error"]
+    assert "left out of a quick run" in rows["AutoRound"]["error"]
+    assert rows["GPTQ groups of 64 (ours):2 bit"]["perplexity"]
+
+
+@pytest.mark.slow
+def test_everything_runs_and_ends_in_a_page(data, vit_directory):
+    pytest.importorskip("plotly")
+    out = data / "out"
+    words = ["--quick", "--samples", "6", "--length", "24", "--out", str(out), "--model", str(vit_directory)]
+    importlib.import_module("run_all").main(words)
+    outcomes = {row["stage"]: row["outcome"] for row in read_table(out / "run_all.csv").rows}
+    assert set(outcomes.values()) == {"done"}, outcomes
+    html = (out / "page.html").read_text()
+    for heading in (
+        "Tables: method × bits",
+        "Ablations",
+        "Storage",
+        "Attention over rising redundancy",
+        "Runs side by",
+    ):
+        assert heading in html
