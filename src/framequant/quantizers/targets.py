@@ -14,11 +14,13 @@ Must not import ``torch.nn``, models or frames.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from framequant.quantizers.hessian import damped
+from framequant.quantizers.hessian import damped_
 
 #: Damping λ of the correction, a fraction of the mean diagonal of H.
 TARGET_DAMPING = 0.01
@@ -46,17 +48,53 @@ def float_target(
 
     Returns:
         W*, a new tensor of the shape and dtype of ``weight``; ``weight`` itself where nothing applies.
+    """
+    wanted = correlation(weight, drift, residual, strength, residual_strength)
+    return corrected({"": weight}, {"": wanted}, hessian.clone, damping)[""]
+
+
+def correlation(
+    weight: Float[Tensor, "o n"],
+    drift: Float[Tensor, "n n"] | None,
+    residual: Float[Tensor, "o n"] | None,
+    strength: float,
+    residual_strength: float,
+) -> Float[Tensor, "o n"] | None:
+    """``α · W (C - H) + β · R``: what the correction has in common with the inputs; None where nothing applies.
+
+    Args:
+        weight, drift, residual, strength, residual_strength: see ``float_target``.
+    """
+    wanted = torch.zeros_like(weight)
+    if drift is not None and strength:
+        wanted += strength * (weight @ drift)
+    if residual is not None and residual_strength:
+        wanted += residual_strength * residual
+    return wanted if wanted.any() else None
+
+
+def corrected(
+    weights: Mapping[str, Float[Tensor, "o n"]],
+    correlations: Mapping[str, Float[Tensor, "o n"] | None],
+    hessian: Callable[[], Float[Tensor, "n n"]],
+    damping: float = TARGET_DAMPING,
+) -> dict[str, Float[Tensor, "o n"]]:
+    """The weights W* of linears that read one tensor.
+
+    Args:
+        weights: W of each, float64.
+        correlations: of each, from ``correlation``.
+        hessian: makes H anew, float64; what it makes is overwritten. Two matrices of this size are there at a time.
+        damping: λ as a fraction of the mean diagonal of H.
 
     Cost:
-        One Cholesky of n × n and two triangular solves with o right-hand sides.
+        One Cholesky of n × n, and two triangular solves with as many right-hand sides as there are rows.
     """
-    change = torch.zeros_like(weight)
-    if drift is not None and strength:
-        change += strength * (weight @ drift)
-    if residual is not None and residual_strength:
-        change += residual_strength * residual
-    if not change.any():
-        return weight
-    del drift, residual  # as large as all else together, where the caller keeps none
-    factor = torch.linalg.cholesky(damped(hessian, damping))
-    return weight + torch.cholesky_solve(change.T, factor).T
+    if all(wanted is None for wanted in correlations.values()):
+        return dict(weights)
+    factor = torch.linalg.cholesky(damped_(hessian(), damping))
+    found = dict(weights)
+    for name, wanted in correlations.items():
+        if wanted is not None:
+            found[name] = weights[name] + torch.cholesky_solve(wanted.T, factor).T
+    return found

@@ -31,7 +31,7 @@ from framequant.quantizers.group_rounding import RowShare, round_group
 from framequant.quantizers.hessian import NOT_FINITE, FeedbackFactor, Moments
 from framequant.quantizers.rounding import proxy_loss
 from framequant.quantizers.safety import shrink, shrinkage
-from framequant.quantizers.targets import float_target
+from framequant.quantizers.targets import corrected, correlation
 from framequant.spec import LinearSpec
 from framequant.storage import decode_rows
 
@@ -168,12 +168,14 @@ def _quantize_alike(
     def make_hessian() -> Tensor:  # from its float32 sum whenever it is needed: that takes half the memory
         return moments.hessian().to(device)
 
-    hessian = make_hessian()
-    _require_finite(hessian, f"{first}: {NOT_FINITE}")
-    targets = {name: _target(name, weight, hessian, moments, config) for name, weight in weights.items()}
-    del hessian
+    if moments.hessian_sum is not None:
+        _require_finite(moments.hessian_sum, f"{first}: {NOT_FINITE}")
+    correlations = _correlations(weights, moments, config)
     if consume:
         moments.drift_sum = None
+    targets = corrected(weights, correlations, make_hessian)
+    for name, target in targets.items():
+        _require_finite(target, f"{name}: {NOT_FINITE}")
     specs = {name: _spec(weight, config, group, name) for name, weight in weights.items()}
     frame_in = build_frame(specs[first].frame_in)
     frames_out = {name: build_frame(spec.frame_out) for name, spec in specs.items()}
@@ -246,17 +248,20 @@ def _denoised(
     return decode_rows(spec, changed, 0, len(exact), torch.float64), changed
 
 
-def _target(name: str, weight: Tensor, hessian: Tensor, moments: Moments, config: FrameQuantConfig) -> Tensor:
-    target = float_target(  # which alone holds the two matrices that it is given
-        weight,
-        hessian,
-        _beside(moments.drift(), weight),
-        _beside(moments.residual(name), weight),
-        config.float_targets,
-        config.residual_targets,
-    )
-    _require_finite(target, f"{name}: its calibration activations contain NaN or infinity.")
-    return target
+def _correlations(
+    weights: Mapping[str, Tensor], moments: Moments, config: FrameQuantConfig
+) -> dict[str, Tensor | None]:
+    drift = moments.drift() if config.float_targets else None
+    return {
+        name: correlation(
+            weight,
+            _beside(drift, weight),
+            _beside(moments.residual(name), weight),
+            config.float_targets,
+            config.residual_targets,
+        )
+        for name, weight in weights.items()
+    }
 
 
 def _spec(weight: Tensor, config: FrameQuantConfig, group: str, name: str) -> LinearSpec:
