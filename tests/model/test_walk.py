@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import framequant as fq
-from framequant.model import walk
+from framequant.model import streams
 from framequant.model.discovery import find_blocks
 from framequant.model.replay import Replay
-from framequant.model.walk import Stream, quantized_linears
+from framequant.model.streams import Stream
+from framequant.model.walk import quantized_linears
 from tests.model.architectures import ARCHITECTURES, OwnModel, make, output, t5
 
 CONFIG = fq.FrameQuantConfig(bits=4, redundancy=1.25)
@@ -246,7 +247,7 @@ def test_a_decoder_is_calibrated_on_its_quantized_encoder(tmp_path):
 def test_keeping_the_float_activations_changes_nothing(monkeypatch):
     codes = []
     for limit in (1 << 30, 0):
-        monkeypatch.setitem(walk.FLOAT_CACHE_BYTES, "cpu", limit)
+        monkeypatch.setitem(streams.FLOAT_CACHE_BYTES, "cpu", limit)
         model, data = make("llama")
         fq.quantize_(model, data, CONFIG)
         codes.append({name: layer.packed_codes for name, layer in quantized_linears(model).items()})
@@ -270,7 +271,7 @@ class OverwritingBlock(nn.Module):
 def test_activations_that_the_block_overwrites_are_not_kept(monkeypatch):
     codes = []
     for limit in (1 << 30, 0):
-        monkeypatch.setitem(walk.FLOAT_CACHE_BYTES, "cpu", limit)
+        monkeypatch.setitem(streams.FLOAT_CACHE_BYTES, "cpu", limit)
         torch.manual_seed(0)
         model = nn.Sequential(OverwritingBlock(), OverwritingBlock())
         holder = nn.Module()

@@ -16,27 +16,25 @@ Must not import layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 
 from framequant.errors import DiscoveryError
 from framequant.memory import free_bytes
 from framequant.model.capture import token_mask
 from framequant.model.discovery import linear_weight
-from framequant.model.replay import call_model, first_tensor
+from framequant.model.replay import call_model
+from framequant.model.sampled_loss import draw_labels, sampled_loss
 
 #: Tokens, or samples other than token sequences, of one backward pass.
 TOKENS_PER_PIECE = 4096
 SAMPLES_PER_PIECE = 32
-#: Tokens whose labels are drawn at once.
-LOGITS_AT_ONCE = 4096
 #: Tokens whose second moments are summed without leaving any out, on a CPU.
 TOKENS_IN_FULL = 8192
 
@@ -213,11 +211,9 @@ def _clean_labels(
     """Labels drawn from what the model says without noise; None for a model without logits."""
     state.noise, state.paused = 0.0, True
     with torch.no_grad():
-        logits = _logits(model, call_model(model, batch))
+        output = call_model(model, batch)
     state.paused = False
-    if logits is None:
-        return None
-    return torch.cat([_draw(rows, generator) for rows in _rows(logits, state.mask).split(LOGITS_AT_ONCE)])
+    return draw_labels(model, output, state.mask, generator)
 
 
 @contextmanager
@@ -357,71 +353,3 @@ def _noisy(output: Tensor, noise: float) -> Tensor:
         scale = (noise * output.float().square().mean(dim=-1, keepdim=True)).sqrt()
         error = torch.randn_like(output) * scale.to(output.dtype)
     return output + error
-
-
-def _rows(logits: Tensor, mask: Tensor | None) -> Float[Tensor, "tokens vocabulary"]:
-    flat = logits.reshape(-1, logits.shape[-1])
-    if mask is not None and mask.numel() == flat.shape[0]:
-        flat = flat[mask.to(flat.device)]
-    return flat
-
-
-def sampled_loss(
-    model: nn.Module,
-    output: Any,
-    mask: Tensor | None,
-    generator: torch.Generator,
-    labels: Tensor | None = None,
-) -> Float[Tensor, ""]:
-    """A scalar whose gradients have the Fisher information as covariance; see the module's text.
-
-    Args:
-        labels: class of each token that the mask leaves; drawn from the output itself if None.
-    """
-    logits = _logits(model, output)
-    if logits is not None:
-        flat = _rows(logits, mask)
-        pieces = flat.split(LOGITS_AT_ONCE)
-        chosen = [None] * len(pieces) if labels is None else labels.split(LOGITS_AT_ONCE)
-        losses = (
-            _label_loss(rows, _draw(rows, generator) if drawn is None else drawn)
-            for rows, drawn in zip(pieces, chosen, strict=True)
-        )
-        return sum(losses, start=flat.new_zeros(()).float())
-    hidden = first_tensor(list(output.values()) if isinstance(output, Mapping) else [output])
-    cotangent = torch.randn(hidden.shape, generator=generator).to(hidden)
-    if mask is not None and mask.numel() == hidden.shape[:-1].numel():  # padding's outputs are nobody's loss
-        cotangent *= mask.reshape(*hidden.shape[:-1], 1).to(hidden)
-    return (hidden * cotangent).float().sum()
-
-
-def skip_labels(batch: Any, mask: Tensor | None, generator: torch.Generator) -> None:
-    """Draw what ``sampled_loss`` would for a batch of token ids that another process runs, and forget it."""
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
-    if not isinstance(ids, Tensor) or ids.ndim != 2:
-        return
-    tokens = ids.numel() if mask is None else int(mask.sum())
-    for first in range(0, tokens, LOGITS_AT_ONCE):
-        torch.rand(min(LOGITS_AT_ONCE, tokens - first), 1, generator=generator)
-
-
-@torch.no_grad()
-def _draw(logits: Tensor, generator: torch.Generator) -> Int[Tensor, " tokens"]:
-    """A class for each token from the model's own distribution."""
-    draws = torch.rand(len(logits), 1, generator=generator).to(logits.device)
-    totals = logits.float().softmax(dim=-1).cumsum(dim=-1)
-    return (totals < draws * totals[:, -1:]).sum(dim=-1).clamp(max=logits.shape[-1] - 1)
-
-
-def _label_loss(logits: Tensor, labels: Int[Tensor, " tokens"]) -> Float[Tensor, ""]:
-    return functional.cross_entropy(logits.float(), labels, reduction="sum")
-
-
-def _logits(model: nn.Module, output: Any) -> Tensor | None:
-    """The logits of an output, or None for a model that ends in features."""
-    found = getattr(output, "logits", None)
-    if isinstance(found, Tensor):
-        return found
-    if isinstance(output, Tensor) and getattr(model, "num_classes", 0):
-        return output
-    return None

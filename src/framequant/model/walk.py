@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +21,6 @@ from framequant.errors import DiscoveryError, NumericalError
 from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
 from framequant.model import discovery, experts, mixture
-from framequant.model.activations import Activations
 from framequant.model.allocation import allocate_bits, at_rate
 from framequant.model.calibration import as_batches, to_device
 from framequant.model.capture import Seen, add_moments, observe, token_mask
@@ -33,6 +31,7 @@ from framequant.model.ranks import reduce_moments, require_batches
 from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.model.residence import Ledger, Residence
+from framequant.model.streams import FloatBlock, Stream
 from framequant.model.trace import Group, trace_block
 from framequant.quantizers.activations import SAMPLE_TOKENS, thinned, with_activation
 from framequant.quantizers.budget import Option
@@ -91,110 +90,6 @@ def quantize_(
     dtype = None if config.walk_dtype is None else getattr(torch, config.walk_dtype)
     with inference_mode(model), computed_in(model, dtype):
         return _Walk(model, batches, config, progress).run()
-
-
-class Calls(Sequence[Call]):
-    """What a block is called with for every batch, worked out anew at each access: only outputs are held."""
-
-    def __init__(self, count: int, make: Callable[[int], Call]) -> None:
-        self._count, self._make = count, make
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, number: Any) -> Any:
-        if not 0 <= number < self._count:
-            raise IndexError(number)
-        return self._make(number)
-
-
-class Stream:
-    """One chain of activations: the outputs of the block just done, and of the last block of each chain before."""
-
-    def __init__(
-        self, replay: Replay, batches: list[Any], new_store: Callable[[str], Activations] | None = None
-    ) -> None:
-        self._replay, self._batches = replay, batches
-        self._new_store = new_store or (lambda name: Activations(name=name))
-        self._outputs = self._new_store("blocks")
-        self._ends: dict[int, Activations] = {}
-
-    def call(self, index: int, number: int) -> Call:
-        """What block ``index`` is called with on batch ``number``; one past the last block ends in a run to the end."""
-        return self._replay.call(
-            index, self._batches[number], self._outputs.get(number), self._chain_ends(number)
-        )
-
-    def calls(self, index: int) -> Sequence[Call]:
-        """What block ``index`` is called with, for every batch."""
-        lazy = Calls(len(self._batches), lambda number: self.call(index, number))
-        return list(lazy) if self._outputs.resident else lazy
-
-    def advance(self, index: int, outputs: Iterable[Any]) -> None:
-        """Hold the outputs of block ``index`` for the next, each as soon as it is there."""
-        ends = self._new_store(f"end-{index}") if index in self._replay.chain_ends else None
-        for number, output in enumerate(outputs):
-            self._outputs.put(number, output)
-            if ends is not None:
-                ends.put(number, output)
-        if ends is not None:
-            self._ends[index] = ends
-
-    @contextmanager
-    def behind_blocks(self, number: int) -> Iterator[None]:
-        """A model that skips its blocks: the last one gives its stored output on batch ``number``."""
-        with self._replay.stubs(self._outputs.get(number), self._chain_ends(number)):
-            yield
-
-    def _chain_ends(self, number: int) -> dict[int, Any]:
-        return {index: store.get(number) for index, store in self._ends.items()}
-
-
-#: Bytes of a float block's activations that are kept while its quantized twin is worked on.
-FLOAT_CACHE_BYTES = {"cpu": 2 << 30, "cuda": 8 << 30}
-
-
-class FloatBlock:
-    """The float model's copy of a block on the float model's own activations.
-
-    Its activations do not change while the linears of its twin are quantized one after another, so one run shows
-    all of them; they are kept where they fit, and shown again by further runs where they do not.
-    """
-
-    def __init__(self, block: nn.Module, calls: Sequence[Call], cache_bytes: int | None = None) -> None:
-        self._block, self._calls, self._cache_bytes = block, calls, cache_bytes
-        self._seen: list[Seen] = []
-
-    def remember(self, groups: list[Group]) -> None:
-        """Run the block once for all groups, if what they read fits into ``FLOAT_CACHE_BYTES``.
-
-        A block that goes on to write to these tensors in place is run again for every stage instead.
-        """
-        if not groups:
-            return
-        hidden = self._calls[0].hidden
-        features = sum(
-            group.calls * discovery.linear_weight(self._block.get_submodule(group.name)).shape[1]
-            + hidden.shape[-1] * sum(len(terms) for terms in group.streams.values())
-            for group in groups
-        )
-        tokens = sum(call.hidden.numel() // call.hidden.shape[-1] for call in self._calls)
-        limit = self._cache_bytes
-        if limit is None:
-            limit = FLOAT_CACHE_BYTES.get(hidden.device.type, FLOAT_CACHE_BYTES["cpu"])
-        if tokens * features * hidden.element_size() <= limit:
-            seen = [observe(self._block, call, groups, to_the_end=True) for call in self._calls]
-            self._seen = [] if any(one.overwritten for one in seen) else seen
-
-    def seen(self, number: int, stage: list[Group]) -> Seen:
-        """What the groups of a stage read, and their residual terms, on batch ``number``."""
-        return self._seen[number] if self._seen else observe(self._block, self._calls[number], stage)
-
-    def outputs(self) -> Iterator[Any]:
-        """The block's outputs on every batch, one after the other."""
-        if self._seen:
-            return (seen.output for seen in self._seen)
-        return (call.run(self._block) for call in self._calls)
 
 
 class _Walk:

@@ -20,8 +20,9 @@ from framequant.model import discovery
 from framequant.model.data_free import quantize_data_free
 from framequant.model.replay import Call, Replay, call_model, inference_mode
 from framequant.model.report import QuantizationReport
+from framequant.model.streams import FloatBlock, Stream
 from framequant.model.trace import Group
-from framequant.model.walk import FloatBlock, Stream, _Walk, release_decoded, untie
+from framequant.model.walk import _Walk, release_decoded, untie
 from framequant.quantizers.hessian import Moments
 
 #: What each setting that needs data becomes without.

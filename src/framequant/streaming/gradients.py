@@ -33,12 +33,11 @@ from framequant.model.gradients import (
     OutputGradients,
     fast_pass,
     pieces_of,
-    sampled_loss,
-    skip_labels,
     watched,
 )
 from framequant.model.ranks import Ranks
 from framequant.model.replay import Replay, call_model, first_tensor, with_hidden
+from framequant.model.sampled_loss import sampled_loss, skip_labels
 
 
 @dataclass

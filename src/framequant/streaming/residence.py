@@ -35,7 +35,7 @@ from framequant.model.replay import (
     with_hidden,
 )
 from framequant.model.residence import BlockRecord, Residence
-from framequant.model.walk import Stream
+from framequant.model.streams import Stream
 from framequant.streaming.gradients import Gathered, GradientFiles, StreamedPass, clear, conclude
 from framequant.streaming.journal import Journal, record_of
 from framequant.streaming.plan import MemoryLimits, MemoryPlan, block_bytes, plan_memory, rounding_bytes
