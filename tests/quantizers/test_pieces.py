@@ -25,7 +25,7 @@ def test_rows_and_hessians_in_pieces(monkeypatch):
     monkeypatch.setattr(weight, "LARGE", 4)
     monkeypatch.setattr(weight, "PIECE_ROWS", 5)
     monkeypatch.setattr(group_rounding, "PIECE_BYTES", 3 * 27 * 8)
-    assert len(group_rounding._pieces(0, 17, 27)) > 4
+    assert len(group_rounding._pieces(0, 17, torch.empty(17, 27))) > 4
     pieces = quantize_group(weights, moments(), configs, "a")
     for name in weights:
         for part, tensor in whole[name].tensors.items():
@@ -43,8 +43,18 @@ def test_moments_that_nobody_needs_any_more_are_let_go():
     assert used.drift_sum is None
 
 
+def test_short_memory_makes_smaller_pieces(monkeypatch):
+    matrix = torch.empty(64, 1024)
+    monkeypatch.setattr(group_rounding, "free_bytes", lambda device: 1 << 40)
+    assert group_rounding._pieces(0, 64, matrix) == [(0, 64)]
+    monkeypatch.setattr(group_rounding, "free_bytes", lambda device: 8 * 1024 * 32 * 4)
+    assert group_rounding._pieces(0, 64, matrix)[:2] == [(0, 4), (4, 8)]
+    monkeypatch.setattr(group_rounding, "free_bytes", lambda device: 0)
+    assert len(group_rounding._pieces(0, 64, matrix)) == 64
+
+
 def test_pieces_cover_all_rows():
     for first, last in ((0, 10), (3, 4), (5, 5), (0, 1000)):
-        pieces = group_rounding._pieces(first, last, 1 << 20)
+        pieces = group_rounding._pieces(first, last, torch.empty(1, 1 << 20))
         rows = [row for a, b in pieces for row in range(a, b)]
         assert rows == list(range(first, last))

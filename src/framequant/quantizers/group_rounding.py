@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from framequant.config import ColumnOrder, FrameQuantConfig, Rounding
+from framequant.memory import free_bytes
 from framequant.quantizers.coders import ScalarCoder
 from framequant.quantizers.hessian import FeedbackFactor, damped_, feedback_factor
 from framequant.quantizers.refine import refine_codes
@@ -22,8 +23,10 @@ from framequant.quantizers.rounding import round_ldlq, round_nearest
 from framequant.quantizers.trellis_coder import TrellisCoder
 from framequant.quantizers.two_sided import round_two_sided, unit_factor
 
-#: Rows are rounded in pieces of at most so many bytes in float64: rounding works on eight such copies.
+#: Rows are rounded in pieces of at most so many bytes in float64, and of at most this share of the free memory:
+#: rounding works on eight such copies.
 PIECE_BYTES = 1 << 30
+PIECE_SHARE = 1 / 32
 
 
 class RowShare(Protocol):
@@ -109,7 +112,7 @@ def _round_rows(
     first, last = (0, len(stacked)) if share is None else share.bounds(len(stacked))
     factor = feedback_factor(ordered, config.damping, name)
     rounded = torch.empty_like(stacked[first:last])
-    pieces = _pieces(first, last, stacked.shape[1])
+    pieces = _pieces(first, last, stacked)
     for a, b in pieces:
         part = coder.part(a, b)
         rounded[a - first : b - first] = round_ldlq(
@@ -127,9 +130,11 @@ def _round_rows(
     return share.gather_rows(rounded, len(stacked)), factor
 
 
-def _pieces(first: int, last: int, columns: int) -> list[tuple[int, int]]:
-    """Ranges of rows whose float64 copies take at most ``PIECE_BYTES``, and about as many rows each."""
-    count = max(-(-(last - first) * columns * 8 // PIECE_BYTES), 1)
+def _pieces(first: int, last: int, matrix: Tensor) -> list[tuple[int, int]]:
+    """Ranges of rows of about the same number, small enough for memory; they decide nothing but the time."""
+    limit = max(min(PIECE_BYTES, int(free_bytes(matrix.device) * PIECE_SHARE)), 8 * matrix.shape[1])
+    count = max(-(-(last - first) * matrix.shape[1] * 8 // limit), 1)
+    count = min(count, max(last - first, 1))
     edges = [first + (last - first) * index // count for index in range(count + 1)]
     return list(itertools.pairwise(edges))
 
