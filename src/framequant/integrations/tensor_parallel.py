@@ -94,11 +94,12 @@ def shard_spec(spec: LinearSpec, shard: Shard) -> LinearSpec:
 
 
 def shard_tensor(spec: LinearSpec, shard: Shard, name: str, whole: Tensor) -> Tensor:
-    """A shard's part of a stored tensor, a view; tensors with one row, such as one scale for all, stay whole."""
-    size, rows = len(whole), spec.coefficient_shape[0]
-    if size == 1 and rows > 1:
+    """A shard's part of a stored tensor, a view; what belongs to no row (one scale, steps of activations) whole."""
+    (size, *_), _ = storage.layout(shard_spec(spec, shard))[name]
+    if len(whole) == size:
         return whole
-    unit = spec.code.tile_rows if isinstance(spec.code, TrellisSpec) and size < rows else 1
+    by_tiles = isinstance(spec.code, TrellisSpec) and len(whole) < spec.coefficient_shape[0]
+    unit = spec.code.tile_rows if by_tiles else 1
     return whole[shard.start // unit : -(-shard.stop // unit)]
 
 

@@ -6,8 +6,8 @@ apart in the file; the fused layer here holds one *part* for each and transforms
 their input frames are equal. Codes never become a dense weight.
 
 Under tensor parallelism a rank holds whole rows of D (``integrations/tensor_parallel.py``); pipeline and data
-parallelism divide nothing inside a linear. ``tests/integrations/vllm_real.py`` runs this module in vLLM's own linear
-layers, on the CPU, where vLLM is installed; the other tests use stand-ins of its classes.
+parallelism divide nothing inside a linear. ``make test-vllm`` runs this module in vLLM's own linear layers,
+on the CPU; other tests use stand-ins of its classes.
 """
 
 from __future__ import annotations
