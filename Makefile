@@ -1,13 +1,14 @@
 # `make demo` and `make test` on a fresh machine: Python 3.11 and pip, nothing else.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
+MINOR := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 DOCS := .venv-docs
 DOCS_READY := $(DOCS)/.ready
 
-.PHONY: demo test test-all lint format docs figures clean
+.PHONY: demo test test-all test-oldest test-vllm lint format docs figures clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +24,20 @@ test: $(READY)  ## the test suite, without the slow tests
 
 test-all: $(READY)  ## everything that runs without a GPU
 	$(BIN)/python -m pytest -q -m "not gpu"
+
+# Environments that see the packages of $(VENV) and put a few of their own before them.
+.venv-%/.ready: requirements-%.lock $(READY)
+	$(PYTHON) -m venv .venv-$*
+	printf '%s\n' "$(CURDIR)/src" "$(CURDIR)/$(VENV)/lib/python$(MINOR)/site-packages" \
+		> .venv-$*/lib/python$(MINOR)/site-packages/below.pth
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-installed -r $<
+	touch $@
+
+test-oldest: .venv-oldest/.ready  ## models and integrations with the oldest transformers that is supported
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n 2 -m "not slow and not gpu" tests/integrations tests/model
+
+test-vllm: .venv-vllm/.ready  ## the plugin in vLLM's own classes, on the CPU (Linux, x86-64)
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/integrations/test_vllm_real.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -45,4 +60,4 @@ figures: $(DOCS_READY)  ## the figures of the documentation, from the CSV files 
 	$(DOCS)/bin/python docs/make_figures.py
 
 clean:
-	rm -rf $(VENV) $(DOCS) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS) .venv-oldest .venv-vllm build dist .pytest_cache .mypy_cache .ruff_cache

@@ -84,17 +84,40 @@ def codes() -> None:
     save(figure, "codes")
 
 
+#: Colour and marker of every preset and its variants.
+LOOKS = {
+    "framequant": "o",
+    "framequant-scalar": "s",
+    "framequant-paper": "D",
+    "quip": "^",
+    "gptq": "v",
+    "rtn": "X",
+}
+
+
 def quality() -> None:
-    """Quality against measured bits, of every row of the two main tables."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.2))
-    for axis, file, key in ((left, "main_smollm2", "ratio"), (right, "main_deit_tiny", "top1")):
-        for row in read(f"experiments/results/{file}.csv"):
-            if row["row"] != "float":
-                x, y = float(row["bits_per_weight"]), float(row[key])
-                axis.plot(x, y, "o", color="tab:blue", markersize=4)
-                name = row["row"].replace("clip_coefficients=true", "clamped").replace("redundancy", "r")
-                axis.annotate(name, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axis.margins(x=0.25)
+    """Quality against measured bits, of every row of the tables."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(7.2, 3.4))
+    panels = (
+        (left, ["main_smollm2"], "ratio"),
+        (right, ["main_deit_tiny", "deit_tiny_trellis"], "top1"),
+    )
+    for axis, files, key in panels:
+        for row in (row for file in files for row in read(f"experiments/results/{file}.csv")):
+            preset, _, variant = row["row"].partition(":")
+            if preset == "float":
+                continue
+            index = list(LOOKS).index(preset)
+            hollow = "clip_coefficients" in variant
+            axis.plot(
+                float(row["bits_per_weight"]),
+                float(row[key]),
+                LOOKS[preset],
+                color=f"C{index}",
+                fillstyle="none" if hollow else "full",
+                markersize=6,
+            )
+        axis.margins(x=0.1)
         axis.set_xlabel("measured bits per weight")
     left.set(yscale="log", ylabel="perplexity ÷ float", title="SmolLM2-135M")
     top1 = next(
@@ -102,6 +125,14 @@ def quality() -> None:
     )
     right.axhline(top1, color="black", linestyle=":")
     right.set(ylabel="top-1, %", title="DeiT-Tiny (float dotted)")
+    handles = [
+        plt.Line2D([], [], linestyle="", marker=marker, color=f"C{index}", label=name)
+        for index, (name, marker) in enumerate(LOOKS.items())
+    ]
+    handles.append(
+        plt.Line2D([], [], linestyle="", marker="D", fillstyle="none", color="C2", label="… clamped")
+    )
+    figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.02), ncols=4, frameon=False)
     save(figure, "quality")
 
 

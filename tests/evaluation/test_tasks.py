@@ -42,7 +42,6 @@ def test_without_lm_eval_the_command_is_in_the_message(monkeypatch, tmp_path):
     assert "framequant[eval]" in result.output.replace("\n", "")
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of lm-eval's dependencies
 def test_tasks_of_local_files_are_measured(folder, tmp_path):
     pytest.importorskip("lm_eval", reason=f"lm-eval is not installed: {tasks.INSTALL}")

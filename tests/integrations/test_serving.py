@@ -70,7 +70,6 @@ def _wait(process: subprocess.Popen, url: str, seconds: float, log: Path) -> Non
     pytest.fail("the server did not answer in time")
 
 
-@pytest.mark.slow
 def test_a_real_client_talks_to_the_server(directory, tmp_path):
     for package in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(package, reason=f"{package} is not installed: {serving.INSTALL}")

@@ -1,4 +1,4 @@
-"""The vLLM plugin against stand-ins of vLLM's documented classes; vLLM itself is not installed here."""
+"""The vLLM plugin against stand-ins of vLLM's classes; ``test_vllm_real.py`` runs it in vLLM's own where installed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 import framequant as fq
 from framequant.checkpoint import parse_quantization, read_json
-from framequant.integrations import vllm
+from framequant.integrations import vllm, vllm_layer
 from framequant.model.walk import quantized_linears
 from tests.conftest import ROOT
 from tests.model.architectures import make
@@ -33,17 +33,18 @@ class UnquantizedLinearMethod(LinearMethodBase):
 
 
 class LinearBase(nn.Module):
-    """As vLLM's: asks the config for a method, which makes the weights; ``divided`` as on two ranks."""
+    """As vLLM's: asks the config for a method, which makes the weights; ``outputs`` are those of this rank."""
 
-    def __init__(self, inputs, outputs, config, prefix, divided=False):
+    def __init__(self, inputs, outputs, config, prefix, rank=0, ranks=1):
         super().__init__()
+        self.tp_rank, self.tp_size = rank, ranks
         self.quant_method = config.get_quant_method(self, prefix)
         self.quant_method.create_weights(
             self,
             inputs,
-            [size // 2 for size in outputs] if divided else outputs,
-            inputs,
-            sum(outputs),
+            outputs,
+            inputs * ranks,
+            sum(outputs) * ranks,
             torch.float32,
             weight_loader=None,
         )
@@ -54,6 +55,8 @@ INTERFACE = SimpleNamespace(
     LinearMethodBase=LinearMethodBase,
     UnquantizedLinearMethod=UnquantizedLinearMethod,
     LinearBase=LinearBase,
+    get_tensor_model_parallel_world_size=lambda: 2,
+    tensor_model_parallel_all_gather=None,
 )
 #: name in the checkpoint, name in vLLM, shard: the table that every Llama-like model of vLLM has.
 STACKED = [
@@ -127,8 +130,8 @@ def test_the_common_input_is_transformed_once(checkpoint, monkeypatch):
     config, calls = make_config(data), []
     layer = LinearBase(48, [48, 24, 24], config, "model.layers.1.self_attn.qkv_proj")
     load({"model.layers.1.self_attn.qkv_proj": layer}, tensors)
-    analysis = vllm.reference.analysis
-    monkeypatch.setattr(vllm.reference, "analysis", lambda *a: calls.append(1) or analysis(*a))
+    analysis = vllm_layer.reference.analysis
+    monkeypatch.setattr(vllm_layer.reference, "analysis", lambda *a: calls.append(1) or analysis(*a))
     layer.quant_method.apply(layer, torch.randn(2, 48))
     assert len(calls) == 1
 
@@ -147,10 +150,12 @@ def test_what_is_not_quantized_is_left_to_vllm(checkpoint):
 def test_what_cannot_be_served_is_refused(checkpoint):
     data = checkpoint[2]
     config = make_config(data)
-    with pytest.raises(fq.ConfigError, match="tensor-parallel-size 1"):
-        LinearBase(48, [48, 24, 24], config, "model.layers.0.self_attn.qkv_proj", divided=True)
+    with pytest.raises(fq.ConfigError, match="among 3 ranks of its own"):
+        LinearBase(48, [16, 8, 8], config, "model.layers.0.self_attn.qkv_proj", ranks=3)
     with pytest.raises(fq.CheckpointError, match="vLLM 48"):
         LinearBase(48, [48, 24, 96], config, "model.layers.0.self_attn.qkv_proj")
+    with pytest.raises(fq.CheckpointError, match="on each of 2 ranks"):
+        LinearBase(48, [16, 8, 8], config, "model.layers.0.self_attn.qkv_proj", ranks=2)
     layer = LinearBase(80, [48], config, "model.layers.0.mlp.down_proj")
     with pytest.raises(fq.CheckpointError, match=r"down_proj\.packed_codes is missing"):
         load({"model.layers.0.mlp.down_proj": layer}, {})
@@ -169,6 +174,7 @@ def test_the_entry_point_registers_the_config(monkeypatch):
     registered = {}
     names = [
         "vllm",
+        "vllm.distributed",
         "vllm.model_executor",
         "vllm.model_executor.layers",
         "vllm.model_executor.layers.linear",
@@ -178,10 +184,12 @@ def test_the_entry_point_registers_the_config(monkeypatch):
     for name in names:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     for key in ("LinearBase", "LinearMethodBase", "UnquantizedLinearMethod"):
-        setattr(sys.modules[names[3]], key, getattr(INTERFACE, key))
-    sys.modules[names[5]].QuantizationConfig = QuantizationConfig
-    sys.modules[names[4]].QUANTIZATION_METHODS = registered
-    sys.modules[names[4]].register_quantization_config = lambda name: (
+        setattr(sys.modules[names[4]], key, getattr(INTERFACE, key))
+    for key in ("get_tensor_model_parallel_world_size", "tensor_model_parallel_all_gather"):
+        setattr(sys.modules[names[1]], key, getattr(INTERFACE, key))
+    sys.modules[names[6]].QuantizationConfig = QuantizationConfig
+    sys.modules[names[5]].QUANTIZATION_METHODS = registered
+    sys.modules[names[5]].register_quantization_config = lambda name: (
         lambda cls: registered.setdefault(name, cls)
     )
     entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"][

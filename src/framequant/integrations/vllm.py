@@ -5,13 +5,9 @@ config named ``framequant``, so that ``vllm serve DIR`` needs no flag. What vLLM
 apart in the file; the fused layer here holds one *part* for each and transforms their common input once where
 their input frames are equal. Codes never become a dense weight.
 
-Tensor parallelism is refused: a frame mixes all features of its side, so a shard's rows or columns of W are no rows
-or columns of D. ``docs/ecosystem.md`` has the plan (frame blocks local to a shard). Pipeline and data parallelism
-divide nothing inside a linear.
-
-The classes are made against vLLM's documented interface (``QuantizationConfig``, ``LinearMethodBase``); the tests
-run them against stand-ins of it, since vLLM's wheel is too large for the test machine. vLLM itself has not been run
-with this module.
+Under tensor parallelism a rank holds whole rows of D (``integrations/tensor_parallel.py``); pipeline and data
+parallelism divide nothing inside a linear. ``make test-vllm`` runs this module in vLLM's own linear layers,
+on the CPU; other tests use stand-ins of its classes.
 """
 
 from __future__ import annotations
@@ -24,8 +20,7 @@ from torch import Tensor, nn
 from framequant import checkpoint, storage
 from framequant.checkpoint import QUANT_METHOD, QuantizationEntry
 from framequant.errors import CheckpointError, ConfigError
-from framequant.kernels import reference
-from framequant.layers import FrameLinear
+from framequant.integrations.vllm_layer import FusedParts, find_partition
 from framequant.spec import LinearSpec
 
 #: Fused modules of vLLM's models and the checkpoint's names of their parts, where a model does not say itself.
@@ -60,28 +55,6 @@ def part_names(prefix: str, linears: dict[str, LinearSpec], fused: dict[str, Any
     return found
 
 
-class FusedParts(nn.Module):
-    """The quantized linears that one layer of vLLM stands for; their outputs lie side by side."""
-
-    def __init__(self, specs: dict[str, LinearSpec]) -> None:
-        super().__init__()
-        self.names = list(specs)
-        self.parts = nn.ModuleList(FrameLinear(spec) for spec in specs.values())
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Apply all parts; parts with equal input frames share one transform of the input."""
-        transformed: dict[Any, Tensor] = {}
-        outputs = []
-        for part in self.parts:
-            frame_in, frame_out = part.frames
-            key = part.spec.frame_in, part.spec.activation  # steps of linears that share an input are equal
-            if key not in transformed:
-                transformed[key] = reference.coefficients(part.spec, part.tensors, frame_in, inputs)
-            products = reference.product(transformed[key], part.spec, part.tensors)
-            outputs.append(reference.synthesis(frame_out, products))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
-
-
 #: vLLM names the shard of a fused layer that a loaded tensor belongs to by letter or by number.
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 
@@ -104,7 +77,7 @@ def make_classes(interface: Any) -> tuple[type, type]:
     """The quantization config and the linear method, as classes of vLLM's.
 
     Args:
-        interface: what holds vLLM's ``QuantizationConfig``, ``LinearMethodBase`` and ``LinearBase``.
+        interface: what holds the names that ``register`` imports from vLLM.
 
     Returns:
         The config class, to be registered, and the linear method.
@@ -127,8 +100,16 @@ def make_classes(interface: Any) -> tuple[type, type]:
             **extra: Any,
         ) -> None:
             """Register one parameter per stored tensor name; its loader fills the part that vLLM names."""
-            check_partition(self.specs, input_size_per_partition, output_partition_sizes, input_size)
-            layer.framequant = FusedParts(self.specs)
+            rank, ranks = getattr(layer, "tp_rank", 0), getattr(layer, "tp_size", 1)
+            partition = find_partition(
+                self.specs, input_size_per_partition, list(output_partition_sizes), rank, ranks
+            )
+            if partition.ranks > 1 and ranks != interface.get_tensor_model_parallel_world_size():
+                raise ConfigError(
+                    f"{next(iter(self.specs))}: vLLM divides it among {ranks} ranks of its own, which is not "
+                    "supported; use the same tensor parallelism everywhere."
+                )
+            layer.framequant = FusedParts(self.specs, partition, interface.tensor_model_parallel_all_gather)
             names = {part for spec in self.specs.values() for part in storage.layout(spec)}
             for name in sorted(names):
                 placeholder = nn.Parameter(torch.empty(0), requires_grad=False)
@@ -139,10 +120,7 @@ def make_classes(interface: Any) -> tuple[type, type]:
 
         def process_weights_after_loading(self, layer: nn.Module) -> None:
             """Check that every stored tensor came, and drop the placeholders."""
-            for name, part in zip(layer.framequant.names, layer.framequant.parts, strict=True):
-                missing = sorted(set(part.tensors) - getattr(part, "_loaded", set()))
-                if missing:
-                    raise CheckpointError(f"{name}.{missing[0]} is missing from the checkpoint.")
+            layer.framequant.check_loaded()
             for name in [key for key, _ in layer.named_parameters(recurse=False) if key != "bias"]:
                 delattr(layer, name)
 
@@ -200,45 +178,11 @@ def make_classes(interface: Any) -> tuple[type, type]:
     return FrameQuantVllmConfig, FrameQuantLinearMethod
 
 
-def check_partition(
-    specs: dict[str, LinearSpec], input_size_per_partition: int, output_sizes: list[int], input_size: int
-) -> None:
-    """Check that a layer's shapes are its parts', undivided.
-
-    Raises:
-        ConfigError: the layer is divided among ranks.
-        CheckpointError: the shapes differ.
-    """
-    first = next(iter(specs))
-    if any(storage.holds_bias(spec) for spec in specs.values()):
-        raise ConfigError(
-            f"{first}: its code holds the bias, which vLLM keeps itself; use quantize_bias = false."
-        )
-    if input_size_per_partition != input_size or sum(output_sizes) < sum(
-        s.out_features for s in specs.values()
-    ):
-        raise ConfigError(
-            f"{first}: tensor parallelism needs frame blocks that are local to a shard, which this checkpoint does "
-            "not have. Use --tensor-parallel-size 1; pipeline and data parallelism work."
-        )
-    shapes = [(spec.in_features, spec.out_features) for spec in specs.values()]
-    if shapes != [(input_size, size) for size in output_sizes]:
-        raise CheckpointError(f"{first}: the checkpoint has {shapes}, vLLM {input_size} × {output_sizes}.")
-
-
 def _loader(parts: FusedParts, name: str) -> Any:
     """VLLM's ``weight_loader`` of one stored tensor: put it into the part that the shard names."""
 
     def load(parameter: nn.Parameter, loaded: Tensor, shard: Any = None) -> None:
-        number = shard_number(shard)
-        part, owner = parts.parts[number], parts.names[number]
-        expected = part.tensors.get(name)
-        if expected is None or expected.shape != loaded.shape or expected.dtype != loaded.dtype:
-            raise CheckpointError(
-                f"{owner}.{name}: {loaded.dtype} {tuple(loaded.shape)} does not fit its scheme."
-            )
-        expected.copy_(loaded)
-        part._loaded = getattr(part, "_loaded", set()) | {name}
+        parts.load(shard_number(shard), name, loaded)
 
     return load
 
@@ -257,6 +201,7 @@ def register() -> None:
     """Entry point ``vllm.general_plugins``: make vLLM know framequant; harmless when repeated."""
     from types import SimpleNamespace
 
+    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
     from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
     from vllm.model_executor.layers.quantization import (
         QUANTIZATION_METHODS,
@@ -271,5 +216,7 @@ def register() -> None:
         LinearMethodBase=LinearMethodBase,
         UnquantizedLinearMethod=UnquantizedLinearMethod,
         QuantizationConfig=QuantizationConfig,
+        get_tensor_model_parallel_world_size=get_tensor_model_parallel_world_size,
+        tensor_model_parallel_all_gather=tensor_model_parallel_all_gather,
     )
     register_quantization_config(QUANT_METHOD)(make_classes(interface)[0])
