@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from framequant import storage
 from framequant.codes.trellis import TrellisSpec
 from framequant.errors import ConfigError
 from framequant.frames import FrameKind, FrameSpec
