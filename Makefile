@@ -33,8 +33,10 @@ test-all: $(READY)  ## everything that runs without a GPU
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-installed -r $<
 	touch $@
 
+OLDEST ?= tests/integrations tests/model
+
 test-oldest: .venv-oldest/.ready  ## models and integrations with the oldest transformers that is supported
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n 2 -m "not slow and not gpu" tests/integrations tests/model
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n 2 -m "not slow and not gpu" $(OLDEST)
 
 test-vllm: .venv-vllm/.ready  ## the plugin in vLLM's own classes, on the CPU (Linux, x86-64)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/integrations/test_vllm_real.py
