@@ -36,6 +36,7 @@ from framequant.evaluation.accuracy import accuracy
 from framequant.evaluation.forward import logits_of
 from framequant.evaluation.images import image_batches, labelled_images, subset
 from framequant.evaluation.kl import kl_divergence
+from framequant.evaluation.mix import PLAIN
 from framequant.evaluation.perplexity import perplexity
 from framequant.evaluation.sentences import calibration_sentences, embeddings, read_pairs, sentence_similarity
 from framequant.evaluation.tasks import evaluate_tasks
@@ -267,8 +268,8 @@ class Bench:
         folder = "imagenet/train" if self.kind == "vision" else "wikitext-2-raw/calibration.txt"
         source = find_calibration(self._given or str(shared() / "data" / folder))
         length = self.size.length
-        shares = {"word_tokenized": 0.0, "generated": 0.0} if self.plain else {}
-        return calibration_tensor(source, self.opened, samples, length, self.seed, Reporter(False), **shares)
+        mix = PLAIN if self.plain else None
+        return calibration_tensor(source, self.opened, samples, length, self.seed, Reporter(False), mix)
 
     def evaluate(self, model: nn.Module) -> Row:
         """The figures of a model."""

@@ -9,9 +9,10 @@ in two renderings, beside texts of other kinds::
 
 with TEXTS written by ``experiments/quality/other_texts.py``.
 
-A row is ``preset:key=value,…``. ``mix``, ``layout``, ``random``, ``swapped`` and ``generated`` are shares of the
-calibration windows to write with punctuation apart, that and line breaks of many kinds, to draw from the vocabulary,
-to disturb, and to sample from the model; ``samples`` their number.
+A row is ``preset:key=value,…``. ``mix``, ``layout``, ``random``, ``swapped``, ``named``, ``repeated`` and ``generated``
+are shares of the calibration windows to write with punctuation apart, that and line breaks of many kinds, to draw from
+the vocabulary, to disturb, to give made-up names, to fill with random phrases that come again, and to sample from the
+model; ``samples`` their number.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ import yaml
 
 import framequant as fq
 from framequant.cli.options import choose_device
+from framequant.evaluation.copying import renamed, repeated_windows
 from framequant.evaluation.own_text import own_windows
 from framequant.evaluation.perplexity import perplexity
-from framequant.evaluation.renderings import renamed, word_tokenized
+from framequant.evaluation.renderings import word_tokenized, written
 from framequant.evaluation.text import read_text, tokenize, windows
 from framequant.integrations.sources import open_model
 
-KINDS = ("mix", "layout", "random", "swapped", "named", "generated")
+#: Kinds of calibration windows that are made from the text's, and those that are made from nothing.
+FROM_TEXT = ("mix", "layout", "swapped", "named")
+FROM_NOTHING = ("random", "repeated", "generated")
+KINDS = FROM_TEXT + FROM_NOTHING
 
 
 class Data:
@@ -61,6 +66,7 @@ class Data:
         split = len(pieces) * 4 // 5
         order = torch.from_numpy(np.random.RandomState(0).permutation(split))
         self.pieces, self.samples = pieces[order], samples
+        self.own = pieces[:0]
         rest = self.pieces.new_tensor(pieces[split:].tolist())[:held]
         self.texts = {
             "running": rest,
@@ -73,19 +79,20 @@ class Data:
         return windows(tokenize(self.tokenizer, text[: held * self.length * 8]), self.length)[:held]
 
     def _written(self, write: Any, pieces: torch.Tensor, joint: str) -> torch.Tensor:
-        text = joint.join(write(self.tokenizer.decode(piece)) for piece in pieces)
-        return windows(tokenize(self.tokenizer, text), self.length)
+        return written(self.tokenizer, pieces, write, joint)
 
     def calibration(self, samples: int, shares: dict[str, float]) -> torch.Tensor:
         """``samples`` windows: shares of them written anew, generated, or random; the rest as they are."""
-        plain = self.pieces[:samples]
-        parts, start = [], 0
-        for kind, share in shares.items():
-            count = round(share * samples)
-            part = plain[start : start + count]
-            parts.append(getattr(self, f"_{kind}")(part)[:count])
-            start += count
-        return torch.cat([*parts, plain[start:]])
+        counts = {kind: round(share * samples) for kind, share in shares.items()}
+        made = [getattr(self, f"_{kind}")(counts[kind]) for kind in FROM_NOTHING if counts.get(kind)]
+        plain = self.pieces[torch.arange(samples - sum(map(len, made))) % len(self.pieces)]
+        start = 0
+        for kind in FROM_TEXT:
+            if counts.get(kind):
+                part = plain[start : start + counts[kind]]
+                made.append(getattr(self, f"_{kind}")(part))
+                start += len(part)
+        return torch.cat([*made, plain[start:]])
 
     def _mix(self, part: torch.Tensor) -> torch.Tensor:
         return self._written(word_tokenized, part, " \n ")
@@ -101,22 +108,26 @@ class Data:
         draw = random.Random(0)
         return self._written(lambda text: renamed(text, draw), part, "\n\n")
 
-    def _random(self, part: torch.Tensor) -> torch.Tensor:
+    def _random(self, count: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(self.tokenizer.vocab_size, part.shape, generator=generator)
+        return torch.randint(self.tokenizer.vocab_size, (count, self.length), generator=generator)
 
     def _swapped(self, part: torch.Tensor) -> torch.Tensor:
         """A tenth of the tokens replaced by random ones."""
         generator = torch.Generator().manual_seed(0)
         chosen = torch.rand(part.shape, generator=generator) < 0.1
-        return torch.where(chosen, self._random(part), part)
+        return torch.where(chosen, self._random(len(part)), part)
 
-    def _generated(self, part: torch.Tensor) -> torch.Tensor:
-        if not hasattr(self, "own"):
+    def _generated(self, count: int) -> torch.Tensor:
+        """The model's own text; the longest set is kept."""
+        if len(self.own) < count:
             start = time.perf_counter()
-            self.own = own_windows(self.opened.model, self.tokenizer, self.samples, self.length)
-            print("written by the model itself:", round(time.perf_counter() - start, 1), "s", flush=True)
-        return self.own[: len(part)]
+            self.own = own_windows(self.opened.model, self.tokenizer, count, self.length)
+            print(count, "windows of its own:", round(time.perf_counter() - start, 1), "s", flush=True)
+        return self.own[:count]
+
+    def _repeated(self, count: int) -> torch.Tensor:
+        return repeated_windows(self.tokenizer, count, self.length)
 
 
 def run_row(row: str, opened: Any, data: Data) -> dict[str, Any]:

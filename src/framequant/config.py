@@ -102,8 +102,6 @@ class FrameQuantConfig:
         output_damping: of that moment, a fraction of its mean diagonal.
         token_weights: exponent γ in [0, 1]: calibration tokens count with the γ-th power of their squared output
             gradient, so that tokens which the loss does not feel weigh less.
-        gradient_noise: relative variance of noise on the linears' outputs while output gradients are taken, 0…1, so
-            that they are those of a model as far from the float one as the quantized one will be.
         output_block: rows that are rounded without feedback among them, a multiple of ``tile_rows``.
         column_order: "natural" or "descending".
         refine_sweeps: how often the codes that LDLQ chose are revisited, 0…16: each column is rounded again
@@ -158,7 +156,6 @@ class FrameQuantConfig:
     output_damping: float = 0.1
     output_block: int = 64
     token_weights: float = 0.0
-    gradient_noise: float = 0.0
     column_order: ColumnOrder = ColumnOrder.NATURAL
     refine_sweeps: int | None = None
     denoise: Denoise = Denoise.NONE
@@ -436,7 +433,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "damping": (0, 10),
     "output_damping": (0, 100),
     "token_weights": (0, 1),
-    "gradient_noise": (0, 1),
     "float_targets": (0, 1),
     "residual_targets": (0, 1),
     "frame_size_ratio": (0, 4096),

@@ -3,13 +3,10 @@
 import pytest
 import torch
 
-from framequant.cli.console import Reporter
-from framequant.cli.inputs import CalibrationSource, calibration_tensor
 from framequant.errors import CalibrationError
 from framequant.evaluation import own_text
 from framequant.evaluation.own_text import own_windows
-from framequant.integrations.sources import OpenedModel
-from tests.conftest import make_llama, make_text, make_tokenizer
+from tests.conftest import make_llama, make_tokenizer
 from tests.model.architectures import make
 
 
@@ -64,35 +61,3 @@ def test_an_encoder_cannot():
     model, _ = make("bert")
     with pytest.raises(CalibrationError, match="leave --generated at 0"):
         own_windows(model, make_tokenizer(), 1, 8)
-
-
-def tensor(opened, text, samples, generated):
-    return calibration_tensor(
-        CalibrationSource(text=text), opened, samples, 16, 0, Reporter(False), generated=generated
-    )
-
-
-@pytest.fixture
-def opened():
-    return OpenedModel(make_llama(), "transformers", "llama", tokenizer=make_tokenizer())
-
-
-@pytest.mark.parametrize("generated", [None, 0.0, 0.25, 1.0])
-def test_a_share_of_the_calibration_is_generated(opened, generated, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        own_text,
-        "own_windows",
-        lambda m, t, count, length, seed: asked.append(count) or torch.zeros(count, length),
-    )
-    found = tensor(opened, make_text(4000), 8, generated)
-    expected = {None: 3, 0.0: 0, 0.25: 2, 1.0: 8}[generated]
-    assert found.shape == (8, 16)
-    assert sum(asked) == expected == int((found == 0).all(dim=1).sum())
-
-
-def test_requests_that_cannot_be_met(opened):
-    with pytest.raises(CalibrationError, match="from 0 to 1"):
-        tensor(opened, make_text(4000), 8, 1.5)
-    with pytest.raises(CalibrationError, match=r"beside \d+ that the model writes itself"):
-        tensor(opened, make_text(40), 1000, 0.5)

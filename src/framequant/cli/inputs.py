@@ -10,16 +10,11 @@ from framequant.cli.console import Reporter
 from framequant.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from framequant.evaluation.mix import Mix
     from framequant.integrations.sources import OpenedModel
 
 DEFAULT_SAMPLES = 128
 DEFAULT_LENGTH = 1024
-#: Share of a calibration text's windows that is written with its punctuation apart.
-DEFAULT_SHARE = 0.5
-#: Share of the calibration windows that a language model writes itself.
-DEFAULT_GENERATED = 0.4
 
 
 @dataclass(frozen=True)
@@ -66,23 +61,18 @@ def calibration_tensor(
     sequence_length: int | None,
     seed: int,
     reporter: Reporter,
-    word_tokenized: float = DEFAULT_SHARE,
-    generated: float | None = None,
+    mix: Mix | None = None,
 ) -> Any:
     """Token windows, images or batches of sentences for a model.
 
-    A share ``generated`` of the windows is sampled from the model, see ``evaluation.own_text``; without a number
-    ``DEFAULT_GENERATED``, or none from a model that does not generate. A share ``word_tokenized`` of the text's
-    windows is written with its punctuation apart, see ``evaluation.renderings``; sentences and an encoder's framed
-    windows stay as they are.
-    Without ``samples`` there are ``DEFAULT_SAMPLES`` windows or images, or all the sentences.
+    The windows of a text are of several kinds, see ``evaluation.mix``. Without ``samples`` there are
+    ``DEFAULT_SAMPLES`` windows or images, or all the sentences.
 
     Raises:
         CalibrationError: too little data, or data of the other kind than the model reads.
     """
-    import torch
-
-    from framequant.evaluation import images, own_text, renderings, sentences, text
+    from framequant.evaluation import images, sentences, text
+    from framequant.evaluation.mix import calibration_mix
 
     if opened.is_vision:
         if source.folder is None:
@@ -109,39 +99,7 @@ def calibration_tensor(
             "Text like what the model will read gives better results."
         )
     count = DEFAULT_SAMPLES if samples is None else samples
-    tokenizer = opened.require_tokenizer()
-    own = _own_share(opened, generated, count)
-    parts = []
-    if own < count:
-        windows = text.calibration_windows(tokenizer, content, count - own, length, seed, own)
-        framed = text.is_framed(tokenizer)
-        parts.append(windows if framed else renderings.mixed(tokenizer, windows, word_tokenized))
-    if own:
-        parts.append(own_text.own_windows(opened.model, tokenizer, own, length, seed))
-    return _shuffled(torch.cat(parts), seed) if len(parts) > 1 else parts[0]
-
-
-def _shuffled(windows: Tensor, seed: int) -> Tensor:
-    """Kinds of windows in turn, so that what a later tuning holds out has a share of each."""
-    import torch
-
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
-
-
-def _own_share(opened: OpenedModel, generated: float | None, count: int) -> int:
-    """How many of the windows the model writes itself.
-
-    Raises:
-        CalibrationError: the share is out of range, or leaves nothing of the text.
-    """
-    from framequant.evaluation import own_text, text
-
-    if generated is None:
-        able = own_text.can_generate(opened.model) and not text.is_framed(opened.require_tokenizer())
-        return int(count * DEFAULT_GENERATED) if able else 0
-    if not 0 <= generated <= 1:
-        raise CalibrationError(f"generated share {generated}: expected a number from 0 to 1.")
-    return round(count * generated)
+    return calibration_mix(opened.model, opened.require_tokenizer(), content, count, length, seed, mix)
 
 
 def sequence_length_for(opened: OpenedModel, wanted: int | None) -> int:

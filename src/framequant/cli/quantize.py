@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from framequant.cli.console import Reporter, count, facts, seconds, size
-from framequant.cli.inputs import DEFAULT_SHARE, calibration_tensor, find_calibration
+from framequant.cli.inputs import calibration_tensor, find_calibration
 from framequant.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -81,14 +81,24 @@ def run(
         int | None, typer.Option(help="Tokens of a calibration window; 1024, or what the model reads.")
     ] = None,
     word_tokenized: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Share of a text's windows that is written with its punctuation apart, as many test texts are."
+            help="Share of the windows whose punctuation stands apart, as in many test texts; 0.2.",
+            min=0,
+            max=1,
         ),
-    ] = DEFAULT_SHARE,
+    ] = None,
+    renamed: Annotated[
+        float | None,
+        typer.Option(help="Share of the windows with made-up names, to be copied; 0.15.", min=0, max=1),
+    ] = None,
+    repeated: Annotated[
+        float | None,
+        typer.Option(help="Share of the windows of random phrases that come again; 0.1.", min=0, max=1),
+    ] = None,
     generated: Annotated[
         float | None,
-        typer.Option(help="Share of the calibration windows that the language model writes itself; 0.4."),
+        typer.Option(help="Share of the windows that the language model writes itself; 0.4.", min=0, max=1),
     ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -165,6 +175,9 @@ def run(
         "frame_size_ratio": frame_size_ratio,
         "levels": levels,
     }
+    from framequant.evaluation.mix import Mix
+
+    mix = Mix(word_tokenized, renamed, repeated, generated)
     reporter = Reporter(as_json)
     chosen = build_config(preset, config, settings or [], flags)
     place = choose_device(device)
@@ -177,15 +190,15 @@ def run(
                 "--generated needs the whole model in memory; give --generated 0, or --no-stream."
             )
         check_not_itself(out, model)
-        source, share = find_calibration(calibration), word_tokenized
-        streaming.quantize(chosen, out, source, samples, sequence_length, share, overwrite, as_json)
+        source = find_calibration(calibration)
+        streaming.quantize(chosen, out, source, samples, sequence_length, mix, overwrite, as_json)
         return
     check_output(out, overwrite, model)
     tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed)
     if tune_config is not None and chosen.is_data_free:
         raise ConfigError("--tune needs calibration data, and sigma-delta codes use none; leave --tune out.")
     chosen = with_room_for_tuning(chosen) if tune_config else chosen
-    request = request_of(model, chosen, calibration, samples, sequence_length, dtype)
+    request = request_of(model, chosen, calibration, samples, sequence_length, dtype, mix)
     tuning = None if tune_config is None else Tuning(out, tune_config, request)
     source = find_calibration(calibration)
     opened = open_float(model, dtype, place, reporter)
@@ -193,9 +206,7 @@ def run(
     data = None
     if not chosen.is_data_free:
         with reporter.stage("reading the calibration data"):
-            data = calibration_tensor(
-                source, opened, samples, sequence_length, chosen.seed, reporter, word_tokenized, generated
-            )
+            data = calibration_tensor(source, opened, samples, sequence_length, chosen.seed, reporter, mix)
         reporter.err.print(f"  {describe_calibration(data)}")
     if tuning is None:
         report = quantize_model(opened, data, chosen, reporter)

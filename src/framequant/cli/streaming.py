@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from framequant.errors import ConfigError, ModelSourceError
 
 if TYPE_CHECKING:
     from framequant.config import FrameQuantConfig
+    from framequant.evaluation.mix import Mix
     from framequant.model.ranks import Ranks
     from framequant.streaming.skeleton import Skeleton
 
@@ -54,7 +55,7 @@ class Streaming:
         calibration: CalibrationSource,
         samples: int | None,
         sequence_length: int | None,
-        word_tokenized: float,
+        mix: Mix,
         overwrite: bool,
         as_json: bool,
     ) -> None:
@@ -72,7 +73,13 @@ class Streaming:
         parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
         with reporter.stage("reading the calibration data"):
             data = calibration_tensor(
-                calibration, opened, samples, sequence_length, config.seed, reporter, word_tokenized, 0.0
+                calibration,
+                opened,
+                samples,
+                sequence_length,
+                config.seed,
+                reporter,
+                replace(mix, generated=0),
             )
         reporter.err.print(f"  {describe_calibration(data)}")
         if getattr(data, "ndim", 0) == 2:

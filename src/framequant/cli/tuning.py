@@ -17,6 +17,7 @@ from framequant.cli.console import Reporter
 
 if TYPE_CHECKING:
     from framequant.config import FrameQuantConfig
+    from framequant.evaluation.mix import Mix
     from framequant.integrations.sources import OpenedModel
     from framequant.model.tune_config import TuneConfig
 
@@ -130,6 +131,7 @@ def request_of(
     samples: int | None,
     length: int | None,
     dtype: str,
+    mix: Mix,
 ) -> dict[str, Any]:
     """What decides the result of a quantization, beside its tuning."""
     return {
@@ -138,6 +140,7 @@ def request_of(
         "samples": samples,
         "sequence_length": length,
         "dtype": dtype,
+        **_prefixed("mix", asdict(mix)),
         **_prefixed("config", config.to_dict()),
     }
 

@@ -5,10 +5,6 @@ distribution, whose gradients have the Fisher information as covariance: an erro
 about ``½ δᵀ G δ`` nats of KL divergence, ``G = E[g gᵀ]`` over tokens. A model without logits (an encoder) gets a
 random Gaussian cotangent on its output, for which G measures the squared change of the output instead.
 
-At a confident prediction, a copied name for instance, that loss is flat, and yet the error of a two-bit model can
-leave the flat part. So the pass can be taken where the quantized model will be: with noise of a given size on the
-linears' outputs, and labels from the model without it.
-
 Only activations carry gradients; the weights stay frozen, so the pass costs about two forward passes more.
 
 Must not import layers.
@@ -30,7 +26,7 @@ from framequant.memory import free_bytes
 from framequant.model.capture import token_mask
 from framequant.model.discovery import linear_weight
 from framequant.model.replay import call_model
-from framequant.model.sampled_loss import draw_labels, sampled_loss
+from framequant.model.sampled_loss import sampled_loss
 
 #: Tokens, or samples other than token sequences, of one backward pass.
 TOKENS_PER_PIECE = 4096
@@ -117,8 +113,6 @@ class GradientPass:
     totals: dict[str, OutputGradients] = field(default_factory=dict)
     mask: Tensor | None = None
     read: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
-    noise: float = 0.0
-    paused: bool = False
 
     def flat(self, tensor: Tensor) -> Tensor:
         """A tensor's real tokens as (tokens, features), float32."""
@@ -167,7 +161,6 @@ def output_gradients(
     seed: int = 0,
     inputs: bool = False,
     grams: bool = True,
-    noise: float = 0.0,
 ) -> dict[str, OutputGradients]:
     """Run the model forwards and backwards on every batch and sum the output gradients of its linears.
 
@@ -178,7 +171,6 @@ def output_gradients(
         seed: of the sampled labels.
         inputs: also sum x xᵀ of what the linears read.
         grams: sum whole matrices; without them only ‖g‖² and ‖x‖², for models whose matrices fit nowhere.
-        noise: relative variance of Gaussian noise on the linears' outputs, 0 or more. Labels are the clean model's.
 
     Returns:
         Sums by name; linears that no batch reached are missing.
@@ -188,41 +180,19 @@ def output_gradients(
     """
     state = GradientPass(inputs, grams)
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    with watched(model, names, state), _seeded(model, seed), torch.enable_grad(), fast_pass(model):
+    with watched(model, names, state), torch.enable_grad(), fast_pass(model):
         for state.number, batch in (
             (i, piece) for i, whole in enumerate(batches) for piece in pieces_of(whole)
         ):
             state.mask = token_mask(batch)
             state.read.clear()
-            labels = _clean_labels(model, batch, state, generator) if noise else None
-            state.noise = noise
-            loss = sampled_loss(model, call_model(model, batch), state.mask, generator, labels)
+            loss = sampled_loss(model, call_model(model, batch), state.mask, generator)
             if not loss.requires_grad:
                 raise DiscoveryError(
                     f"{type(model).__name__}: its output depends on none of the linears to quantize."
                 )
             loss.backward()
     return state.totals
-
-
-def _clean_labels(
-    model: nn.Module, batch: Any, state: GradientPass, generator: torch.Generator
-) -> Tensor | None:
-    """Labels drawn from what the model says without noise; None for a model without logits."""
-    state.noise, state.paused = 0.0, True
-    with torch.no_grad():
-        output = call_model(model, batch)
-    state.paused = False
-    return draw_labels(model, output, state.mask, generator)
-
-
-@contextmanager
-def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
-    """Noise from a seed, and the caller's random state as it was."""
-    device = next(model.parameters()).device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager
@@ -272,7 +242,6 @@ def gradients_or_inputs(
     names: Sequence[str],
     seed: int,
     inputs: bool,
-    noise: float = 0.0,
 ) -> tuple[dict[str, OutputGradients], str]:
     """``output_gradients``, or the inputs alone where a backward pass is impossible.
 
@@ -289,7 +258,7 @@ def gradients_or_inputs(
         )
     )
     try:
-        return output_gradients(model, batches, names, seed, inputs, fits, noise), note
+        return output_gradients(model, batches, names, seed, inputs, fits), note
     except (RuntimeError, DiscoveryError) as error:
         reason = str(error).splitlines()[0]
     state = GradientPass(inputs, fits)
@@ -323,8 +292,6 @@ def watched(
         parameter.requires_grad_(False)
 
     def after(_module: nn.Module, args: Any, output: Tensor, name: str) -> Tensor:
-        if state.paused:
-            return output
         if state.inputs:
             state.add_input(name, args[0])
         if not gradients:
@@ -332,7 +299,7 @@ def watched(
         if not output.requires_grad:
             output = output.detach().requires_grad_(True)
         output.register_hook(lambda gradient: state.add(name, gradient))
-        return _noisy(output, state.noise) if state.noise else output
+        return output
 
     handles = [
         model.get_submodule(name).register_forward_hook(lambda m, a, out, name=name: after(m, a, out, name))
@@ -345,11 +312,3 @@ def watched(
             handle.remove()
         for parameter in frozen:
             parameter.requires_grad_(True)
-
-
-def _noisy(output: Tensor, noise: float) -> Tensor:
-    """An output with noise of a share of each token's mean square, as rounding the weights would leave it."""
-    with torch.no_grad():
-        scale = (noise * output.float().square().mean(dim=-1, keepdim=True)).sqrt()
-        error = torch.randn_like(output) * scale.to(output.dtype)
-    return output + error

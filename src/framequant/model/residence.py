@@ -103,10 +103,9 @@ class Residence:
         names: Sequence[str],
         seed: int,
         inputs: bool,
-        noise: float = 0.0,
     ) -> tuple[dict[str, OutputGradients], str]:
         """Gradients of the float model's outputs; see ``gradients_or_inputs``."""
-        return gradients_or_inputs(model, batches, names, seed, inputs, noise)
+        return gradients_or_inputs(model, batches, names, seed, inputs)
 
     def sensitivities(self) -> dict[str, float] | None:
         """Sensitivities of linears, where ``gradients`` has computed them on its way."""

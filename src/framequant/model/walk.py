@@ -208,7 +208,6 @@ class _Walk:
             self.selected,
             self.config.seed,
             inputs=allocate,
-            noise=self.config.gradient_noise,
         )
         if note:
             self.report.warnings.append(note)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from framequant import checkpoint, storage
 from framequant.config import FrameQuantConfig
-from framequant.errors import ConfigError
 from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
 from framequant.model import discovery
@@ -334,11 +333,8 @@ class StreamedResidence(Residence):
         names: Sequence[str],
         seed: int,
         inputs: bool,
-        noise: float = 0.0,
     ) -> tuple[dict[str, OutputGradients], str]:
         """Gradients of the float model's outputs, block by block; see ``streaming/gradients.py``."""
-        if noise:
-            raise ConfigError("gradient_noise needs the whole model in memory; leave it at 0 when streaming.")
         if all(self.ranks.gather(self._gradient_files.is_complete)):
             found = self._gradient_files.read(self.device)
         else:
