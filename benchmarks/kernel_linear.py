@@ -85,14 +85,16 @@ def variants(code: str, shape: tuple[int, int], tokens: int) -> list[Found]:
             Tile(64, 32, 16, 2, 4, 700),
             Tile(64, 32, 16, 3, 4, 700),
         )
-    columns = min(tokens, 64)
-    halves = tiles("half_tile", Tile(128, 64, columns, 3, 8, 400), Tile(64, 64, columns, 3, 4, 900),
-                   Tile(64, 64, columns, 2, 4, 512))  # fmt: skip
-    bytes_ = {
-        (launches, "BYTE_TOKENS"): 64,
-        (launches, "byte_tile"): fixed(Tile(64, 128, min(64, 4 * tokens), 3, 4, 512)),
-    }
-    return [*halves, ("bytes", bytes_)]
+    if tokens <= launches.BYTE_TOKENS:
+        return [("halves", {(launches, "BYTE_TOKENS"): 2}), ("tiled", {(launches, "VECTOR_TOKENS"): 0})]
+    if tokens <= 16:
+        found = (Tile(128, 64, 16, 3, 8, 400), Tile(64, 64, 16, 3, 4, 900), Tile(64, 64, 16, 2, 4, 512))
+    else:
+        found = (Tile(64, 32, 64, 3, 4, 512), Tile(128, 64, 64, 2, 8, 512), Tile(128, 32, 64, 2, 8, 260),
+                 Tile(256, 32, 64, 2, 8, 260))  # fmt: skip
+    tile = Tile(64, 128, min(64, 4 * tokens), 3, 4, 512)
+    bytes_: Patch = {(launches, "BYTE_TOKENS"): 64, (launches, "byte_tile"): fixed(tile)}
+    return [*tiles("half_tile", *found), ("bytes", bytes_)]
 
 
 @contextmanager

@@ -78,7 +78,11 @@ def byte_tile(rows: int, tokens: int) -> Tile:
 def half_tile(trellis: bool, rows: int, tokens: int, compiled: bool) -> Tile:
     """For a trellis, and for scalar codes and more tokens."""
     if not trellis:
-        return Tile(64, 64, 16 if tokens <= 16 else 32 if tokens <= 32 else 64, 3, 4, 512)
+        return (
+            Tile(64, 64, 16, 3, 4, 512)
+            if tokens <= 16
+            else Tile(128, 32, 32 if tokens <= 32 else 64, 3, 8, 512)
+        )
     if tokens <= 8:
         columns = 8 if compiled else 16  # the interpreter asks for 16
         if rows <= 8192:
@@ -104,6 +108,6 @@ def num_launches(rows: int, tokens: int) -> int:
     return 1 if rows <= 8192 else 2
 
 
-def chunk(first: int, others: int, warps: int) -> int:
-    """Indices of the first axis that a transform's program reads at a time: at most 32 floats for a thread."""
-    return max(1, min(first, 32 * 32 * warps // others))
+def chunk(first: int, others: int, warps: int, floats: int = 32) -> int:
+    """Indices of the first axis that a transform's program reads at a time: at most so many floats for a thread."""
+    return max(1, min(first, floats * 32 * warps // others))

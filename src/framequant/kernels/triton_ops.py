@@ -228,7 +228,9 @@ def fused(
     u = torch.empty((how.splits, tokens, rows), dtype=torch.float32, device=x.device)
     y = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
     blocks = -(-rows // tile.rows)
-    chunks = [launches.chunk(sizes[4], sizes[5] * sizes[6], tile.warps) for sizes in (into_sizes, out_sizes)]
+    chunks = [
+        launches.chunk(sizes[4], sizes[5] * sizes[6], tile.warps, 16) for sizes in (into_sizes, out_sizes)
+    ]
     programs = tokens * (into_sizes[0] + (out_sizes[0] if dim else 0)) + blocks * how.splits
     fused_linear[(programs,)](
         x, *into, z, unit, sums, words, scales, u, *out, u if bias is None else bias, y, counters,
