@@ -47,8 +47,8 @@ def one_token(code: str, shape: tuple[int, int]) -> list[Found]:
         if shape not in SHAPES[2:]:
             return []
         product = tiles("half_tile", Tile(64, 32, 8, 3, 4, 1100), Tile(32, 32, 8, 3, 2, 1100))
-        both = tiles("fused_tile", Tile(64, 32, 8, 2, 4, 1100), Tile(64, 32, 8, 3, 4, 1100), Tile(32, 32, 8, 3, 2, 1100),
-                     Tile(64, 32, 8, 4, 4, 1100))  # fmt: skip
+        both = tiles("fused_tile", Tile(64, 32, 8, 2, 4, 1100), Tile(64, 32, 8, 3, 4, 1100),
+                     Tile(32, 32, 8, 3, 2, 1100), Tile(64, 32, 8, 4, 4, 1100))  # fmt: skip
     elif small:
         product = tiles("byte_tile", Tile(32, 128, 8, 4, 2, 512, 1), Tile(32, 128, 8, 4, 2, 512, 3))
         both = tiles("fused_tile", Tile(64, 128, 8, 3, 4, 192, 3), Tile(64, 128, 8, 3, 4, 320, 2),

@@ -38,8 +38,8 @@ def fused_linear(
     SP0: tl.constexpr, SP1: tl.constexpr, SP2_IN: tl.constexpr, SP2_OUT: tl.constexpr, S_CHUNK: tl.constexpr,
     PADDED_PARTS: tl.constexpr, SPLITS: tl.constexpr, TRELLIS: tl.constexpr, BITS: tl.constexpr,
     MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr, ROW_SCALES: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, LOOP: tl.constexpr, BIAS: tl.constexpr,
-    SYNTHESISE: tl.constexpr, PDL: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, LOOP: tl.constexpr,
+    BIAS: tl.constexpr, SYNTHESISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``tokens * A0`` programs analyse, ``blocks * SPLITS`` multiply; with SYNTHESISE ``tokens * S0`` synthesise.
 
