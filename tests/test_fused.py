@@ -65,7 +65,7 @@ def test_groups_are_found_by_input_frame():
     assert list(groups(model, anywhere=True))[:2] == [["blocks.0.query", "blocks.0.value"], ["blocks.0.key"]]
     first.value.backend = "reference"
     first.query.register_forward_hook(lambda *_: None)
-    assert list(groups(model, anywhere=True))[0] == ["blocks.0.key"]
+    assert next(groups(model, anywhere=True)) == ["blocks.0.key"]
 
 
 def test_on_a_cpu_without_kernels_nothing_is_fused():
@@ -107,7 +107,7 @@ for code in (CODES[0], CODES[5]):
     assert torch.equal(block.key(x.transpose(0, 1)), alone.key(x).transpose(0, 1))
     assert block.key(x[:0]).shape == (0, 3, 32)
     assert torch.equal(block.key.weight, alone.key.weight) and block.key.bias is None
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu")):
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu"), copy.deepcopy(model).to(torch.float16)):
         assert torch.equal(run(other, xs[1]), before[1])
     with pytest.raises(CheckpointError, match="unfuse_"):
         fq.save_pretrained(model, pathlib.Path(tempfile.mkdtemp()) / "out")

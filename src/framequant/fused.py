@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from framequant import storage
 from framequant.errors import CheckpointError
-from framequant.kernels import reference
+from framequant.kernels import launches
 from framequant.layers import FrameLinear
 from framequant.spec import LinearSpec
 
@@ -46,7 +46,7 @@ class FusedLinears(nn.Module):
         super().__init__()
         self.specs = [layer.spec for layer in layers]
         self._frames = [layer.frames for layer in layers]
-        self._right: dict[torch.dtype, bool] = {}
+        self._right: dict[tuple[torch.dtype, int], bool] = {}
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
         self._hold(layers, plans)
@@ -57,23 +57,21 @@ class FusedLinears(nn.Module):
         for number, layer in enumerate(layers):
             self.register_parameter(f"bias{number}", layer.bias)
         self._group = triton_group.join(plans)
-        self.register_buffer("words", self._group.words)
-        self.register_buffer("scales", self._group.scales)
+        self.register_buffer("words", self._group.joined.words)
+        self.register_buffer("scales", self._group.joined.scales)
 
-    def serves(self, dtype: torch.dtype) -> bool:
-        """Whether the kernels serve activations of ``dtype``; asked of plain torch once for a kind of linear."""
-        if dtype not in self._right:
+    def serves(self, dtype: torch.dtype, tokens: int = 1) -> bool:
+        """Whether the kernels serve so many tokens of ``dtype``; plain torch is asked once for a kind of linears."""
+        key = dtype, min(tokens, launches.VECTOR_TOKENS + 1)
+        if key not in self._right:
             if torch.compiler.is_compiling() or (
                 self.words.is_cuda and torch.cuda.is_current_stream_capturing()
             ):
                 return False
-            from framequant.kernels import triton_linear
+            from framequant.kernels import triton_group
 
-            self._right[dtype] = all(
-                triton_linear.is_right(plan, self.stored(number), frames, dtype)
-                for number, (plan, frames) in enumerate(zip(self._group.members, self._frames, strict=True))
-            )
-        return self._right[dtype]
+            self._right[key] = triton_group.is_right(self._group, self._frames, dtype, tokens)
+        return self._right[key]
 
     def stored(self, number: int) -> dict[str, Tensor]:
         """The stored tensors of a linear, as the checkpoint has them; new tensors."""
@@ -95,20 +93,10 @@ class FusedLinears(nn.Module):
         """Outputs of all linears for one input."""
         from framequant.kernels import triton_group, triton_linear
 
-        if triton_linear.takes(inputs, self.specs[0].in_features) and self.serves(inputs.dtype):
+        size = self.specs[0].in_features
+        if triton_linear.takes(inputs, size) and self.serves(inputs.dtype, inputs.numel() // size):
             return triton_group.linears(self._group, inputs)
-        return self._plain(inputs)
-
-    def _plain(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """The same in plain torch, tile by tile."""
-        coefficients = reference.coefficients(self.specs[0], {}, self._frames[0][0], inputs)
-        outputs = []
-        for number, spec in enumerate(self.specs):
-            tiles = reference.decoded_tiles(spec, self.stored(number), coefficients.dtype)
-            y = reference.synthesis(self._frames[number][1], reference.multiply(coefficients, tiles))
-            bias = self.bias(number)
-            outputs.append(y if bias is None else y + bias.to(y.dtype))
-        return tuple(outputs)
+        return triton_group.plain(self._group, self._frames, inputs)
 
     def output(self, number: int, inputs: Tensor) -> Tensor:
         """One linear's output; all are computed when the first is asked for, and each is handed out once."""
@@ -123,9 +111,9 @@ class FusedLinears(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedLinears:
         """Move with the model, the stored dtypes kept as ``FrameLinear`` keeps them."""
-        held = [self.words, *self.parameters(recurse=False)]
-        if all(fn(tensor.detach()) is tensor for tensor in held):
-            return self
+        with torch.no_grad():
+            if all(fn(tensor) is tensor for tensor in (self.words, *self.parameters(recurse=False))):
+                return self
         layers = [self.layer(number)._apply(fn) for number in range(len(self.specs))]
         self._input, self._outputs, self._right = None, [], {}
         self._hold(layers, [_plan(layer) for layer in layers])
@@ -195,7 +183,9 @@ def _is_free(layer: nn.Module, anywhere: bool) -> bool:
         return False
     hooked = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
     trained = layer.bias is not None and layer.bias.requires_grad
-    return (anywhere or layer.packed_codes.is_cuda) and not (hooked or trained or storage.holds_bias(layer.spec))
+    return (anywhere or layer.packed_codes.is_cuda) and not (
+        hooked or trained or storage.holds_bias(layer.spec)
+    )
 
 
 def groups(model: nn.Module, anywhere: bool = False) -> Iterator[list[str]]:
@@ -216,7 +206,7 @@ def groups(model: nn.Module, anywhere: bool = False) -> Iterator[list[str]]:
     yield from found.values()
 
 
-def fuse_(model: nn.Module) -> list[tuple[str, ...]]:
+def fuse_(model: nn.Module, join: bool = True) -> list[tuple[str, ...]]:
     """Join the linears of a model that read one input, in place, for inference on a GPU in float16 or bfloat16.
 
     Outputs are those of the unfused model up to the order of float32 sums. Linears that no GPU kernel covers, that
@@ -225,6 +215,7 @@ def fuse_(model: nn.Module) -> list[tuple[str, ...]]:
 
     Args:
         model: quantized, on its device.
+        join: compute linears that read one input together; if False each for itself, which saves the same memory.
 
     Returns:
         For each module that was made the names of its linears; one name where a linear shares its input with none,
@@ -242,7 +233,7 @@ def fuse_(model: nn.Module) -> list[tuple[str, ...]]:
     for names in groups(model, anywhere=not COMPILED):
         layers = [model.get_submodule(name) for name in names]
         plans = [_plan(layer) for layer in layers]
-        for numbers in _alike(plans, triton_group.can_join):
+        for numbers in _alike(plans, triton_group.can_join if join else lambda _: False):
             group = FusedLinears([layers[i] for i in numbers], [plans[i] for i in numbers])
             if not group.serves(dtype):
                 continue

@@ -59,7 +59,9 @@ class Decoder:
         compile_blocks: bool = False,
     ) -> None:
         if not hasattr(model, "config") or not callable(getattr(model, "generate", None)):
-            raise ConfigError(f"{type(model).__name__} is no language model of transformers; it cannot decode.")
+            raise ConfigError(
+                f"{type(model).__name__} is no language model of transformers; it cannot decode."
+            )
         if max_length < 1 or batch < 1:
             raise ConfigError(f"max_length = {max_length} and batch = {batch} must be positive.")
         from transformers import StaticCache
@@ -252,9 +254,8 @@ class _OneLayer:
 def repeated_blocks(model: nn.Module, count: int) -> list[nn.Module]:
     """The blocks of the outermost list of ``count`` modules of one class; empty if there is none."""
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            if len({type(block) for block in module}) == 1:
-                return list(module)
+        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(b) for b in module}) == 1:
+            return list(module)
     return []
 
 

@@ -8,6 +8,7 @@ Must not import layers. Imports triton through the operators.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,10 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from framequant import storage
-from framequant.kernels import triton_linear
+from framequant.frames import FrameOperator
+from framequant.kernels import launches, reference, triton_linear
 from framequant.kernels import triton_ops as operators
 from framequant.kernels.triton_linear import TritonPlan
 from framequant.kernels.words import stored_bytes
+
+_verdicts: dict[tuple[object, ...], bool] = {}
 
 
 @dataclass(frozen=True)
@@ -29,14 +33,12 @@ class GroupPlan:
     Attributes:
         members: plan of each linear; their words and scales are rows of the group's.
         rows: of each linear in the product, padding included.
-        words: of all linears, one below the other.
-        scales: one for each row, or one for all if there is but one linear.
+        joined: the first plan with the words of all linears, one below the other, and a scale for each of their rows.
     """
 
     members: tuple[TritonPlan, ...]
     rows: tuple[int, ...]
-    words: Tensor
-    scales: Tensor
+    joined: TritonPlan
 
 
 def can_join(plans: Sequence[TritonPlan]) -> bool:
@@ -59,22 +61,14 @@ def join(plans: Sequence[TritonPlan]) -> GroupPlan:
     """
     rows = tuple(len(plan.words) for plan in plans)
     if len(plans) == 1:
-        return GroupPlan(tuple(plans), rows, plans[0].words, plans[0].scales)
+        return GroupPlan(tuple(plans), rows, plans[0])
     words = torch.cat([plan.words for plan in plans])
     scales = torch.cat([_row_scales(plan) for plan in plans])
-    return arrange(plans, words, scales)
-
-
-def arrange(plans: Sequence[TritonPlan], words: Tensor, scales: Tensor) -> GroupPlan:
-    """The group of linears whose words and scales are the given ones, one below the other."""
-    rows = tuple(len(plan.words) for plan in plans)
-    if len(plans) == 1:
-        return GroupPlan((replace(plans[0], words=words, scales=scales),), rows, words, scales)
     members = tuple(
         replace(plan, words=part, scales=scale[: plan.spec.coefficient_shape[0]])
         for plan, part, scale in zip(plans, words.split(rows), scales.split(rows), strict=True)
     )
-    return GroupPlan(members, rows, words, scales)
+    return GroupPlan(members, rows, replace(plans[0], words=words, scales=scales))
 
 
 def _row_scales(plan: TritonPlan) -> Tensor:
@@ -86,10 +80,9 @@ def _row_scales(plan: TritonPlan) -> Tensor:
 
 def stored(plan: TritonPlan) -> dict[str, Tensor]:
     """The stored tensors of a member, as its ``FrameLinear`` had them; new tensors."""
-    words = plan.words if plan.layout.trellis else plan.words.view(torch.int16)
     shape = storage.layout(plan.spec)["scales"][0]
     return {
-        "packed_codes": stored_bytes(words, plan.spec, plan.layout),
+        "packed_codes": stored_bytes(plan.words, plan.spec, plan.layout),
         "scales": plan.scales[: shape[0]].clone(),
     }
 
@@ -100,22 +93,65 @@ def linears(group: GroupPlan, inputs: Float[Tensor, "*b n"]) -> tuple[Float[Tens
         return (triton_linear.linear(group.members[0], inputs),)
     x = inputs.reshape(-1, inputs.shape[-1])
     x = x if x.stride(-1) == 1 else x.contiguous()
-    first = group.members[0]
-    into = first.into
+    plan, words = group.joined, group.joined.codes(x.shape[0])
+    into = plan.into
     z, unit, sums = operators.analysis(
-        x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, first.interleave, first.count,
-        not first.layout.trellis,
+        x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, plan.interleave(words),
+        plan.count(words), words.dtype == torch.int8,
     )  # fmt: skip
-    u = operators.product(
-        group.words, z, sums, group.scales, len(group.words), first.numbers, first.layout.factor
-    )
+    u = operators.product(words, z, sums, plan.scales, len(words), plan.numbers(words), plan.layout.factor)
     outputs, start = [], 0
-    for plan, rows in zip(group.members, group.rows, strict=True):
-        out, size = plan.out, plan.spec.out_features
+    for member, rows in zip(group.members, group.rows, strict=True):
+        out, size = member.out, member.spec.out_features
         y = operators.synthesis(
             u[:, :, start : start + rows], unit, out.signs, list(out.matrices), [*out.sizes, *out.padded], out.norm,
-            size, plan.bias, inputs.dtype,
+            size, member.bias, inputs.dtype,
         )  # fmt: skip
         outputs.append(y.view(*inputs.shape[:-1], size))
         start += rows
     return tuple(outputs)
+
+
+def plain(
+    group: GroupPlan, frames: Sequence[tuple[FrameOperator, FrameOperator]], inputs: Float[Tensor, "*b n"]
+) -> tuple[Float[Tensor, "*b o"], ...]:
+    """The same in plain torch, decoded tile by tile, for any inputs."""
+    coefficients = reference.coefficients(group.joined.spec, {}, frames[0][0], inputs)
+    outputs = []
+    for plan, (_, frame_out) in zip(group.members, frames, strict=True):
+        y = reference.synthesis(frame_out, reference.product(coefficients, plan.spec, stored(plan)))
+        outputs.append(y if plan.bias is None else y + plan.bias.to(y.dtype))
+    return tuple(outputs)
+
+
+def is_right(
+    group: GroupPlan, frames: Sequence[tuple[FrameOperator, FrameOperator]], dtype: torch.dtype, tokens: int
+) -> bool:
+    """Whether random tokens come out as in plain torch; asked once for every kind of group, dtype and launch.
+
+    Cost: one decoding of the linears, at first use of their kind. A kind that fails is warned about once.
+    """
+    plan = group.joined
+    tokens = 2 if tokens <= 2 else 3 if tokens <= launches.VECTOR_TOKENS else 5
+    kinds = tuple((member.spec.scheme(), member.bias is not None) for member in group.members)
+    key = (kinds, dtype, plan.words.device, tokens)
+    if key not in _verdicts:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(tokens, plan.spec.in_features, generator=generator).to(plan.words.device, dtype)
+        try:
+            exact = torch.cat(plain(group, frames, x.float()), dim=-1)
+            found = torch.cat(linears(group, x), dim=-1).float()
+            error = float((found - exact).norm() / exact.norm().clamp(min=1e-30))
+            problem = "" if error <= triton_linear.TOLERANCE else f"differ from plain torch by {error:.2g}"
+        except Exception as failure:
+            problem = f"failed: {type(failure).__name__}: {str(failure)[:200]}"
+        if problem:
+            shapes = ", ".join(f"{m.spec.out_features} x {m.spec.in_features}" for m in group.members)
+            warnings.warn(
+                f"The Triton kernels of linears {shapes} ({type(plan.spec.code).__name__}, {dtype}) {problem}; plain "
+                "torch is used.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        _verdicts[key] = not problem
+    return _verdicts[key]
