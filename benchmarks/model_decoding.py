@@ -25,7 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,21 @@ from torch import nn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16
-PROMPT, TOKENS = 16, 128 if DEVICE == "cuda" else 3
+PROMPT, TOKENS = 2, 126 if DEVICE == "cuda" else 3
+PATIENCE = 80  # seconds for compiling ahead
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "Llama-2-7B": (4096, 11008, 32, 32, 32, 32000),
     "Llama-3-8B": (4096, 14336, 32, 32, 8, 128256),
-    "tiny": (64, 96, 2, 4, 2, 97),  # for a try on a CPU, with TRITON_INTERPRET=1
+    "tiny": (64, 128, 2, 4, 2, 97),  # for a try on a CPU, with TRITON_INTERPRET=1
 }
-KINDS = ("fp16", "scalar", "trellis", "scalar apart", "trellis apart", "gemlite", "hqq", "dense unpack", "loading")
+OURS = (
+    "scalar",
+    "trellis",
+    "scalar apart",
+    "trellis apart",
+)  # apart: linears that read one input, each for itself
+ONCE = ("loading", "gemlite", "dense unpack", "hqq")  # for the first shape only
+KINDS = ("fp16", *OURS, *ONCE)
 COLUMNS = ("model", "kind", "tokens_s", "ratio", "ms", "first_token_ms", "prompt", "memory_gb", "read_gb",
            "copy_tb_s", "of_copy", "graph", "build_s", "measure_s", "note", "device", "torch", "commit")  # fmt: skip
 
@@ -79,9 +87,14 @@ def frame_linear(name: str, linear: nn.Linear, kind: str) -> nn.Module:
     if kind.startswith("trellis"):
         code, redundancy = TrellisSpec(12, (2,)), 1.0
     block, _, last = name.rpartition(".")
-    group = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up", "up_proj": "up"}.get(last, last)
+    group = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up", "up_proj": "up"}.get(
+        last, last
+    )
     seeds = [derive_seed(0, f"{block}.{group}", "in") >> 32, derive_seed(0, name, "out") >> 32]
-    frames = choose_frame(linear.in_features, redundancy, seeds[0]), choose_frame(linear.out_features, 1.0, seeds[1])
+    frames = (
+        choose_frame(linear.in_features, redundancy, seeds[0]),
+        choose_frame(linear.out_features, 1.0, seeds[1]),
+    )
     spec = LinearSpec(linear.in_features, linear.out_features, *frames, code)
     tensors = {}
     for key, (size, stored) in storage.layout(spec).items():
@@ -117,7 +130,10 @@ def build(shape: str, kind: str, layers: int | None = None) -> nn.Module:
     from framequant import fuse_
 
     model = make_model(shape, layers)
-    make: dict[str, Callable[[str, nn.Linear, str], nn.Module]] = {"gemlite": gemlite_linear, "hqq": hqq_linear}
+    make: dict[str, Callable[[str, nn.Linear, str], nn.Module]] = {
+        "gemlite": gemlite_linear,
+        "hqq": hqq_linear,
+    }
     if kind != "fp16":
         for name, module in list(model.named_modules()):
             if isinstance(module, nn.Linear) and name != "lm_head":
@@ -146,7 +162,7 @@ class Table:
 
     path: Path | None
     bandwidth: float
-    base: float = float("nan")
+    base: dict[str, float] = field(default_factory=dict)
 
     def add(self, shape: str, kind: str, **values: Any) -> None:
         device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
@@ -172,12 +188,14 @@ def measure(table: Table, shape: str, kind: str) -> None:
     built, memory = time.perf_counter() - start, allocated() - before
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        speed = measure_speed(model, PROMPT, TOKENS, compile_blocks=True, bandwidth=table.bandwidth)
+        speed = measure_speed(
+            model, PROMPT, TOKENS, repeats=2, compile_blocks=True, bandwidth=table.bandwidth
+        )
     notes = "; ".join(str(w.message)[:160] for w in caught if issubclass(w.category, RuntimeWarning))
     if kind == "fp16":
-        table.base = speed.tokens_per_second
+        table.base[shape] = speed.tokens_per_second
     table.add(
-        shape, kind, tokens_s=speed.tokens_per_second, ratio=speed.tokens_per_second / table.base,
+        shape, kind, tokens_s=speed.tokens_per_second, ratio=speed.tokens_per_second / table.base.get(shape, float("nan")),
         ms=1e3 / speed.tokens_per_second, first_token_ms=1e3 * speed.first_token_seconds, prompt=PROMPT,
         memory_gb=memory, read_gb=speed.bytes_per_token / 1e9, of_copy=speed.bandwidth_fraction, graph=speed.graph,
         build_s=built, measure_s=time.perf_counter() - start - built, note=notes,
@@ -219,48 +237,61 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def compile_ahead(shapes: list[str], kinds: list[str]) -> None:
+def compile_ahead(jobs: list[tuple[str, str]]) -> None:
     """Fill Triton's and inductor's caches from one process for each row, with models of one block."""
     start = time.perf_counter()
-    jobs = [(shape, kind) for shape in shapes for kind in kinds if kind in KINDS[:5]]
     workers = [
-        subprocess.Popen([sys.executable, __file__, "--worker", shape, kind], stderr=subprocess.PIPE, text=True)
-        for shape, kind in jobs
+        subprocess.Popen([sys.executable, __file__, "--worker", *job], stderr=subprocess.PIPE, text=True)
+        for job in jobs
+        if job[1] not in ONCE
     ]
-    for worker, job in zip(workers, jobs, strict=True):
-        _, errors = worker.communicate()
+    for worker in workers:
+        try:
+            _, errors = worker.communicate(timeout=max(1.0, PATIENCE - (time.perf_counter() - start)))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            errors = "not ready in time"
         if worker.returncode:
-            print(job, "!! compiling ahead failed:", errors[-400:], flush=True)
+            print(worker.args[-2:], "!! compiling ahead:", errors[-400:], flush=True)
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
 
 
+def rows(shapes: list[str], kinds: list[str]) -> list[tuple[str, str]]:
+    """What is measured, what matters most first."""
+    main = [(shape, kind) for shape in shapes for kind in kinds if kind not in ONCE and kind not in OURS[2:]]
+    apart = [(shape, kind) for shape in shapes for kind in kinds if kind in OURS[2:]]
+    once = [(shapes[0], kind) for kind in kinds if kind in ONCE]
+    loading = [job for job in once if job[1] == "loading"]
+    return main + loading + apart + [job for job in once if job not in loading]
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["Llama-2-7B", "Llama-3-8B"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--worker", nargs=2, metavar=("SHAPE", "KIND"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    from framequant.evaluation.speed import copy_bandwidth, measure_speed
+
     torch.manual_seed(0)
     if options.worker:
-        from framequant.evaluation.speed import measure_speed
-
-        measure_speed(build(*options.worker, layers=1), PROMPT, 2, repeats=1, compile_blocks=True, bandwidth=1.0)
+        model = build(*options.worker, layers=1)
+        measure_speed(model, PROMPT, 2, repeats=1, compile_blocks=True, bandwidth=1.0)
         return
-    from framequant.evaluation.speed import copy_bandwidth
-
-    begin = time.perf_counter()
+    begin, jobs = time.perf_counter(), rows(options.shapes, options.kinds)
     if DEVICE == "cuda":
-        compile_ahead(options.shapes, options.kinds)
+        compile_ahead(jobs)
     table = Table(options.csv, copy_bandwidth(torch.device(DEVICE)))
-    for shape in options.shapes:
-        for kind in options.kinds:
-            try:
-                measure_loading(table, shape) if kind == "loading" else measure(table, shape, kind)
-            except Exception as error:
-                table.add(shape, kind, note=f"!! {type(error).__name__}: {str(error)[:300]!r}")
-            free()
-    print(f"{time.perf_counter() - begin:.0f} s")
+    for shape, kind in jobs:
+        try:
+            measure_loading(table, shape) if kind == "loading" else measure(table, shape, kind)
+        except Exception as error:
+            table.add(shape, kind, note=f"!! {type(error).__name__}: {str(error)[:300]!r}")
+        free()
+        print(f"    {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

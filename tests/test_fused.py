@@ -107,7 +107,7 @@ for code in (CODES[0], CODES[5]):
     assert torch.equal(block.key(x.transpose(0, 1)), alone.key(x).transpose(0, 1))
     assert block.key(x[:0]).shape == (0, 3, 32)
     assert torch.equal(block.key.weight, alone.key.weight) and block.key.bias is None
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu"), copy.deepcopy(model).to(torch.float16)):
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu")):
         assert torch.equal(run(other, xs[1]), before[1])
     with pytest.raises(CheckpointError, match="unfuse_"):
         fq.save_pretrained(model, pathlib.Path(tempfile.mkdtemp()) / "out")
