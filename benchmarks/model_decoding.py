@@ -40,7 +40,7 @@ PATIENCE = 80  # seconds for compiling ahead
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "Llama-2-7B": (4096, 11008, 32, 32, 32, 32000),
     "Llama-3-8B": (4096, 14336, 32, 32, 8, 128256),
-    "tiny": (64, 128, 2, 4, 2, 97),  # for a try on a CPU, with TRITON_INTERPRET=1
+    "tiny": (64, 192, 2, 4, 2, 97),  # for a try on a CPU, with TRITON_INTERPRET=1
 }
 OURS = (
     "scalar",
@@ -194,8 +194,9 @@ def measure(table: Table, shape: str, kind: str) -> None:
     notes = "; ".join(str(w.message)[:160] for w in caught if issubclass(w.category, RuntimeWarning))
     if kind == "fp16":
         table.base[shape] = speed.tokens_per_second
+    ratio = speed.tokens_per_second / table.base.get(shape, float("nan"))
     table.add(
-        shape, kind, tokens_s=speed.tokens_per_second, ratio=speed.tokens_per_second / table.base.get(shape, float("nan")),
+        shape, kind, tokens_s=speed.tokens_per_second, ratio=ratio,
         ms=1e3 / speed.tokens_per_second, first_token_ms=1e3 * speed.first_token_seconds, prompt=PROMPT,
         memory_gb=memory, read_gb=speed.bytes_per_token / 1e9, of_copy=speed.bandwidth_fraction, graph=speed.graph,
         build_s=built, measure_s=time.perf_counter() - start - built, note=notes,
