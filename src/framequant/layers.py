@@ -162,12 +162,16 @@ class FrameLinear(nn.Module):
         try:
             from framequant.kernels import triton_linear
         except ImportError:
-            _warn_once("The GPU kernels need triton, which is not installed (pip install triton); plain torch is used.")
+            _warn_once(
+                "The GPU kernels need triton, which is not installed (pip install triton); plain torch is used."
+            )
             return None
         if torch.compiler.is_compiling() or not triton_linear.takes(inputs, self.in_features):
             return None
         if self._prepared is None and inputs.is_cuda and torch.cuda.is_current_stream_capturing():
-            _warn_once("A linear ran for the first time inside a CUDA graph, with plain torch; run the model once before.")
+            _warn_once(
+                "A linear first ran inside a CUDA graph, in plain torch; run the model once before capturing."
+            )
             return None
         plan = self._prepare("triton", triton_linear.triton_plan)
         if plan is None:

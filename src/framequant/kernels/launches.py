@@ -78,7 +78,11 @@ def byte_tile(rows: int, tokens: int) -> Tile:
 def half_tile(trellis: bool, rows: int, tokens: int, compiled: bool) -> Tile:
     """For a trellis, and for scalar codes and more tokens."""
     if not trellis:
-        return Tile(64, 64, 16 if tokens <= 16 else 32 if tokens <= 32 else 64, 3, 4, 512)
+        return (
+            Tile(64, 64, 16, 3, 4, 512)
+            if tokens <= 16
+            else Tile(128, 32, 32 if tokens <= 32 else 64, 3, 8, 512)
+        )
     if tokens <= 8:
         columns = 8 if compiled else 16  # the interpreter asks for 16
         if rows <= 8192:
@@ -87,15 +91,23 @@ def half_tile(trellis: bool, rows: int, tokens: int, compiled: bool) -> Tile:
     return Tile(128, 32, 16 if tokens <= 16 else 32, 2, 8, 512)
 
 
-def whole_tile(trellis: bool, rows: int) -> Tile:
-    """For one or two tokens in one launch."""
+def fused_tile(trellis: bool, rows: int) -> Tile:
+    """For one or two tokens, in the launch that analyses, too."""
     if trellis:
-        return Tile(64, 32, 8, 3, 4, 300 if rows <= 8192 else 1024)
-    if rows <= 8192:
-        return Tile(64, 128, 8, 3, 4, 192, held=3)
-    return Tile(128, 128, 8, 3, 8, 512, held=2)
+        return half_tile(True, rows, 1, True)
+    return Tile(64, 128, 8, 3, 4, 192, held=3) if rows <= 8192 else byte_tile(rows, 1)
 
 
-def chunk(first: int, others: int, warps: int) -> int:
-    """Indices of the first axis that a transform's program reads at a time: at most 32 floats for a thread."""
-    return max(1, min(first, 32 * 32 * warps // others))
+def num_launches(rows: int, tokens: int) -> int:
+    """Launches of a linear: 3 for analysis, product and synthesis; 2 with the first two in one; or 1 with all.
+
+    With many rows synthesis needs more warps for a program than the product.
+    """
+    if tokens > 2:
+        return 3
+    return 1 if rows <= 8192 else 2
+
+
+def chunk(first: int, others: int, warps: int, floats: int = 32) -> int:
+    """Indices of the first axis that a transform's program reads at a time: at most so many floats for a thread."""
+    return max(1, min(first, floats * 32 * warps // others))

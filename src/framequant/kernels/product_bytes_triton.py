@@ -95,8 +95,8 @@ def byte_block(
     u = tl.sum(tl.reshape(value, [BR, BN // 4, 4]), axis=2)
     if part == 0:
         index = tl.arange(0, PADDED_PARTS)
-        there = (token < tokens)[:, None] & (index < PARTS)[None, :]
-        totals = tl.load(sum_ptr + token[:, None] * PARTS + index[None, :], mask=there, other=0.0)
+        summed = (token < tokens)[:, None] & (index < PARTS)[None, :]
+        totals = tl.load(sum_ptr + token[:, None] * PARTS + index[None, :], mask=summed, other=0.0)
         u -= (zero * tl.sum(totals, axis=1))[None, :]
     u *= scale[:, None]
     u_at = u_ptr + ((part * tokens + token).to(tl.int64) * rows)[None, :] + r[:, None]

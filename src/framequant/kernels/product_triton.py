@@ -17,7 +17,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from framequant.kernels.triton_support import COMPILED, let_next_start, prefetch, wait_for_previous, wait_until
+from framequant.kernels.triton_support import (
+    COMPILED,
+    let_next_start,
+    prefetch,
+    wait_for_previous,
+    wait_until,
+)
 
 
 @triton.constexpr_function
@@ -204,8 +210,8 @@ def half_block(
     let_next_start(PDL and LATE)
     if not CENTRED and split == 0:
         part = tl.arange(0, PADDED_PARTS)
-        there = (n < tokens)[:, None] & (part < PARTS)[None, :]
-        totals = tl.load(sum_ptr + n[:, None] * PARTS + part[None, :], mask=there, other=0.0)
+        summed = (n < tokens)[:, None] & (part < PARTS)[None, :]
+        totals = tl.load(sum_ptr + n[:, None] * PARTS + part[None, :], mask=summed, other=0.0)
         centre: tl.constexpr = 1534.0 if TRELLIS else 1.0 + ((1 << BITS) - 1) / (2 << BITS)
         acc -= (centre * tl.sum(totals, axis=1))[None, :]
     r = block * BR + tl.arange(0, BR)

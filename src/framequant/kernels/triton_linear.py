@@ -31,9 +31,6 @@ TOLERANCE = 0.02
 
 #: Compute capability below which the tensor cores lack a dtype that the kernels use.
 OLDEST_GPU = (8, 0)
-#: One launch for the whole of a linear with one or two tokens.
-ONE_LAUNCH = True
-
 _verdicts: dict[tuple[object, ...], bool] = {}
 
 
@@ -129,11 +126,6 @@ def takes(inputs: Tensor, in_features: int) -> bool:
     )
 
 
-def in_one_launch(plan: TritonPlan, tokens: int) -> bool:
-    """Whether analysis, product and synthesis share a launch."""
-    return ONE_LAUNCH and tokens <= 2
-
-
 def linear(plan: TritonPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
     """Apply the linear; ``takes(inputs)`` holds. A new tensor of the inputs' dtype."""
     x = inputs.reshape(-1, inputs.shape[-1])
@@ -142,10 +134,11 @@ def linear(plan: TritonPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b
     words, rows = plan.codes(tokens), plan.spec.coefficient_shape[0]
     dim, factor, numbers = plan.spec.out_features, plan.layout.factor, plan.numbers(words)
     into_sizes, out_sizes = [*into.sizes, *into.padded], [*out.sizes, *out.padded]
-    if in_one_launch(plan, tokens):
-        y = operators.whole(
+    num = launches.num_launches(rows, tokens)
+    if num < 3:
+        u, unit, y = operators.fused(
             x, words, plan.scales, rows, numbers, factor, [into.signs, *into.matrices], into_sizes, into.norm,
-            [out.signs, *out.matrices], out_sizes, out.norm, dim, plan.bias, plan.counters,
+            [out.signs, *out.matrices], out_sizes, out.norm, dim if num == 1 else 0, plan.bias, plan.counters,
         )  # fmt: skip
     else:
         z, unit, sums = operators.analysis(
@@ -153,6 +146,7 @@ def linear(plan: TritonPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b
             words.dtype == torch.int8,
         )  # fmt: skip
         u = operators.product(words, z, sums, plan.scales, rows, numbers, factor)
+    if num > 1:
         y = operators.synthesis(
             u, unit, out.signs, list(out.matrices), out_sizes, out.norm, dim, plan.bias, inputs.dtype
         )
@@ -170,7 +164,7 @@ def is_right(
 
     Cost: one decoding of the linear, at first use of its kind. A kind that fails is warned about once.
     """
-    tokens = 2 if in_one_launch(plan, tokens) else 3 if tokens <= launches.VECTOR_TOKENS else 5
+    tokens = 2 if tokens <= 2 else 3 if tokens <= launches.VECTOR_TOKENS else 5
     key = (plan.spec.scheme(), plan.bias is not None, dtype, plan.words.device, tokens)
     if key not in _verdicts:
         if plan.words.is_cuda and torch.cuda.is_current_stream_capturing():

@@ -61,7 +61,9 @@ def transform_row(
         m0 += (tl.load(m0_ptr + row * P0 + chunk + i0).to(tl.float32),)
         if ANALYSIS:
             inside = (i0 + chunk < F0)[:, None] & known[None, :]
-            signs += (tl.load(signs_ptr + chunk * (F1 * F2_IN) + source, mask=inside, other=0).to(tl.float32),)
+            signs += (
+                tl.load(signs_ptr + chunk * (F1 * F2_IN) + source, mask=inside, other=0).to(tl.float32),
+            )
     m2 = tl.load(m2_ptr + k2[:, None] * P2_OUT + o2[None, :])
     if F1 > 1:
         m1 = tl.load(m1_ptr + o1[None, :] * P1 + o1[:, None])

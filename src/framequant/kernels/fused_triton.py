@@ -20,8 +20,14 @@ from framequant.kernels.triton_support import arrive, let_next_start
 from framequant.kernels.vector_triton import transform_row
 
 
+@triton.jit
+def _reset(counters):
+    for i in tl.static_range(3):
+        tl.store(counters + i, 0)
+
+
 @triton.jit(do_not_specialize=["tokens", "blocks"])
-def whole_linear(
+def fused_linear(
     x_ptr, in_signs, in_0, in_1, in_2, z_ptr, unit_ptr, sum_ptr,
     words_ptr, scale_ptr, u_ptr,
     out_signs, out_0, out_1, out_2, bias_ptr, y_ptr, counters,
@@ -33,9 +39,9 @@ def whole_linear(
     PADDED_PARTS: tl.constexpr, SPLITS: tl.constexpr, TRELLIS: tl.constexpr, BITS: tl.constexpr,
     MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, BIAS: tl.constexpr,
-    PDL: tl.constexpr,
+    SYNTHESISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``tokens * A0`` programs analyse, ``blocks * SPLITS`` multiply, ``tokens * S0`` synthesise.
+    """``tokens * A0`` programs analyse, ``blocks * SPLITS`` multiply; with SYNTHESISE ``tokens * S0`` synthesise.
 
     The arguments of ``vector_transform`` and ``byte_product`` beside each other; ``counters`` are three int32 that are
     0 before and after.
@@ -66,14 +72,15 @@ def whole_linear(
                 words_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr, rows, count, stride, span, tokens, factor, zero,
                 A0, PADDED_PARTS, BITS, ROW_SCALES, BR, BK, BN, STAGES, HELD, PDL, True, False,
             )  # fmt: skip
-        arrive(counters + 1)
-    else:
+        if arrive(counters + 1) == multiplying - 1 and not SYNTHESISE:
+            _reset(counters)
+    elif SYNTHESISE:
         index = program - analysing - multiplying
         transform_row(
             (index // S0).to(tl.int64), index % S0, counters + 1, multiplying,
-            u_ptr, out_signs, out_0, out_1, out_2, bias_ptr, y_ptr, unit_ptr, unit_ptr, rows, tokens * rows, 0, out_norm,
-            S0, S1, S2_IN, S2_OUT, SP0, SP1, SP2_IN, SP2_OUT, SPLITS, False, 1, False, BIAS, PDL, S_CHUNK, True,
+            u_ptr, out_signs, out_0, out_1, out_2, bias_ptr, y_ptr, unit_ptr, unit_ptr, rows, tokens * rows,
+            0, out_norm, S0, S1, S2_IN, S2_OUT, SP0, SP1, SP2_IN, SP2_OUT, SPLITS, False, 1, False, BIAS, PDL,
+            S_CHUNK, True,
         )  # fmt: skip
         if arrive(counters + 2) == tokens * S0 - 1:  # nobody looks at the counters any more
-            for i in tl.static_range(3):
-                tl.store(counters + i, 0)
+            _reset(counters)
