@@ -1,4 +1,4 @@
-"""Several linears that read one input, on a GPU: one analysis, one product of all their rows, a synthesis each.
+"""Several linears that read one input, on a GPU: one analysis and one product of all their rows, then a synthesis each.
 
 The codes of the linears are rows of one matrix of words, which is all that is kept of them: ``stored`` gives a
 linear's bytes back. Outputs are those of the single linears up to the order in which partial sums are added.
@@ -93,13 +93,20 @@ def linears(group: GroupPlan, inputs: Float[Tensor, "*b n"]) -> tuple[Float[Tens
         return (triton_linear.linear(group.members[0], inputs),)
     x = inputs.reshape(-1, inputs.shape[-1])
     x = x if x.stride(-1) == 1 else x.contiguous()
-    plan, words = group.joined, group.joined.codes(x.shape[0])
-    into = plan.into
-    z, unit, sums = operators.analysis(
-        x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, plan.interleave(words),
-        plan.count(words), words.dtype == torch.int8,
-    )  # fmt: skip
-    u = operators.product(words, z, sums, plan.scales, len(words), plan.numbers(words), plan.layout.factor)
+    plan, tokens = group.joined, x.shape[0]
+    into, out, words = plan.into, plan.out, plan.codes(tokens)
+    sizes, factor, numbers = [*into.sizes, *into.padded], plan.layout.factor, plan.numbers(words)
+    if launches.num_launches(len(words), tokens) < 3:
+        u, unit, _ = operators.fused(
+            x, words, plan.scales, len(words), numbers, factor, [into.signs, *into.matrices], sizes, into.norm,
+            [out.signs, *out.matrices], [*out.sizes, *out.padded], out.norm, 0, None, plan.counters,
+        )  # fmt: skip
+    else:
+        z, unit, sums = operators.analysis(
+            x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
+            words.dtype == torch.int8,
+        )  # fmt: skip
+        u = operators.product(words, z, sums, plan.scales, len(words), numbers, factor)
     outputs, start = [], 0
     for member, rows in zip(group.members, group.rows, strict=True):
         out, size = member.out, member.spec.out_features
