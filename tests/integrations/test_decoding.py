@@ -121,6 +121,17 @@ def test_a_graph_is_kept_only_where_it_does_what_eager_steps_do(models, monkeypa
     assert torch.equal(decoder.generate(ids, 8), expected(models["llama"], ids, 8))
 
 
+def test_without_a_compiler_blocks_are_captured_as_they_are(models, monkeypatch):
+    def capture(decoder):
+        if "forward" in vars(models["llama"].model.layers[0]):
+            raise RuntimeError("no compiler")
+        return Replay(decoder._advance)
+
+    monkeypatch.setattr(Decoder, "_capture", capture)
+    with pytest.warns(RuntimeWarning, match=r"no compiler.*not compiled"):
+        assert Decoder(models["llama"], 12, graph=True, compile_blocks=True).graph is not None
+
+
 def test_blocks_are_compiled_once_for_all(models):
     model = models["llama"]
     decoder = Decoder(model, 16)

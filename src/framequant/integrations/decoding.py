@@ -191,19 +191,25 @@ class Decoder:
                 stacklevel=3,
             )
             return
-        try:
-            with compiled_blocks(self.model, self.cache) if compile_blocks else nullcontext():
-                self.graph = self._capture()
-            found = self._first_logits()
-            error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-            problem = "" if error <= TOLERANCE else f"differs from eager steps by {error:.2g}"
-        except Exception as failure:  # whatever a model's code does that a capture forbids
-            problem = f"failed: {type(failure).__name__}: {str(failure)[:200]}"
-        if problem:
+        for compiled in (True, False) if compile_blocks else (False,):
+            problem = self._capture_problem(compiled, expected)
+            if not problem:
+                return
             self.graph = None
+            which, then = ("compiled ", "blocks are not compiled") if compiled else ("", "steps run eagerly")
             warnings.warn(
-                f"A CUDA graph of a decoding step {problem}; steps run eagerly.", RuntimeWarning, stacklevel=3
+                f"A CUDA graph of a {which}decoding step {problem}; {then}.", RuntimeWarning, stacklevel=3
             )
+
+    def _capture_problem(self, compiled: bool, expected: Tensor) -> str:
+        """Capture a step; what is wrong with it, or nothing."""
+        try:
+            with compiled_blocks(self.model, self.cache) if compiled else nullcontext():
+                self.graph = self._capture()
+            error = float((self._first_logits() - expected).norm() / expected.norm().clamp(min=1e-30))
+        except Exception as failure:  # whatever a model's code does that a capture forbids
+            return f"failed: {type(failure).__name__}: {str(failure)[:200]}"
+        return "" if error <= TOLERANCE else f"differs from eager steps by {error:.2g}"
 
     def _numbers(self) -> list[Any]:
         """What the cache's layers count in Python."""
