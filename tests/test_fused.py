@@ -76,7 +76,7 @@ def test_on_a_cpu_without_kernels_nothing_is_fused():
 
 
 PROGRAM = """
-import copy, pathlib, pickle, tempfile
+import copy, pathlib, sys, tempfile
 import pytest, torch
 import framequant as fq
 from framequant.errors import CheckpointError
@@ -84,52 +84,51 @@ from framequant.fused import FusedLinear, fuse_, unfuse_
 from tests.kernels.test_cpu import CODES
 from tests.test_fused import make_model, run, set_backend
 torch.manual_seed(0)
-for code in (CODES[0], CODES[5]):
-    model = make_model(code, count=1)
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    xs = [torch.randn(tokens, 64).half() for tokens in (1, 3, 70)]
-    before = [run(set_backend(model, "triton" if len(x) < 65 else "reference"), x) for x in xs]
-    set_backend(model, "triton")
-    made = fuse_(model)
-    first = ("blocks.0.query", "blocks.0.key", "blocks.0.value")
-    assert made[:2] == [first, ("blocks.0.output",)] and len(made) == 2, made
-    fused = model["blocks"][0].query.group
-    for x, expected in zip(xs, before):  # one split either way here, so the same bits
-        assert torch.equal(run(model, x), expected), (run(model, x) - expected).abs().max()
-    assert fused._input is None and all(output is None for output in fused._outputs)
-    # any order, tensors that the others do not get, the same one twice
-    block, (a, b) = model["blocks"][0], torch.randn(2, 2, 64).half()
+code = CODES[int(sys.argv[1])]
+model = make_model(code, count=1)
+state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+one, many = torch.randn(1, 64).half(), torch.randn(70, 64).half()
+expected = run(set_backend(model, "reference"), many)  # more tokens than the kernels take
+before = run(set_backend(model, "triton"), one)
+made = fuse_(model)
+first = ("blocks.0.query", "blocks.0.key", "blocks.0.value")
+assert made == [first, ("blocks.0.output",)], made
+block, fused = model["blocks"][0], model["blocks"][0].query.group
+assert torch.equal(run(model, one), before)  # rows are split alike here, so sums have one order
+assert torch.equal(run(model, many), expected)
+assert fused._input is None and all(output is None for output in fused._outputs)
+if code is CODES[0]:
     alone = set_backend(unfuse_(copy.deepcopy(model)), "triton")["blocks"][0]
-    for name, x in (("key", a), ("query", b), ("key", b), ("key", b), ("value", a), ("query", a)):
+    a, b = torch.randn(2, 1, 64).half()
+    for name, x in (("key", a), ("query", b), ("key", b), ("key", b), ("query", a)):
         assert torch.equal(getattr(block, name)(x), getattr(alone, name)(x)), name
-    x = torch.randn(2, 3, 64).half()  # batched, not contiguous, empty
-    assert torch.equal(block.key(x), alone.key(x)) and block.key(x).shape == (2, 3, 32)
-    assert torch.equal(block.key(x.transpose(0, 1)), alone.key(x).transpose(0, 1))
-    assert block.key(x[:0]).shape == (0, 3, 32)
+    x = torch.randn(2, 2, 64).half().transpose(0, 1)  # batched, not contiguous, empty
+    assert torch.equal(block.key(x), alone.key(x)) and block.key(x[:0]).shape == (0, 2, 32)
     assert torch.equal(block.key.weight, alone.key.weight) and block.key.bias is None
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to("cpu")):
-        assert torch.equal(run(other, xs[1]), before[1])
+    for other in (copy.deepcopy(model), model.to("cpu")):
+        assert torch.equal(run(other, one), before)
     with pytest.raises(CheckpointError, match="unfuse_"):
         fq.save_pretrained(model, pathlib.Path(tempfile.mkdtemp()) / "out")
     compiled = torch.compile(lambda x: block(x), backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(xs[0]), block(xs[0]))
-    after = unfuse_(model).state_dict()
-    assert list(after) == list(state) and all(torch.equal(after[name], state[name]) for name in state)
-    assert not any(isinstance(module, FusedLinear) for module in model.modules())
+    assert torch.equal(compiled(one), before)
+after = unfuse_(model).state_dict()
+assert list(after) == list(state) and all(torch.equal(after[name], state[name]) for name in state)
+assert not any(isinstance(module, FusedLinear) for module in model.modules())
 print("all right")
 """
 
 
-def test_fused_linears_through_the_interpreter():
+@pytest.mark.parametrize("code", [0, 5])
+def test_fused_linears_through_the_interpreter(code):
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, str(code)],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.strip().endswith("all right")

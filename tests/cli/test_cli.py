@@ -450,5 +450,6 @@ def test_bench_compares_with_the_float_model(quantized, llama_directory):
     assert json.loads(result.stdout)["decoding_ratio"] is None
 
 
-def test_bench_refuses_what_cannot_decode():
-    fails("no language model", "bench", "timm/vit_tiny_patch16_224", "--device", "cpu", "--against", "none")
+def test_bench_refuses_what_cannot_decode(tmp_path):
+    make_encoder().save_pretrained(tmp_path)
+    fails("no language model", "bench", tmp_path, "--device", "cpu", "--against", "none")
