@@ -83,7 +83,7 @@ class TritonPlan:
 
         All CUDA graphs of a linear share the ones made with the plan, so they must not run at the same time.
         """
-        if not self.words.is_cuda or torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling() or not self.words.is_cuda or torch.cuda.is_current_stream_capturing():
             return self._counters[-1]
         stream = torch.cuda.current_stream(self.words.device).cuda_stream
         if stream not in self._counters:
