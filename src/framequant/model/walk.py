@@ -35,7 +35,7 @@ from framequant.model.streams import FloatBlock, Stream
 from framequant.model.trace import Group, trace_block
 from framequant.quantizers.activations import SAMPLE_TOKENS, thinned, with_activation
 from framequant.quantizers.budget import Option
-from framequant.quantizers.hessian import NOT_FINITE, Moments
+from framequant.quantizers.hessian import NOT_FINITE, Moments, all_finite
 
 
 @dataclass(frozen=True)
@@ -448,7 +448,7 @@ def untie(model: nn.Module, head: nn.Module) -> None:
 
 def _require_finite(moments: Moments, name: str) -> None:
     for total in (moments.hessian_sum, moments.drift_sum, *moments.residual_sum.values()):
-        if total is not None and not bool(torch.isfinite(total).all()):
+        if total is not None and not all_finite(total):
             raise NumericalError(f"{name}: {NOT_FINITE}")
 
 
