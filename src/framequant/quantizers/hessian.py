@@ -247,7 +247,7 @@ def cholesky_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"] | None:
 
 
 def _inverse_upper_(root: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, in place: block columns from the right, whose solves read those left."""
+    """The inverse of an upper triangular matrix, in place: block columns from the right, each from those before it."""
     n = len(root)
     width = n if n <= SMALL else PIECE_ROWS
     for last in range(n, 0, -width):
