@@ -40,6 +40,7 @@ from benchmarks.measure import commit
 #: hidden size, intermediate size, heads, key-value heads, blocks, vocabulary, tied embeddings.
 SHAPES = {
     "tiny": (256, 704, 4, 4, 4, 1000, False),
+    "small": (768, 2048, 12, 12, 12, 1000, False),
     "1.5b": (1536, 8960, 12, 2, 28, 151936, True),
     "7b": (4096, 11008, 32, 32, 32, 32000, False),
     "70b": (8192, 28672, 64, 8, 80, 32000, False),

@@ -372,6 +372,7 @@ class _Walk:
                 if name in self.gradients and self.gradients[name].gram_sum is not None
             }
         group_name = group.family or prefix + group.name
+        return_freed_memory()  # of the activations: rounding takes the most
         results = quantize_shared(weights, moments, configs, group_name, self.home.ranks)
         held = self.samples.pop(prefix + group.name, [])
         sample = self.home.ranks.share(torch.cat(held) if held else None, 0)
