@@ -104,7 +104,7 @@ class Case:
         if self.as_bytes:
             byte_product[(-(-self.rows // rows), splits, -(-tokens * 4 // columns))](
                 words, self.z, sums, self.scales, self.u, self.rows, self.count, words.shape[1], span, tokens,
-                LAST_BIT, (1 << lay.bits) / 2 - 0.5, BITS=lay.bits, ROW_SCALES=scaled, HELD=1, **tile,
+                LAST_BIT, (1 << lay.bits) / 2 - 0.5, BITS=lay.bits, ROW_SCALES=scaled, HELD=1, LOOP=span > step, **tile,
             )  # fmt: skip
             return
         product[(-(-self.rows // rows), splits, -(-tokens // columns))](

@@ -38,8 +38,8 @@ def fused_linear(
     SP0: tl.constexpr, SP1: tl.constexpr, SP2_IN: tl.constexpr, SP2_OUT: tl.constexpr, S_CHUNK: tl.constexpr,
     PADDED_PARTS: tl.constexpr, SPLITS: tl.constexpr, TRELLIS: tl.constexpr, BITS: tl.constexpr,
     MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr, ROW_SCALES: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, BIAS: tl.constexpr,
-    SYNTHESISE: tl.constexpr, PDL: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr, LOOP: tl.constexpr,
+    BIAS: tl.constexpr, SYNTHESISE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``tokens * A0`` programs analyse, ``blocks * SPLITS`` multiply; with SYNTHESISE ``tokens * S0`` synthesise.
 
@@ -70,7 +70,7 @@ def fused_linear(
             byte_block(
                 block, part, 0, counters, analysing,
                 words_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr, rows, count, stride, span, tokens, factor, zero,
-                A0, PADDED_PARTS, BITS, ROW_SCALES, BR, BK, BN, STAGES, HELD, PDL, True, False,
+                A0, PADDED_PARTS, BITS, ROW_SCALES, BR, BK, BN, STAGES, HELD, LOOP, PDL, True, False,
             )  # fmt: skip
         if arrive(counters + 1) == multiplying - 1 and not SYNTHESISE:
             _reset(counters)

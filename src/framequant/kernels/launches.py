@@ -50,6 +50,11 @@ class Launch(NamedTuple):
         """Steps held: no more than a program has."""
         return min(self.tile.held, self.span // self.tile.step)
 
+    @property
+    def loop(self) -> bool:
+        """Whether steps are left that are not held."""
+        return self.span > self.held * self.tile.step
+
 
 def launch(tile: Tile, rows: int, count: int, columns: int) -> Launch:
     """Cut rows of ``count`` words into spans of whole steps so that there are about ``tile.programs`` programs."""

@@ -44,12 +44,13 @@ def byte_block(
     rows, count, stride, span, tokens, factor, zero,
     PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BITS: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
-    PDL: tl.constexpr, WAIT: tl.constexpr, LATE: tl.constexpr,
+    LOOP: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """Block ``block`` of rows, span ``part`` of bytes, block ``columns`` of columns: see ``byte_product``.
 
-    The first HELD steps' bytes (HELD * BK is at most ``span``) are in registers before the wait, which is for the
-    kernels before this one and, with WAIT, until ``wait_for`` programs have arrived at ``wait_at``.
+    The first HELD steps' bytes are in registers before the wait (HELD * BK is at most ``span``, and equal to it
+    without LOOP), which is for the kernels before this one and, with WAIT, until ``wait_for`` programs have arrived
+    at ``wait_at``.
     """
     codes: tl.constexpr = 8 // BITS
     r = block * BR + tl.arange(0, BR)
@@ -78,17 +79,32 @@ def byte_block(
         for i in tl.static_range(codes):
             inside = used & (k[:, None] + step * BK < stop)
             held_z += (tl.load(z_at + (i * count + step * BK), mask=inside, other=0),)
-    acc = tl.zeros([BR, BN], tl.int32)
-    for done in tl.range(HELD * BK, span, BK, num_stages=STAGES):
-        inside = used & (k[:, None] + done < stop)
-        b = tl.load(b_at + done, mask=(k[None, :] + done < stride) & (r >= 0)[:, None], other=0)
-        for i in tl.static_range(codes):
-            z = tl.load(z_at + (i * count + done), mask=inside, other=0)
-            acc = tl.dot(byte_codes(b, i, BITS), z, acc, out_dtype=tl.int32)
+    even, odd = (
+        tl.zeros([BR, BN], tl.int32),
+        tl.zeros([BR, BN], tl.int32),
+    )  # two chains hide the tensor cores' latency
+    if LOOP:
+        for done in tl.range(HELD * BK, span, BK, num_stages=STAGES):
+            inside = used & (k[:, None] + done < stop)
+            b = tl.load(b_at + done, mask=(k[None, :] + done < stride) & (r >= 0)[:, None], other=0)
+            for i in tl.static_range(codes):
+                z = tl.load(z_at + (i * count + done), mask=inside, other=0)
+                if i % 2 == 0:
+                    even = tl.dot(byte_codes(b, i, BITS), z, even, out_dtype=tl.int32)
+                else:
+                    odd = tl.dot(byte_codes(b, i, BITS), z, odd, out_dtype=tl.int32)
     let_next_start(PDL and LATE)
     for step in tl.static_range(HELD):
         for i in tl.static_range(codes):
-            acc = tl.dot(byte_codes(held[step], i, BITS), held_z[step * codes + i], acc, out_dtype=tl.int32)
+            if i % 2 == 0:
+                even = tl.dot(
+                    byte_codes(held[step], i, BITS), held_z[step * codes + i], even, out_dtype=tl.int32
+                )
+            else:
+                odd = tl.dot(
+                    byte_codes(held[step], i, BITS), held_z[step * codes + i], odd, out_dtype=tl.int32
+                )
+    acc = even + odd
     plane = tl.arange(0, BN) % 4
     worth = tl.where(plane == 0, factor, tl.where(plane == 1, factor * 256.0, factor * 65536.0))
     value = acc.to(tl.float32) * worth[None, :]
@@ -109,7 +125,7 @@ def byte_product(
     rows, count, stride, span, tokens, factor, zero,
     PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BITS: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
-    PDL: tl.constexpr, LATE: tl.constexpr,
+    LOOP: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, one span of bytes, BN / 4 tokens; see the module's text.
 
@@ -127,5 +143,5 @@ def byte_product(
     byte_block(
         tl.program_id(0), tl.program_id(1), tl.program_id(2), u_ptr, 0,
         bytes_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr, rows, count, stride, span, tokens, factor, zero,
-        PARTS, PADDED_PARTS, BITS, ROW_SCALES, BR, BK, BN, STAGES, HELD, PDL, False, LATE,
+        PARTS, PADDED_PARTS, BITS, ROW_SCALES, BR, BK, BN, STAGES, HELD, LOOP, PDL, False, LATE,
     )  # fmt: skip

@@ -142,7 +142,7 @@ def product(
         return u
     byte_product[(blocks, how.splits, -(-tokens * 4 // tile.columns))](
         words, z, sums, scales, u, rows, count, stride, how.span, tokens, LAST_BIT, (1 << bits) / 2 - 0.5,
-        HELD=how.held, **options,
+        HELD=how.held, LOOP=how.loop, **options,
     )  # fmt: skip
     return u
 
@@ -238,7 +238,7 @@ def fused(
         (1 << bits) / 2 - 0.5, out_norm, *into_sizes, chunks[0], *out_sizes, chunks[1],
         PADDED_PARTS=1 << (into_sizes[0] - 1).bit_length(), SPLITS=how.splits, TRELLIS=bool(trellis), BITS=bits,
         MULTIPLIER=multiplier, ADDEND=addend, ROW_SCALES=scales.numel() > 1, BR=tile.rows, BK=tile.step, BN=columns,
-        STAGES=tile.stages, HELD=how.held, BIAS=bias is not None, SYNTHESISE=dim > 0, PDL=early,
+        STAGES=tile.stages, HELD=how.held, LOOP=how.loop, BIAS=bias is not None, SYNTHESISE=dim > 0, PDL=early,
         num_warps=tile.warps, launch_pdl=early,
     )  # fmt: skip
     return u, unit, y

@@ -23,6 +23,11 @@ def _squares_largest(a, b, c, d):
 
 
 @triton.jit
+def _three(a, b, c, d, e, f):
+    return a + d, b + e, tl.maximum(c, f)
+
+
+@triton.jit
 def _bound(squares, largest, SIZE: tl.constexpr):
     """Exponent bits of a power of two above the norm; of a cruder bound where the squares leave float32's range."""
     length = tl.sqrt(squares)
@@ -90,11 +95,14 @@ def transform_row(
         sums += x * m0[chunk // CHUNK][:, None]
         squares += x * x
         largest = tl.maximum(largest, tl.abs(x))
-    t = tl.sum(sums, axis=0)
+    if COMPILED and (ANALYSIS or F1 > 1):  # one exchange between warps instead of three
+        t, squares, largest = tl.reduce((sums, squares, largest), 0, _three)
+    else:
+        t = tl.sum(sums, axis=0)
     power = 1.0
     if ANALYSIS or F1 > 1:
-        if COMPILED:  # one exchange between warps instead of two
-            total, most = tl.reduce((squares, largest), None, _squares_largest)
+        if COMPILED:
+            total, most = tl.reduce((squares, largest), 0, _squares_largest)
         else:
             total, most = tl.sum(squares), tl.max(largest)
         bits = _bound(total, most, F0 * F1 * F2_IN)
@@ -116,7 +124,9 @@ def transform_row(
         tail_place = (tail % INTERLEAVE) * words + tail // INTERLEAVE
         last = (tail < size) & (row == 0)
         if PLANES:
-            total = tl.sum(store_planes(out_ptr + token * (4 * size) + place, y, size, valid))
+            total = tl.sum(
+                tl.sum(store_planes(out_ptr + token * (4 * size) + place, y, size, valid), axis=1), axis=0
+            )
             for plane in tl.static_range(3):
                 tl.store(
                     out_ptr + token * (4 * size) + plane * size + tail_place,
