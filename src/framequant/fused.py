@@ -181,11 +181,12 @@ def _is_free(layer: nn.Module, anywhere: bool) -> bool:
     """Whether a module is a quantized linear that may be replaced."""
     if type(layer) is not FrameLinear or layer.backend == "reference" or layer.spec.activation is not None:
         return False
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook")
+    if layer._forward_hooks or layer._forward_pre_hooks or hasattr(layer, "_hf_hook"):
+        return False
     trained = layer.bias is not None and layer.bias.requires_grad
-    return (anywhere or layer.packed_codes.is_cuda) and not (
-        hooked or trained or storage.holds_bias(layer.spec)
-    )
+    if trained or storage.holds_bias(layer.spec):
+        return False
+    return anywhere or layer.tensors["packed_codes"].is_cuda
 
 
 def groups(model: nn.Module, anywhere: bool = False) -> Iterator[list[str]]:
@@ -230,8 +231,8 @@ def fuse_(model: nn.Module, join: bool = True) -> list[tuple[str, ...]]:
     if dtype not in _DTYPES:
         return []
     made = []
-    for names in groups(model, anywhere=not COMPILED):
-        layers = [model.get_submodule(name) for name in names]
+    for names in groups(model, anywhere=not bool(COMPILED)):
+        layers: list[Any] = [model.get_submodule(name) for name in names]
         plans = [_plan(layer) for layer in layers]
         for numbers in _alike(plans, triton_group.can_join if join else lambda _: False):
             group = FusedLinears([layers[i] for i in numbers], [plans[i] for i in numbers])

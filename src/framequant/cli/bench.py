@@ -90,9 +90,9 @@ def _open(source: str, dtype: str, place: str, dense: bool) -> tuple[Any, str]:
     from framequant.integrations.sources import open_model
 
     opened = open_model(source, dtype, place)
-    if opened.kind != "transformers" or opened.is_vision or not opened.model.can_generate():
+    model: Any = opened.model
+    if opened.kind != "transformers" or opened.is_vision or not model.can_generate():
         raise ConfigError(f"{source} is no language model; bench measures decoding.")
-    model = opened.model
     kind = next(p.dtype for p in model.parameters() if p.is_floating_point())
     if dtype == "auto" and place != "cpu" and kind == torch.float32:
         model = model.to(torch.float16)

@@ -78,7 +78,8 @@ def measure_speed(
         ConfigError: the model is no language model of transformers.
     """
     decoder = Decoder(model, prompt + tokens, compile_blocks=compile_blocks)
-    device, vocabulary = decoder.device, model.config.get_text_config(decoder=True).vocab_size
+    config: Any = model.config
+    device, vocabulary = decoder.device, config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocabulary, (1, prompt), generator=generator).to(device)
 

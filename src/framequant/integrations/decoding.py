@@ -66,10 +66,11 @@ class Decoder:
             raise ConfigError(f"max_length = {max_length} and batch = {batch} must be positive.")
         from transformers import StaticCache
 
+        config: Any = model.config
         self.model, self.max_length, self.batch = model, max_length, batch
         self.device = next(model.parameters()).device
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.cache = StaticCache(config=model.config, max_cache_len=max(max_length, _CHECKED_STEPS + 1))
+        self.cache = StaticCache(config=config, max_cache_len=max(max_length, _CHECKED_STEPS + 1))
         self.tokens = torch.zeros((batch, 1), dtype=torch.long, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         with torch.no_grad():
