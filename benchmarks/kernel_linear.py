@@ -41,35 +41,20 @@ def tiles(name: str, *found: Tile) -> list[tuple[str, dict[tuple[Any, str], Any]
 
 
 def one_token(code: str, shape: tuple[int, int]) -> list[Found]:
-    """One, two and three launches, each with several tiles."""
-    small = shape[0] <= 8192
+    """Several tiles of the product."""
     if code == "trellis":
-        if shape not in SHAPES[2:]:
-            return []
-        product = tiles("half_tile", Tile(64, 32, 8, 3, 4, 1100), Tile(32, 32, 8, 3, 2, 1100))
-        both = tiles("fused_tile", Tile(64, 32, 8, 2, 4, 1100), Tile(64, 32, 8, 3, 4, 1100),
-                     Tile(32, 32, 8, 3, 2, 1100), Tile(64, 32, 8, 4, 4, 1100))  # fmt: skip
-    elif small:
-        product = tiles("byte_tile", Tile(32, 128, 8, 4, 2, 512, 1), Tile(32, 128, 8, 4, 2, 512, 3))
-        both = tiles("fused_tile", Tile(64, 128, 8, 3, 4, 192, 3), Tile(64, 128, 8, 3, 4, 320, 2),
-                     Tile(64, 128, 8, 3, 4, 128, 5), Tile(64, 128, 8, 3, 4, 576, 1), Tile(32, 128, 8, 3, 2, 384, 3),
-                     Tile(128, 128, 8, 3, 4, 160, 2), Tile(128, 128, 8, 3, 8, 160, 2))  # fmt: skip
-    else:
-        found = (
-            Tile(128, 128, 8, 3, 4, 512, 1),
-            Tile(64, 128, 8, 3, 4, 1024, 1),
-            Tile(32, 128, 8, 4, 2, 1100, 1),
+        return tiles(
+            "half_tile", Tile(64, 32, 8, 2, 4, 1100), Tile(64, 32, 8, 3, 4, 1100), Tile(32, 32, 8, 3, 2, 1100)
         )
-        more = (Tile(128, 128, 8, 3, 4, 512, 2), Tile(64, 128, 8, 3, 4, 1024, 2))
-        product, both = tiles("byte_tile", *found), tiles("fused_tile", *found, *more)
-    count = (launches, "num_launches")
-    tried = [("3: " + name, patch | {count: fixed(3)}) for name, patch in product]
-    name, patch = product[0]
-    tried.append(("3 late: " + name, patch | {count: fixed(3), (triton_ops, "LATE"): True}))
-    tried += [("2: " + name, patch | {count: fixed(2)}) for name, patch in (both[:2] if small else both)]
-    if small:
-        tried += [("1: " + name, patch | {count: fixed(1)}) for name, patch in both]
-    return tried
+    if shape[0] <= 8192:
+        return tiles("byte_tile", Tile(32, 128, 8, 4, 2, 512, 3), Tile(32, 128, 8, 4, 2, 300, 1))
+    return tiles(
+        "byte_tile",
+        Tile(128, 128, 8, 3, 4, 512, 1),
+        Tile(64, 128, 8, 3, 4, 1024, 1),
+        Tile(32, 128, 8, 4, 2, 1100, 1),
+        Tile(128, 128, 8, 3, 4, 512, 2),
+    )
 
 
 def variants(code: str, shape: tuple[int, int], tokens: int) -> list[Found]:
@@ -123,13 +108,10 @@ def jobs(shapes: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, tuple[int, 
 
 
 def compile_part(part: str, shapes: tuple[tuple[int, int], ...]) -> None:
-    """Launch a share of what will be timed, each kernel once; "probe": the defaults, several times."""
+    """Launch a share of what will be timed, each kernel once."""
     found = [(job, how) for job in jobs(shapes) for how in (("default", {}), *variants(*job))]
-    if part == "probe":
-        found = [(job, how) for job, how in found if how[0] == "default" and job[2] == 1]
-    else:
-        index, count = map(int, part.split("/"))
-        found = found[index::count]
+    index, count = map(int, part.split("/"))
+    found = found[index::count]
     made: dict[tuple[str, tuple[int, int]], triton_linear.TritonPlan] = {}
     for (code, shape, tokens), (name, how) in found:
         if (code, shape) not in made:
@@ -137,8 +119,7 @@ def compile_part(part: str, shapes: tuple[tuple[int, int], ...]) -> None:
         x = torch.randn(tokens, shape[1], device=DEVICE, dtype=torch.float16)
         try:
             with patched(how):
-                for _ in range(20 if part == "probe" else 1):
-                    triton_linear.linear(made[code, shape], x)
+                triton_linear.linear(made[code, shape], x)
             if DEVICE == "cuda":
                 torch.cuda.synchronize()
         except Exception as failure:
@@ -146,15 +127,13 @@ def compile_part(part: str, shapes: tuple[tuple[int, int], ...]) -> None:
                 f"{code} {shape} {tokens} {name}: !! {type(failure).__name__} {str(failure)[:150]}",
                 flush=True,
             )
-            if part == "probe":
-                raise SystemExit(1) from failure
 
 
-def workers(limit: float) -> bool:
-    """Compile in parallel; False if the defaults did not come to their end, as when programs wait for ever."""
+def workers(limit: float) -> None:
+    """Compile in parallel, for so many seconds at most."""
     start, count = time.time(), max(2, (os.cpu_count() or 2) - 1)
     args = [sys.executable, __file__, *sys.argv[1:], "--worker"]
-    running = [subprocess.Popen([*args, part]) for part in ("probe", *(f"{i}/{count}" for i in range(count)))]
+    running = [subprocess.Popen([*args, part]) for part in (f"{i}/{count}" for i in range(count))]
     results = []
     for worker in running:
         try:
@@ -163,7 +142,6 @@ def workers(limit: float) -> bool:
             worker.kill()
             results.append(-1)
     print(f"compiled in {time.time() - start:.0f} s, {sum(map(bool, results))} not to their end", flush=True)
-    return results[0] == 0
 
 
 def error(case: Case, plan: triton_linear.TritonPlan, x: torch.Tensor) -> tuple[float, float]:
@@ -291,12 +269,7 @@ def main() -> None:
         compile_part(arguments.worker, shapes)
         return
     begin, bases = time.time(), {}
-    if not workers(arguments.limit):
-        print("!! joint launches do not come to their end: three launches only", flush=True)
-        launches.num_launches = fixed(3)
-        globals()["one_token"] = lambda code, shape, whole=one_token: [
-            v for v in whole(code, shape) if v[0][0] == "3"
-        ]
+    workers(arguments.limit)
     table = Table(arguments.csv)
     for code, shape, tokens in jobs(shapes):
         if (shape, tokens) not in bases:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 #: Most tokens whose transforms take a program for each index of the first axis.
-VECTOR_TOKENS = 4
+VECTOR_TOKENS = 2
 #: Most tokens of scalar codes that meet bytes: more cost as much in halves, and less in the transforms.
 BYTE_TOKENS = 4
 #: Most splits: synthesis reads every part again in each of its programs.
@@ -93,26 +93,6 @@ def half_tile(trellis: bool, rows: int, tokens: int, compiled: bool) -> Tile:
         if rows <= 8192:
             return Tile(64, 32, columns, 3, 4, 300)
         return Tile(64, 32, columns, 2 if rows <= 24576 else 3, 4, 1024)
-    return Tile(128, 32, 16 if tokens <= 16 else 32, 2, 8, 512)
-
-
-def fused_tile(trellis: bool, rows: int) -> Tile:
-    """For one or two tokens, in the launch that analyses, too."""
-    if trellis:
-        return half_tile(True, rows, 1, True)
-    return Tile(64, 128, 8, 3, 4, 192, held=3) if rows <= 8192 else byte_tile(rows, 1)
-
-
-def num_launches(rows: int, tokens: int) -> int:
-    """Launches of a linear: 3 for analysis, product and synthesis; 2 with the first two in one; or 1 with all.
-
-    With many rows synthesis needs more warps for a program than the product.
-    """
-    if tokens > 2:
-        return 3
-    return 1 if rows <= 8192 else 2
-
-
-def chunk(first: int, others: int, warps: int, floats: int = 32) -> int:
-    """Indices of the first axis that a transform's program reads at a time: at most so many floats for a thread."""
-    return max(1, min(first, floats * 32 * warps // others))
+    if tokens <= 16:
+        return Tile(64, 32, 16, 2, 4, 700)
+    return Tile(128, 32, 32, 2, 8, 512)

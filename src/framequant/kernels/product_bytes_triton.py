@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from framequant.kernels.triton_support import COMPILED, let_next_start, wait_for_previous, wait_until
+from framequant.kernels.triton_support import COMPILED, let_next_start, wait_for_previous
 
 
 @triton.constexpr_function
@@ -39,18 +39,17 @@ def byte_codes(bytes_, INDEX: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def byte_block(
-    block, part, columns, wait_at, wait_for,
+    block, part, columns,
     bytes_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
     rows, count, stride, span, tokens, factor, zero,
     PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BITS: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
-    LOOP: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr, LATE: tl.constexpr,
+    LOOP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Block ``block`` of rows, span ``part`` of bytes, block ``columns`` of columns: see ``byte_product``.
 
-    The first HELD steps' bytes are in registers before the wait (HELD * BK is at most ``span``, and equal to it
-    without LOOP), which is for the kernels before this one and, with WAIT, until ``wait_for`` programs have arrived
-    at ``wait_at``.
+    The first HELD steps' bytes are in registers before the wait for the kernels before this one (HELD * BK is at most
+    ``span``, and equal to it without LOOP).
     """
     codes: tl.constexpr = 8 // BITS
     r = block * BR + tl.arange(0, BR)
@@ -72,8 +71,6 @@ def byte_block(
         there = (k[None, :] + step * BK < stride) & (r >= 0)[:, None]
         held += (tl.load(b_at + step * BK, mask=there, other=0),)
     wait_for_previous(PDL)
-    if WAIT:
-        wait_until(wait_at, wait_for)
     held_z = ()
     for step in tl.static_range(HELD):
         for i in tl.static_range(codes):
@@ -93,7 +90,6 @@ def byte_block(
                     even = tl.dot(byte_codes(b, i, BITS), z, even, out_dtype=tl.int32)
                 else:
                     odd = tl.dot(byte_codes(b, i, BITS), z, odd, out_dtype=tl.int32)
-    let_next_start(PDL and LATE)
     for step in tl.static_range(HELD):
         for i in tl.static_range(codes):
             if i % 2 == 0:
@@ -125,7 +121,7 @@ def byte_product(
     rows, count, stride, span, tokens, factor, zero,
     PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BITS: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
-    LOOP: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr,
+    LOOP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, one span of bytes, BN / 4 tokens; see the module's text.
 
@@ -139,9 +135,9 @@ def byte_product(
         factor: value of the last bit of a coefficient, in units of the token.
         zero: the code whose level is 0, any float.
     """
-    let_next_start(PDL and not LATE)
+    let_next_start(PDL)
     byte_block(
-        tl.program_id(0), tl.program_id(1), tl.program_id(2), u_ptr, 0,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2),
         bytes_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr, rows, count, stride, span, tokens, factor, zero,
-        PARTS, PADDED_PARTS, BITS, ROW_SCALES, BR, BK, BN, STAGES, HELD, LOOP, PDL, False, LATE,
+        PARTS, PADDED_PARTS, BITS, ROW_SCALES, BR, BK, BN, STAGES, HELD, LOOP, PDL,
     )  # fmt: skip

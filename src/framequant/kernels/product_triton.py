@@ -22,7 +22,6 @@ from framequant.kernels.triton_support import (
     let_next_start,
     prefetch,
     wait_for_previous,
-    wait_until,
 )
 
 
@@ -154,19 +153,16 @@ def paired_levels(
 
 @triton.jit
 def half_block(
-    block, split, column_block, wait_at, wait_for,
+    block, split, column_block,
     words_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
     rows, words, stride, span, tokens, factor,
     PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr,
     TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
     CENTRED: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, PREFETCH: tl.constexpr, WAIT: tl.constexpr, LATE: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """Block ``block`` of rows, span ``split`` of words, block ``column_block`` of tokens: see ``product``.
-
-    Waits for the kernels before this one and, with WAIT, until ``wait_for`` programs have arrived at ``wait_at``.
-    """
+    """Block ``block`` of rows, span ``split`` of words, block ``column_block`` of tokens: see ``product``."""
     codes: tl.constexpr = 16 if TRELLIS else 16 // BITS
     r = block * BR + tl.arange(0, BR)
     start = split * span
@@ -183,8 +179,6 @@ def half_block(
     z_at = z_ptr + (n.to(tl.int64) * (codes * words))[None, :] + k[:, None]
     few = n[None, :] < tokens
     wait_for_previous(PDL)
-    if WAIT:
-        wait_until(wait_at, wait_for)
     acc = tl.zeros([BR, BN], tl.float32)
     for done in tl.range(0, span, BK, num_stages=STAGES):
         inside = few & (k[:, None] + done < stop)
@@ -207,7 +201,6 @@ def half_block(
                 z = tl.load(z_at + (i * words + done), mask=inside, other=0.0)
                 piece = tl.dot(trellis_levels(w, a, 30 - 2 * i, BITS, MULTIPLIER, ADDEND, CENTRED), z, piece)
         acc += piece
-    let_next_start(PDL and LATE)
     if not CENTRED and split == 0:
         part = tl.arange(0, PADDED_PARTS)
         summed = (n < tokens)[:, None] & (part < PARTS)[None, :]
@@ -232,7 +225,7 @@ def product(
     TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
     CENTRED: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, PREFETCH: tl.constexpr, LATE: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, one span of words, one block of tokens; see the module's text.
 
@@ -245,12 +238,12 @@ def product(
         span: words of a row that one program takes; best a multiple of BK.
         factor: value of a unit of the levels that are multiplied.
     """
-    let_next_start(PDL and not LATE)
+    let_next_start(PDL)
     half_block(
-        tl.program_id(0), tl.program_id(1), tl.program_id(2), u_ptr, 0,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2),
         words_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr, rows, words, stride, span, tokens, factor,
         PARTS, PADDED_PARTS, TRELLIS, BITS, MULTIPLIER, ADDEND, CENTRED, ROW_SCALES, BR, BK, BN, STAGES,
-        PDL, PREFETCH, False, LATE,
+        PDL, PREFETCH,
     )  # fmt: skip
 
 

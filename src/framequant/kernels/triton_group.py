@@ -94,19 +94,13 @@ def linears(group: GroupPlan, inputs: Float[Tensor, "*b n"]) -> tuple[Float[Tens
     x = inputs.reshape(-1, inputs.shape[-1])
     x = x if x.stride(-1) == 1 else x.contiguous()
     plan, tokens = group.joined, x.shape[0]
-    into, out, words = plan.into, plan.out, plan.codes(tokens)
+    into, words = plan.into, plan.codes(tokens)
     sizes, factor, numbers = [*into.sizes, *into.padded], plan.layout.factor, plan.numbers(words)
-    if launches.num_launches(len(words), tokens) < 3:
-        u, unit, _ = operators.fused(
-            x, words, plan.scales, len(words), numbers, factor, [into.signs, *into.matrices], sizes, into.norm,
-            [out.signs, *out.matrices], [*out.sizes, *out.padded], out.norm, 0, None, plan.counters,
-        )  # fmt: skip
-    else:
-        z, unit, sums = operators.analysis(
-            x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
-            words.dtype == torch.int8,
-        )  # fmt: skip
-        u = operators.product(words, z, sums, plan.scales, len(words), numbers, factor)
+    z, unit, sums = operators.analysis(
+        x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
+        words.dtype == torch.int8,
+    )  # fmt: skip
+    u = operators.product(words, z, sums, plan.scales, len(words), numbers, factor)
     outputs, start = [], 0
     for member, rows in zip(group.members, group.rows, strict=True):
         out, size = member.out, member.spec.out_features

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -55,7 +55,6 @@ class TritonPlan:
     into: TransformPlan
     out: TransformPlan
     bias: Tensor | None
-    _counters: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def codes(self, tokens: int) -> Tensor:
         """The words as the product takes them for so many tokens: bytes for few tokens of scalar codes."""
@@ -77,23 +76,6 @@ class TritonPlan:
         lay = self.layout
         return [int(lay.trellis), lay.bits, lay.multiplier, lay.addend, self.count(words), words.shape[1]]
 
-    @property
-    def counters(self) -> Tensor:
-        """Of a launch that does all: a stream has its own, since launches on two may run at the same time.
-
-        All CUDA graphs of a linear share the ones made with the plan, so they must not run at the same time.
-        """
-        if torch.compiler.is_compiling() or not self.words.is_cuda or torch.cuda.is_current_stream_capturing():
-            return self._counters[-1]
-        stream = torch.cuda.current_stream(self.words.device).cuda_stream
-        if stream not in self._counters:
-            self._counters[stream] = _counters(self.words.device)
-        return self._counters[stream]
-
-
-def _counters(device: torch.device) -> Tensor:
-    return torch.zeros(3, dtype=torch.int32, device=device)
-
 
 def triton_plan(
     spec: LinearSpec,
@@ -113,7 +95,7 @@ def triton_plan(
     if scales.numel() not in (1, spec.coefficient_shape[0]):
         return None
     words = to_words(tensors["packed_codes"], spec, layout)
-    return TritonPlan(spec, layout, words, scales.contiguous(), into, out, bias, {-1: _counters(device)})
+    return TritonPlan(spec, layout, words, scales.contiguous(), into, out, bias)
 
 
 def takes(inputs: Tensor, in_features: int) -> bool:
@@ -134,22 +116,14 @@ def linear(plan: TritonPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b
     words, rows = plan.codes(tokens), plan.spec.coefficient_shape[0]
     dim, factor, numbers = plan.spec.out_features, plan.layout.factor, plan.numbers(words)
     into_sizes, out_sizes = [*into.sizes, *into.padded], [*out.sizes, *out.padded]
-    num = launches.num_launches(rows, tokens)
-    if num < 3:
-        u, unit, y = operators.fused(
-            x, words, plan.scales, rows, numbers, factor, [into.signs, *into.matrices], into_sizes, into.norm,
-            [out.signs, *out.matrices], out_sizes, out.norm, dim if num == 1 else 0, plan.bias, plan.counters,
-        )  # fmt: skip
-    else:
-        z, unit, sums = operators.analysis(
-            x, into.signs, list(into.matrices), into_sizes, into.norm, plan.interleave(words), plan.count(words),
-            words.dtype == torch.int8,
-        )  # fmt: skip
-        u = operators.product(words, z, sums, plan.scales, rows, numbers, factor)
-    if num > 1:
-        y = operators.synthesis(
-            u, unit, out.signs, list(out.matrices), out_sizes, out.norm, dim, plan.bias, inputs.dtype
-        )
+    z, unit, sums = operators.analysis(
+        x, into.signs, list(into.matrices), into_sizes, into.norm, plan.interleave(words), plan.count(words),
+        words.dtype == torch.int8,
+    )  # fmt: skip
+    u = operators.product(words, z, sums, plan.scales, rows, numbers, factor)
+    y = operators.synthesis(
+        u, unit, out.signs, list(out.matrices), out_sizes, out.norm, dim, plan.bias, inputs.dtype
+    )
     return y.view(*inputs.shape[:-1], dim)
 
 

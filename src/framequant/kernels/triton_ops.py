@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from framequant.kernels import launches
-from framequant.kernels.fused_triton import fused_linear
 from framequant.kernels.launches import Launch, Tile
 from framequant.kernels.product_bytes_triton import byte_product
 from framequant.kernels.product_triton import product as half_product
@@ -24,9 +23,6 @@ from framequant.kernels.transform_triton import LAST_BIT
 from framequant.kernels.transform_triton import transform as tiled_transform
 from framequant.kernels.triton_support import COMPILED
 from framequant.kernels.vector_triton import vector_transform
-
-#: Kernels let the next one start when they start; if True, when they have read their inputs.
-LATE = False
 
 
 @cache
@@ -42,12 +38,8 @@ def _transform(tokens: int, sizes: list[int], arguments: tuple[Any, ...], rows: 
     early = _early(arguments[0].device)
     options |= {"PDL": early, "launch_pdl": early}
     if tokens <= launches.VECTOR_TOKENS:
-        others = sizes[5] * sizes[6]
-        warps = min(16, max(4, sizes[4] * others // 1024))
-        chunk = launches.chunk(sizes[4], others, warps)
-        vector_transform[(tokens, sizes[0])](
-            *arguments, *sizes, **options, CHUNK=chunk, LATE=LATE, num_warps=warps
-        )
+        warps = min(16, max(4, sizes[4] * sizes[5] * sizes[6] // 1024))
+        vector_transform[(tokens, sizes[0])](*arguments, *sizes, **options, num_warps=warps)
         return
     tiled_transform[(tokens, rows // ROWS)](*arguments, *sizes, ROWS=ROWS, LOW=True, **options, num_warps=8)
 
@@ -130,7 +122,7 @@ def product(
     tile = how.tile
     u = torch.empty((how.splits, tokens, rows), dtype=torch.float32, device=z.device)
     options = {"BITS": bits, "ROW_SCALES": scales.numel() > 1, "BR": tile.rows, "BK": tile.step, "BN": tile.columns,
-               "STAGES": tile.stages, "PDL": early, "LATE": LATE, "num_warps": tile.warps,
+               "STAGES": tile.stages, "PDL": early, "num_warps": tile.warps,
                "launch_pdl": early}  # fmt: skip
     blocks, parts = -(-rows // tile.rows), sums.shape[1]
     options |= {"PARTS": parts, "PADDED_PARTS": 1 << (parts - 1).bit_length()}
@@ -189,73 +181,3 @@ def synthesis(
 @synthesis.register_fake
 def _(u, unit, signs, matrices, sizes, norm, dim, bias, dtype):  # type: ignore[no-untyped-def]
     return u.new_empty((u.shape[1], dim), dtype=dtype)
-
-
-@torch.library.custom_op("framequant::fused", mutates_args=("counters",))
-def fused(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    rows: int,
-    layout: list[int],
-    factor: float,
-    into: list[Tensor],
-    into_sizes: list[int],
-    into_norm: float,
-    out: list[Tensor],
-    out_sizes: list[int],
-    out_norm: float,
-    dim: int,
-    bias: Tensor | None,
-    counters: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Analysis and product of one or two tokens in one launch; synthesis, too, where ``dim`` is above 0.
-
-    Returns ``u`` and ``unit`` as analysis and product do, and outputs (tokens, dim) like ``x``. ``layout`` as for
-    ``product``, int8 or trellis words only. ``into`` and ``out`` are signs and three matrices. ``counters`` are three
-    int32, zero before and after; launches that may run at the same time need their own.
-    """
-    trellis, bits, multiplier, addend, count, stride = layout
-    tokens, early = x.shape[0], _early(x.device)
-    how = fused_launch(bool(trellis), rows, count)
-    tile = how.tile
-    interleave, planes = (16, 1) if trellis else (8 // bits, 4)
-    columns = tile.columns if COMPILED or not trellis else 16  # the interpreter asks for 16
-    kind = torch.float16 if trellis else torch.int8
-    z = torch.empty((tokens, planes, interleave, count), dtype=kind, device=x.device)
-    unit = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    sums = torch.empty((tokens, into_sizes[0]), dtype=torch.float32, device=x.device)
-    u = torch.empty((how.splits, tokens, rows), dtype=torch.float32, device=x.device)
-    y = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
-    blocks = -(-rows // tile.rows)
-    chunks = [
-        launches.chunk(sizes[4], sizes[5] * sizes[6], tile.warps, 16) for sizes in (into_sizes, out_sizes)
-    ]
-    programs = tokens * (into_sizes[0] + (out_sizes[0] if dim else 0)) + blocks * how.splits
-    fused_linear[(programs,)](
-        x, *into, z, unit, sums, words, scales, u, *out, u if bias is None else bias, y, counters,
-        tokens, x.stride(0), into_norm, rows, blocks, count, stride, how.span, factor if trellis else LAST_BIT,
-        (1 << bits) / 2 - 0.5, out_norm, *into_sizes, chunks[0], *out_sizes, chunks[1],
-        PADDED_PARTS=1 << (into_sizes[0] - 1).bit_length(), SPLITS=how.splits, TRELLIS=bool(trellis), BITS=bits,
-        MULTIPLIER=multiplier, ADDEND=addend, ROW_SCALES=scales.numel() > 1, BR=tile.rows, BK=tile.step, BN=columns,
-        STAGES=tile.stages, HELD=how.held, LOOP=how.loop, BIAS=bias is not None, SYNTHESISE=dim > 0, PDL=early,
-        num_warps=tile.warps, launch_pdl=early,
-    )  # fmt: skip
-    return u, unit, y
-
-
-def fused_launch(trellis: bool, rows: int, count: int) -> Launch:
-    """Tile and splits of ``fused``."""
-    return launches.launch(launches.fused_tile(trellis, rows), rows, count, 1)
-
-
-@fused.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, words, scales, rows, layout, factor, into, into_sizes, into_norm, out, out_sizes, out_norm, dim, bias, counters
-):  # fmt: skip
-    how = fused_launch(bool(layout[0]), rows, layout[4])
-    return (
-        x.new_empty((how.splits, x.shape[0], rows), dtype=torch.float32),
-        x.new_empty(x.shape[0], dtype=torch.float32),
-        x.new_empty((x.shape[0], dim)),
-    )
