@@ -11,6 +11,7 @@ import argparse
 import copy
 import csv
 import gc
+import json
 import math
 import os
 import platform
@@ -46,8 +47,6 @@ from framequant.report.results import Plot, write_plots
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results" / "paper"
-#: What an experiment may lack or break on without ending a run.
-PROBLEMS = (fq.FrameQuantError, ImportError, OSError, MemoryError, torch.OutOfMemoryError)
 
 Row = dict[str, Any]
 
@@ -89,6 +88,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument("--model", action="append", help="any name that framequant opens; repeatable")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables")
+    made.add_argument("--add", action="store_true", help="keep the rows that the tables have of other runs")
     made.add_argument("--quick", action="store_true", help="few data and few rows, for two CPU cores")
     for name in ("samples", "length", "windows", "images", "pairs"):
         made.add_argument(f"--{name}", type=int, help=f"{Size.__dataclass_fields__[name].default} or all")
@@ -126,13 +126,14 @@ class Record:
     """A table of one experiment.
 
     Args:
-        args: of ``parser``.
+        args: of ``parser``; with ``--add`` the rows that the table already has stay, but for those measured anew.
         name: of the table.
     """
 
     def __init__(self, args: argparse.Namespace, name: str) -> None:
         self.path = args.out / f"{name}.csv"
         self.rows: list[Row] = []
+        self.kept = read_rows(self.path) if args.add else []
         self.origin = {
             "seed": args.seed,
             "commit": commit(),
@@ -144,15 +145,23 @@ class Record:
         """Print a row, and write the table with it."""
         self.rows.append(row)
         print({key: value for key, value in row.items() if value is not None}, flush=True)
-        write(self.rows, self.path, self.origin)
+        write(self.table, self.path, self.origin)
         return row
+
+    @property
+    def table(self) -> list[Row]:
+        """The rows that stay from before, and then the new ones."""
+        anew = {identity(row) for row in self.rows}
+        return [*(row for row in self.kept if identity(row) not in anew), *self.rows]
 
     def attempt(self, function: Callable[[], Row], **known: Any) -> Row:
         """Add the row that a function returns, or the reason why there is none."""
         start, processor = time.perf_counter(), time.process_time()
         try:
             found = function()
-        except PROBLEMS as error:
+        except (
+            Exception
+        ) as error:  # whatever a hub, a peer or a task library raises is told, and the run goes on
             found = {"error": reason(error)}
         gc.collect()
         spent = {"row_seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - processor}
@@ -160,7 +169,7 @@ class Record:
 
     def plots(self, title: str, text: str, plots: Sequence[Plot] = ()) -> None:
         """Say what the page draws from the table; plots of columns that no row has are left out."""
-        columns = {*self.origin, *(key for row in self.rows for key in row)}
+        columns = {*self.origin, *(key for row in self.table for key in row)}
         kept = [p for p in plots if p.image or {p.x, p.y, *p.where, *filter(None, [p.series])} <= columns]
         write_plots(self.path, title, text, kept)
 
@@ -170,14 +179,48 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
+#: Columns that say what a row measured, whatever came out.
+IDENTITY = (
+    *(
+        "model",
+        "method",
+        "settings",
+        "ablation",
+        "line",
+        "value",
+        "weights",
+        "layers",
+        "stage",
+        "claim",
+        "measure",
+    ),
+    *("case", "check", "x", "linear", "space", "sigmas"),
+)
+
+
+def identity(row: Row) -> tuple[str, ...]:
+    """What tells a row from the others of its table."""
+    return tuple(str(row.get(key, "")) for key in IDENTITY)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a table, without empty cells; none if there is no table yet."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
 def write(rows: list[Row], path: Path, shared_columns: Row) -> None:
-    """Write rows as CSV, with columns that are the same in all of them."""
-    fields = list(dict.fromkeys(key for row in rows for key in row))
+    """Write rows as CSV, with columns that are the same in all rows that have none of their own."""
+    fields = list(dict.fromkeys(key for row in rows for key in row if key not in shared_columns))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    unfinished = path.with_suffix(".csv.part")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*fields, *shared_columns])
         writer.writeheader()
-        writer.writerows({**row, **shared_columns} for row in rows)
+        writer.writerows({**shared_columns, **row} for row in rows)
+    unfinished.replace(path)  # a run that is cut off leaves the rows before
 
 
 def commit() -> str:
@@ -224,7 +267,7 @@ class Bench:
         self, name: str, args: argparse.Namespace, size: Size | None = None, plain: bool = True
     ) -> None:
         self.size, self.seed, self.plain = size or size_of(args), args.seed, plain
-        self.name = Path(name).name
+        self.name = Path(name).name.removesuffix(".gguf")
         self.opened = open_model(name, dtype=args.dtype, device=choose_device(args.device))
         self.model = self.opened.model
         heads = (
@@ -232,6 +275,7 @@ class Bench:
         )
         self.kind = "vision" if self.opened.is_vision else "language" if heads else "encoder"
         self._data: dict[int, Any] = {}
+        self._rows: dict[tuple[str, int], Row] = {}
         self._given = args.calibration
         getattr(self, f"_open_{self.kind}")(args)
 
@@ -302,13 +346,20 @@ class Bench:
     def tasks(self, model: nn.Module, limit: int | None) -> Row:
         """PIQA and LAMBADA through lm-eval with local files; the reason where they cannot be run."""
         folder = shared() / "data" / "tasks"
-        found = evaluate_tasks(model, self.opened.tokenizer, ["piqa", "lambada"], folder=folder, limit=limit)
+        names = ["piqa", "lambada"]
+        try:
+            found = evaluate_tasks(model, self.opened.tokenizer, names, folder=folder, limit=limit)
+        except Exception as error:  # the row's other figures stay
+            return {"tasks_error": reason(error)}
         return {f"{name}_acc": round(values["acc"], 4) for name, values in found.items()}
 
     def float_row(self) -> Row:
         """The float model as a row."""
         bits = 8 * next(self.model.parameters()).element_size()
-        return {"bits_per_weight": bits, **self.evaluate(self.model)}
+        key = "float", 0
+        if key not in self._rows:
+            self._rows[key] = {"bits_per_weight": bits, **self.evaluate(self.model)}
+        return dict(self._rows[key])
 
     def quantized(
         self, config: fq.FrameQuantConfig, samples: int | None = None
@@ -333,9 +384,13 @@ class Bench:
         )
 
     def row(self, config: fq.FrameQuantConfig, samples: int | None = None) -> Row:
-        """Quantize and evaluate."""
+        """Quantize and evaluate; settings that were measured before give the same row, with a note."""
+        key = json.dumps(config.to_dict(), sort_keys=True), samples or self.size.samples
+        if key in self._rows:
+            return {**self._rows[key], "note": "measured for an earlier row of the same settings"}
         model, _, row = self.quantized(config, samples)
-        return {**row, **self.evaluate(model)}
+        self._rows[key] = {**row, **self.evaluate(model)}
+        return dict(self._rows[key])
 
     def quality(self) -> tuple[str, bool]:
         """The column that says how good a model is, and whether it is read as a ratio."""
@@ -344,13 +399,27 @@ class Bench:
         ]
 
 
+#: The last bench of every name, with what it was opened for: stages of a run share models and measured rows.
+_OPEN: dict[str, tuple[tuple[Any, ...], Bench]] = {}
+
+
+def shared_bench(name: str, args: argparse.Namespace) -> Bench:
+    """The bench that an earlier experiment of this process opened with the same options, or a new one."""
+    given = (args.text, args.calibration, args.imagenet, args.sts, args.device, args.dtype, args.seed)
+    key = (size_of(args), *given)
+    if name not in _OPEN or _OPEN[name][0] != key:
+        _OPEN.pop(name, None)  # its memory, before the new one takes some
+        _OPEN[name] = key, Bench(name, args)
+    return _OPEN[name][1]
+
+
 def benches(args: argparse.Namespace, record: Record, models: Sequence[str] | None = None) -> list[Bench]:
     """The models of an experiment; one that cannot be had becomes a row with the reason."""
     found = []
     for name in args.model or models or default_models():
         try:
-            found.append(Bench(name, args))
-        except PROBLEMS as error:
+            found.append(shared_bench(name, args))
+        except Exception as error:  # likewise
             record.add(model=Path(name).name, error=reason(error))
     return found
 

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     record = Record(args, "scaling")
     states = 8 if args.quick else 12
-    rates = (1.5, 2.0, 2.5, 3.0, 4.0)[:: 2 if args.quick else 1]
+    rates = (1.5, 3.0) if args.quick else (1.5, 2.0, 2.5, 3.0, 4.0)
     for bench in benches(args, record, default_models()[1:] if args.quick else None):
         for bits in rates:
             settings = f"framequant:bits={bits},state_bits={states},allocation=uniform"
