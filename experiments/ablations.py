@@ -40,7 +40,7 @@ def settings(quick: bool) -> Iterator[tuple[str, str, str | float, str]]:
     ):
         yield "transform", "error feedback", name, changes
         yield "transform", "nearest", name, f"{changes},rounding=nearest"
-    for damping in (1e-4, 1e-3, 1e-2, 1e-1)[:: 3 if quick else 1]:
+    for damping in (1e-4, 1e-3, 1e-2, 1e-1)[2 if quick else 0 :]:
         yield "damping", "r = 1.125", damping, f"{BASE},damping={damping}"
         yield "damping", "r = 1", damping, f"framequant-paper:redundancy=1.0,damping={damping}"
     for order in ("natural", "descending"):

@@ -31,7 +31,7 @@ def settings(quick: bool) -> Iterator[tuple[str, str, dict[str, Any]]]:
             changes["overrides"] = {ATTENTION: {"bits": rest}}
         label = f"W{weights}" if rest == weights else f"W{weights} (attention W{rest})"
         yield f"ZeroQuant-like:{label} A8", "rtn", changes
-    for bits in (8, 6, 4):
+    for bits in (6, 4) if quick else (8, 6, 4):
         if not quick:
             static = {"bits": bits, "levels": 2**bits if bits != 6 else 64, "grid": "search"}
             rounded = {"activation_bits": bits, "activation_space": "input", "activation_scaling": "static"}

@@ -87,7 +87,7 @@ def attention(model: nn.Module, pixels: Tensor) -> NDArray[np.float64]:
     held: list[Tensor] = []
     handle = block.attn.qkv.register_forward_hook(lambda _m, _a, out: held.append(out.detach()))
     with torch.no_grad():
-        model(pixels.to(next(model.parameters()).device))
+        model(pixels.to(next(model.parameters())))
     handle.remove()
     heads = block.attn.num_heads
     batch, tokens, width = held[0].shape

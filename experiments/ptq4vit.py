@@ -35,6 +35,7 @@ from framequant.codes.grid import Grid, GridKind, GridSpec, ZeroPoint, encode, l
 from framequant.codes.packing import pack_codes
 from framequant.frames import FrameKind, FrameSpec
 from framequant.layers import FrameLinear
+from framequant.model.calibration import to_device
 from framequant.model.discovery import find_blocks, linear_weight, select_linears
 from framequant.model.gradients import GradientPass, pieces_of, watched
 from framequant.model.replay import call_model
@@ -293,8 +294,11 @@ def quantize_(model: nn.Module, data: Any, settings: Settings, seed: int = 0) ->
     Raises:
         CalibrationError: the calibration data reach none of a linear's inputs.
     """
-    place = next(model.parameters()).device
-    batches = [batch.to(place) for batch in ([data] if isinstance(data, Tensor) else data)]
+    first = next(model.parameters())
+    batches = [
+        to_device(batch, first.device, first.dtype)
+        for batch in ([data] if isinstance(data, Tensor) else data)
+    ]
     blocks = [name for chain in find_blocks(model).values() for name in chain]
     names = select_linears(model, blocks, fq.preset("rtn"))
     seen = observe(model, batches, names, settings.tokens, seed)

@@ -283,7 +283,7 @@ def test_peers_that_are_not_installed_are_listed(data, llama_directory, monkeypa
     assert "/no/such/python" in rows["HQQ:2 bit"]["error"]
     assert "4 is the least" in rows["bitsandbytes:2 bit"]["error"]
     assert "left out of a quick run" in rows["AutoRound"]["error"]
-    assert rows["GPTQ groups of 64 (ours):2 bit"]["perplexity"]
+    assert rows["GPTQ (ours):2 bit"]["perplexity"]
 
 
 @pytest.mark.slow

@@ -81,14 +81,13 @@ def test_twin_steps_are_a_power_of_two_apart_and_the_negative_one_reaches_its_en
     assert float(found[0]) == pytest.approx(float(-inputs.min()) / 31)
     power = torch.log2(found[1] / found[0])
     assert float(power) == round(float(power)) > 0
-    single = ActivationSpec(6, ActivationScaling.STATIC, ActivationSpace.INPUT)
-    one = ptq.search_activation(inputs, weight, inputs @ weight.T, importance, single, 100)
-    outputs = inputs @ weight.T
-    twin_error, one_error = (
-        ptq.output_errors(ptq.round_activations(inputs, s, f.float()), weight, outputs, importance).sum()
-        for s, f in ((spec, found), (single, one))
-    )
-    assert twin_error < one_error
+    losses = []
+    for exponent in range(10):
+        negative, positive = (31 * found[0] * scale for scale in (1, 2**exponent))
+        steps = torch.where(inputs < 0, negative / 31, positive / 31)
+        rounded = (inputs / steps).round().clamp(-31, 31) * steps
+        losses.append(float((importance * ((rounded - inputs) @ weight.T).square()).sum()))
+    assert min(range(10), key=losses.__getitem__) == int(power)
 
 
 def test_importance_is_the_squared_gradient_of_the_sampled_loss(ptq):
