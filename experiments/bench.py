@@ -184,6 +184,12 @@ class Record:
         write_plots(self.path, title, text, kept)
 
 
+def correlation_error(correlation: float, count: int) -> float:
+    """Standard error of a rank correlation (Bonett and Wright 2000): (1 − ρ²) √((1 + ρ²/2) / (n − 3))."""
+    square = correlation**2
+    return (1 - square) * math.sqrt((1 + square / 2) / max(count - 3, 1))
+
+
 def reason(error: BaseException) -> str:
     """An error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
@@ -340,7 +346,9 @@ class Bench:
             }
         if self.kind == "encoder":
             similarity = sentence_similarity(model, self.opened.tokenizer, self.pairs, 128)
-            return {"spearman": round(similarity.spearman, 5), "pairs": similarity.pairs}
+            found, count = similarity.spearman, similarity.pairs
+            error = correlation_error(found, count)
+            return {"spearman": round(found, 5), "spearman_error": round(error, 5), "pairs": count}
         result = perplexity(model, self.windows)
         found_row: Row = {"perplexity": round(result.perplexity, 3), "tokens": result.tokens}
         if self.size.kl_windows and model is not self.model:

@@ -73,7 +73,7 @@ def problems(table):
 def test_a_vision_model_has_every_row(script, data, vit_directory):
     table = run(script, data / "out", vit_directory)
     assert problems(table) == []
-    assert len(table.rows) > 8
+    assert len(table.rows) > 6
     assert all(row["top1"] and row["bits_per_weight"] for row in table.rows)
     assert {"seed", "commit", "device", "command", "model", "method"} <= set(table.columns)
     assert table.rows[0]["command"].startswith(f"python experiments/{script}.py --quick")
@@ -235,7 +235,17 @@ def test_claims_are_judged_by_the_rows(data):
         writer.writerows(("m", *row) for row in rows)
     importlib.import_module("claims").main(["--out", str(out)])
     verdict = {row["claim"]: row["holds"] for row in read_table(out / "claims.csv").rows}
-    assert list(verdict.values()) == ["yes", "yes", "yes", "yes", "open", "open", "NO", "NO"]
+    assert list(verdict.values()) == [
+        *(
+            "yes",
+            "yes",
+            "yes",
+            "yes",
+            "open",
+        ),  # order, clip, frame, r on the input side, on both: one row only
+        *("NO", "yes"),  # bits: r² on both sides, r on one
+        *("open", "NO", "yes", "NO"),  # groups; 35 at 2.4 bits loses to 30 at 2.2; the rivals; the trellis
+    ]
 
 
 def test_claims_without_tables_are_open(data):
