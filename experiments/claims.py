@@ -55,9 +55,10 @@ class Judge:
         return {"holds": yes(holds) + self.doubt(list(pairwise(rows))), "figures": "; ".join(map(show, rows))}
 
     def rising(self, prefix: str) -> Row:
-        """Whether quality rises with redundancy, step by step."""
+        """Whether quality rises with redundancy, step by step from r = 1, which has no sides."""
         rows = sorted(
-            (p for name, p in self.by_name.items() if name.startswith(prefix)), key=lambda p: p.bits
+            (p for name, p in self.by_name.items() if name.startswith(prefix) or name == ORDER[0]),
+            key=lambda p: p.bits,
         )
         if len(rows) < 2:
             return {"holds": "open", "figures": "rows are missing"}
@@ -72,15 +73,16 @@ class Judge:
         return {"holds": holds + self.doubt([(rows[0], rows[-1])]), "figures": "; ".join(map(show, rows))}
 
     def costs(self, prefix: str) -> Row:
-        """Whether rows of a method take the bits · r that the paper counts, up to three in a hundred for scales."""
+        """Whether rows of a method take r times the bits of r = 1, as the paper counts, up to three in a hundred."""
         rows = [
             (p, name.rpartition("r = ")[2]) for name, p in self.by_name.items() if name.startswith(prefix)
         ]
-        counted = [(p, 2 * float(r)) for p, r in rows if float(r) > 1]
-        if not counted:
+        counted = [(p, float(r)) for p, r in rows if float(r) > 1]
+        if not counted or ORDER[0] not in self.by_name:
             return {"holds": "open", "figures": "rows are missing"}
-        holds = all(p.bits <= 1.03 * bits for p, bits in counted)
-        figures = "; ".join(f"{p.method} {p.bits:g} bits, counted as {bits:g}" for p, bits in counted)
+        one = self.by_name[ORDER[0]].bits
+        holds = all(p.bits <= 1.03 * r * one for p, r in counted)
+        figures = "; ".join(f"{p.method} {p.bits:g} bits, counted as {r:g} · {one:g}" for p, r in counted)
         return {"holds": yes(holds), "figures": figures}
 
     def beaten_at_equal_bits(self, prefix: str, others: Callable[[str], bool]) -> Row:
