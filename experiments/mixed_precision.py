@@ -66,13 +66,16 @@ def measured(bench: Bench, preset: str, changes: dict[str, Any]) -> Row:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(parser(__doc__), __file__, argv)
+    options = parser(__doc__)
+    options.add_argument("--only", default="", help="rows whose name contains this, such as PTQ4ViT")
+    args = parse(options, __file__, argv)
     record = Record(args, "mixed_precision")
     deit = str(shared() / "models" / "deit_tiny_patch16_224")
     for bench in benches(args, record, [deit] if args.quick else [deit, "minilm", "smollm2"]):
-        record.attempt(bench.float_row, model=bench.name, method="float")
+        if not args.only:
+            record.attempt(bench.float_row, model=bench.name, method="float")
         for method, preset, changes in settings(args.quick):
-            if preset == "ptq4vit" and bench.kind != "vision":
+            if args.only not in method or (preset == "ptq4vit" and bench.kind != "vision"):
                 continue
             known = {"model": bench.name, "method": method, "settings": f"{preset} {changes}"}
             record.attempt(lambda b=bench, p=preset, c=changes: measured(b, p, c), **known)
