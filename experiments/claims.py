@@ -151,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = Path(args.out) / "tables.csv"
     try:
         judge(record, read_table(source))
+        if not record.rows:
+            record.add(claim="all", holds="open", figures=f"{source} has no row with a quality.")
     except (ReportError, OSError) as error:
         record.add(claim="all", holds="open", figures=f"{error}. Run experiments/tables.py first.")
     text = (
