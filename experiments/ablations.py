@@ -20,6 +20,8 @@ CLIPS = (1.5, 1.75, 2.0, 2.25, 2.5, 3.0)
 SEEDS = 5
 #: Lines that a quick run leaves out.
 NOT_QUICK = {"frame space, clamped first", "nearest", "r = 1", "no frame"}
+#: Redundancies on one side or both; a quick run has those that the tables measure.
+SIDES = (1.0625, 1.1, 1.125, 1.25)
 
 
 def settings(quick: bool) -> Iterator[tuple[str, str, str | float, str]]:
@@ -33,18 +35,18 @@ def settings(quick: bool) -> Iterator[tuple[str, str, str | float, str]]:
     for name, changes in (
         ("nothing", f"{NONE},grid=sigma_clip,clip_sigmas=2.0"),
         ("Hadamard", "quip:per_tensor_scale=false,zero_point=float,clip_sigmas=2.0"),
-        ("frame, r = 1", "framequant-paper:redundancy=1.0"),
+        ("frame, r = 1", "framequant-paper:two_sided=false,redundancy=1.0"),
         ("frame, r = 1.125", BASE),
     ):
         yield "transform", "error feedback", name, changes
         yield "transform", "nearest", name, f"{changes},rounding=nearest"
-    for damping in (1e-4, 1e-3, 1e-2, 1e-1)[:: 3 if quick else 1]:
+    for damping in (1e-4, 1e-3, 1e-2, 1e-1)[2 if quick else 0 :]:
         yield "damping", "r = 1.125", damping, f"{BASE},damping={damping}"
         yield "damping", "r = 1", damping, f"framequant-paper:redundancy=1.0,damping={damping}"
     for order in ("natural", "descending"):
         yield "order", "r = 1.125", order, f"{BASE},column_order={order}"
         yield "order", "no frame", order, f"{NONE},grid=sigma_clip,column_order={order}"
-    for r in (1.0625, 1.125, 1.25)[:: 2 if quick else 1]:
+    for r in SIDES[1::2] if quick else SIDES:
         yield "sides", "input", r, f"framequant-paper:two_sided=false,redundancy={r}"
         yield "sides", "both", r, f"framequant-paper:two_sided=true,redundancy={r}"
 
@@ -99,8 +101,8 @@ def add_seeds(record: Record, bench: Bench, count: int) -> None:
 
 def describe(record: Record) -> None:
     plots = []
-    for model in dict.fromkeys(row["model"] for row in record.rows if "ablation" in row):
-        rows = [row for row in record.rows if row["model"] == model]
+    for model in dict.fromkeys(row["model"] for row in record.table if "ablation" in row):
+        rows = [row for row in record.table if row.get("model") == model]
         column = next((c for c in ("perplexity", "top1", "spearman") if any(c in row for row in rows)), None)
         for name in dict.fromkeys(row["ablation"] for row in rows if column and column in row):
             words = name in ("transform", "order", "no clip", "seeds")

@@ -11,6 +11,7 @@ import argparse
 import copy
 import csv
 import gc
+import json
 import math
 import os
 import platform
@@ -30,6 +31,7 @@ from torch import nn
 
 import framequant as fq
 from framequant.cli.console import Reporter
+from framequant.cli.demo import fast_dtype
 from framequant.cli.inputs import calibration_tensor, find_calibration
 from framequant.cli.options import choose_device
 from framequant.evaluation.accuracy import accuracy
@@ -42,12 +44,11 @@ from framequant.evaluation.sentences import calibration_sentences, embeddings, r
 from framequant.evaluation.tasks import evaluate_tasks
 from framequant.evaluation.text import evaluation_windows, read_text
 from framequant.integrations.sources import open_model
+from framequant.model.walk import quantized_linears
 from framequant.report.results import Plot, write_plots
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results" / "paper"
-#: What an experiment may lack or break on without ending a run.
-PROBLEMS = (fq.FrameQuantError, ImportError, OSError, MemoryError, torch.OutOfMemoryError)
 
 Row = dict[str, Any]
 
@@ -89,6 +90,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument("--model", action="append", help="any name that framequant opens; repeatable")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the tables")
+    made.add_argument("--add", action="store_true", help="keep the rows that the tables have of other runs")
     made.add_argument("--quick", action="store_true", help="few data and few rows, for two CPU cores")
     for name in ("samples", "length", "windows", "images", "pairs"):
         made.add_argument(f"--{name}", type=int, help=f"{Size.__dataclass_fields__[name].default} or all")
@@ -97,7 +99,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--imagenet", type=Path, help="labelled images instead of those in ../shared")
     made.add_argument("--sts", type=Path, help="sentence pairs instead of STS-B's test")
     made.add_argument("--device", default="auto")
-    made.add_argument("--dtype", default="float32")
+    made.add_argument(
+        "--dtype", help="float32 if not given; language models in quick runs: bfloat16 if it is fast"
+    )
     made.add_argument("--seed", type=int, default=0)
     return made
 
@@ -117,6 +121,12 @@ def size_of(args: argparse.Namespace) -> Size:
     return Size(**{**vars(size), **{key: value for key, value in given.items() if value is not None}})
 
 
+def synthesise_(model: nn.Module) -> None:
+    """Turn quantized linears into dense float32 ones: a quick evaluation without the frames, equal up to 1e-6."""
+    for name, layer in quantized_linears(model).items():
+        model.set_submodule(name, layer.to_linear())
+
+
 def default_models() -> list[str]:
     """The models at hand: language, vision, sentences."""
     return ["smollm2", str(shared() / "models" / "deit_tiny_patch16_224"), "minilm"]
@@ -126,13 +136,14 @@ class Record:
     """A table of one experiment.
 
     Args:
-        args: of ``parser``.
+        args: of ``parser``; with ``--add`` the rows that the table already has stay, but for those measured anew.
         name: of the table.
     """
 
     def __init__(self, args: argparse.Namespace, name: str) -> None:
         self.path = args.out / f"{name}.csv"
         self.rows: list[Row] = []
+        self.kept = read_rows(self.path) if args.add else []
         self.origin = {
             "seed": args.seed,
             "commit": commit(),
@@ -144,15 +155,23 @@ class Record:
         """Print a row, and write the table with it."""
         self.rows.append(row)
         print({key: value for key, value in row.items() if value is not None}, flush=True)
-        write(self.rows, self.path, self.origin)
+        write(self.table, self.path, self.origin)
         return row
+
+    @property
+    def table(self) -> list[Row]:
+        """The rows that stay from before, and then the new ones."""
+        anew = {identity(row) for row in self.rows}
+        return [*(row for row in self.kept if identity(row) not in anew), *self.rows]
 
     def attempt(self, function: Callable[[], Row], **known: Any) -> Row:
         """Add the row that a function returns, or the reason why there is none."""
         start, processor = time.perf_counter(), time.process_time()
         try:
             found = function()
-        except PROBLEMS as error:
+        except (
+            Exception
+        ) as error:  # whatever a hub, a peer or a task library raises is told, and the run goes on
             found = {"error": reason(error)}
         gc.collect()
         spent = {"row_seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - processor}
@@ -160,9 +179,15 @@ class Record:
 
     def plots(self, title: str, text: str, plots: Sequence[Plot] = ()) -> None:
         """Say what the page draws from the table; plots of columns that no row has are left out."""
-        columns = {*self.origin, *(key for row in self.rows for key in row)}
+        columns = {*self.origin, *(key for row in self.table for key in row)}
         kept = [p for p in plots if p.image or {p.x, p.y, *p.where, *filter(None, [p.series])} <= columns]
         write_plots(self.path, title, text, kept)
+
+
+def correlation_error(correlation: float, count: int) -> float:
+    """Standard error of a rank correlation (Bonett and Wright 2000): (1 − ρ²) √((1 + ρ²/2) / (n − 3))."""
+    square = correlation**2
+    return (1 - square) * math.sqrt((1 + square / 2) / max(count - 3, 1))
 
 
 def reason(error: BaseException) -> str:
@@ -170,14 +195,48 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
+#: Columns that say what a row measured, whatever came out.
+IDENTITY = (
+    *(
+        "model",
+        "method",
+        "settings",
+        "ablation",
+        "line",
+        "value",
+        "weights",
+        "layers",
+        "stage",
+        "claim",
+        "measure",
+    ),
+    *("case", "check", "x", "linear", "space", "sigmas"),
+)
+
+
+def identity(row: Row) -> tuple[str, ...]:
+    """What tells a row from the others of its table."""
+    return tuple(str(row.get(key, "")) for key in IDENTITY)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a table, without empty cells; none if there is no table yet."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
 def write(rows: list[Row], path: Path, shared_columns: Row) -> None:
-    """Write rows as CSV, with columns that are the same in all of them."""
-    fields = list(dict.fromkeys(key for row in rows for key in row))
+    """Write rows as CSV, with columns that are the same in all rows that have none of their own."""
+    fields = list(dict.fromkeys(key for row in rows for key in row if key not in shared_columns))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    unfinished = path.with_suffix(".csv.part")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*fields, *shared_columns])
         writer.writeheader()
-        writer.writerows({**row, **shared_columns} for row in rows)
+        writer.writerows({**shared_columns, **row} for row in rows)
+    unfinished.replace(path)  # a run that is cut off leaves the rows before
 
 
 def commit() -> str:
@@ -224,14 +283,18 @@ class Bench:
         self, name: str, args: argparse.Namespace, size: Size | None = None, plain: bool = True
     ) -> None:
         self.size, self.seed, self.plain = size or size_of(args), args.seed, plain
-        self.name = Path(name).name
-        self.opened = open_model(name, dtype=args.dtype, device=choose_device(args.device))
+        self.quick = args.quick
+        self.name = Path(name).name.removesuffix(".gguf")
+        self.opened = open_model(name, dtype=args.dtype or "float32", device=choose_device(args.device))
         self.model = self.opened.model
         heads = (
             hasattr(self.model, "get_output_embeddings") and self.model.get_output_embeddings() is not None
         )
         self.kind = "vision" if self.opened.is_vision else "language" if heads else "encoder"
+        if args.quick and args.dtype is None and self.kind == "language":
+            self.model.to(getattr(torch, fast_dtype(choose_device(args.device))))
         self._data: dict[int, Any] = {}
+        self._rows: dict[tuple[str, int], Row] = {}
         self._given = args.calibration
         getattr(self, f"_open_{self.kind}")(args)
 
@@ -283,7 +346,9 @@ class Bench:
             }
         if self.kind == "encoder":
             similarity = sentence_similarity(model, self.opened.tokenizer, self.pairs, 128)
-            return {"spearman": round(similarity.spearman, 5), "pairs": similarity.pairs}
+            found, count = similarity.spearman, similarity.pairs
+            error = correlation_error(found, count)
+            return {"spearman": round(found, 5), "spearman_error": round(error, 5), "pairs": count}
         result = perplexity(model, self.windows)
         found_row: Row = {"perplexity": round(result.perplexity, 3), "tokens": result.tokens}
         if self.size.kl_windows and model is not self.model:
@@ -302,13 +367,20 @@ class Bench:
     def tasks(self, model: nn.Module, limit: int | None) -> Row:
         """PIQA and LAMBADA through lm-eval with local files; the reason where they cannot be run."""
         folder = shared() / "data" / "tasks"
-        found = evaluate_tasks(model, self.opened.tokenizer, ["piqa", "lambada"], folder=folder, limit=limit)
+        names = ["piqa", "lambada"]
+        try:
+            found = evaluate_tasks(model, self.opened.tokenizer, names, folder=folder, limit=limit)
+        except Exception as error:  # the row's other figures stay
+            return {"tasks_error": reason(error)}
         return {f"{name}_acc": round(values["acc"], 4) for name, values in found.items()}
 
     def float_row(self) -> Row:
         """The float model as a row."""
         bits = 8 * next(self.model.parameters()).element_size()
-        return {"bits_per_weight": bits, **self.evaluate(self.model)}
+        key = "float", 0
+        if key not in self._rows:
+            self._rows[key] = {"bits_per_weight": bits, **self.evaluate(self.model)}
+        return dict(self._rows[key])
 
     def quantized(
         self, config: fq.FrameQuantConfig, samples: int | None = None
@@ -333,9 +405,15 @@ class Bench:
         )
 
     def row(self, config: fq.FrameQuantConfig, samples: int | None = None) -> Row:
-        """Quantize and evaluate."""
+        """Quantize and evaluate; settings that were measured before give the same row, with a note."""
+        key = json.dumps(config.to_dict(), sort_keys=True), samples or self.size.samples
+        if key in self._rows:
+            return {**self._rows[key], "note": "measured for an earlier row of the same settings"}
         model, _, row = self.quantized(config, samples)
-        return {**row, **self.evaluate(model)}
+        if self.quick and self.kind != "language" and config.activation_bits is None:
+            synthesise_(model)
+        self._rows[key] = {**row, **self.evaluate(model)}
+        return dict(self._rows[key])
 
     def quality(self) -> tuple[str, bool]:
         """The column that says how good a model is, and whether it is read as a ratio."""
@@ -344,13 +422,27 @@ class Bench:
         ]
 
 
+#: The last bench of every name, with what it was opened for: stages of a run share models and measured rows.
+_OPEN: dict[str, tuple[tuple[Any, ...], Bench]] = {}
+
+
+def shared_bench(name: str, args: argparse.Namespace) -> Bench:
+    """The bench that an earlier experiment of this process opened with the same options, or a new one."""
+    given = (args.text, args.calibration, args.imagenet, args.sts, args.device, args.dtype, args.seed)
+    key = (size_of(args), *given)
+    if name not in _OPEN or _OPEN[name][0] != key:
+        _OPEN.pop(name, None)  # its memory, before the new one takes some
+        _OPEN[name] = key, Bench(name, args)
+    return _OPEN[name][1]
+
+
 def benches(args: argparse.Namespace, record: Record, models: Sequence[str] | None = None) -> list[Bench]:
     """The models of an experiment; one that cannot be had becomes a row with the reason."""
     found = []
     for name in args.model or models or default_models():
         try:
-            found.append(Bench(name, args))
-        except PROBLEMS as error:
+            found.append(shared_bench(name, args))
+        except Exception as error:  # likewise
             record.add(model=Path(name).name, error=reason(error))
     return found
 

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     record.attempt(
                         lambda b=bench, s=settings: b.row(parse_row(s)[0]), **known, settings=settings
                     )
-    columns = {column for row in record.rows for column in row}
+    columns = {column for row in record.table for column in row}
     best = next((c for c in ("perplexity", "top1", "spearman") if c in columns), None)
     plots = [
         Plot("Loss of the layers", "mean_relative_loss", "grid", "denoise", {"rounding": "ldlq"}, "bars")

@@ -29,13 +29,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         rows += [
             (f"framequant-scalar:1 bit, r = {r:g}", f"framequant-scalar:bits=1,redundancy={r}")
-            for r in ratios
+            for r in (ratios[-1:] if args.quick else ratios)
         ]
         rows += [
-            (f"framequant (trellis):{b} bits", f"framequant:bits={b}{states}")
+            (f"framequant (trellis):{b} bits", f"framequant:bits={b:g}{states}")
             for b in ((1.5, 2.0) if args.quick else (1.25, 1.5, 2.0))
         ]
-        rows += [("FrameQuant, input side:2 bit, r = 1", "framequant-paper:redundancy=1.0")]
+        rows += [("FrameQuant, input side:2 bit, r = 1", "framequant-paper:two_sided=false,redundancy=1.0")]
         for method, settings in rows:
             known = {"model": bench.name, "method": method, "settings": settings}
             record.attempt(lambda b=bench, s=settings: b.row(parse_row(s)[0]), **known)

@@ -2,6 +2,7 @@
 
     python experiments/run_all.py --quick     # two CPU cores, under 20 minutes
     python experiments/run_all.py --full      # one H100, under 25 minutes
+    python experiments/run_all.py --full --add --only tables --only ablations     # in pieces
 
 Each stage is timed and its end is a row of ``run_all.csv``; one that fails says why and the rest goes on. The page,
 ``page.html``, lies beside the tables.
@@ -14,7 +15,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 
-from bench import Record, parse, parser, reason
+from bench import RESULTS, Record, parse, parser, read_rows, reason
 
 from framequant.report.page import write_page
 from framequant.report.results import collect
@@ -43,12 +44,19 @@ def stage_arguments(stage: str, args: Namespace) -> list[str]:
     """The command line of a stage."""
     words = ["--out", str(args.out), "--device", args.device, "--seed", str(args.seed)]
     words += ["--quick"] if args.quick else STAGES[stage]
+    words += ["--add"] if args.add else []
     for name in ("samples", "length", "windows", "images", "pairs"):
         if getattr(args, name) is not None:
             words += [f"--{name}", str(getattr(args, name))]
     for model in args.model or []:
         words += ["--model", model]
     return words
+
+
+def expected(mode: str) -> dict[str, tuple[float, str]]:
+    """Seconds of every stage in the committed run of this kind, and the machine that it ran on."""
+    rows = [row for row in read_rows(RESULTS / "run_all.csv") if mode in row.get("command", "").split()]
+    return {row["stage"]: (float(row["seconds"]), row["device"]) for row in rows if "seconds" in row}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -59,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.quick == args.full:
         options.error("give --quick or --full")
     record = Record(args, "run_all")
-    start = time.perf_counter()
+    start, known = time.perf_counter(), expected("--quick" if args.quick else "--full")
     for stage in args.only or STAGES:
         began = time.perf_counter()
-        print(f"== {stage}", flush=True)
+        seconds, machine = known.get(stage, (0.0, ""))
+        print(f"== {stage}" + (f", {seconds:.0f} s on {machine}" if seconds else ""), flush=True)
         try:
             importlib.import_module(MODULES.get(stage, stage)).main(stage_arguments(stage, args))
             outcome = "done"

@@ -84,14 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         ],
     )  # fmt: skip
     record = Record(args, "scaling")
-    states = 8 if args.quick else 12
-    rates = (1.5, 2.0, 2.5, 3.0, 4.0)[:: 2 if args.quick else 1]
+    rates = () if args.quick else (1.5, 2.0, 2.5, 3.0, 4.0)
     for bench in benches(args, record, default_models()[1:] if args.quick else None):
         for bits in rates:
-            settings = f"framequant:bits={bits},state_bits={states},allocation=uniform"
+            settings = f"framequant:bits={bits},allocation=uniform"
             known = {"model": bench.name, "method": f"trellis:{bits:g} bits", "settings": settings}
             record.attempt(lambda b=bench, s=settings: measured(b, s), **known)
-        for bits in (2, 4) if args.quick else (2, 3, 4):
+        for bits in (2, 3, 4):
             settings = f"framequant-paper:redundancy=1.0,bits={bits}"
             known = {"model": bench.name, "method": f"FrameQuant, r = 1:{bits} bits", "settings": settings}
             record.attempt(lambda b=bench, s=settings: measured(b, s), **known)

@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return {**found, "claims": comment(found)}
 
             record.attempt(measure, layers=model, method=method, settings=settings)
-    first = next((r for r in record.rows if "megabytes" in r), None)
+    first = next((r for r in record.table if "megabytes" in r), None)
     paper = ""
     if first is not None:
         bits = 8 * PAPER_BYTES / 1024**2

@@ -4,36 +4,43 @@
     python experiments/tables.py --model meta-llama/Llama-2-7b-hf --dtype bfloat16 --bits 2 --tasks
 
 Rows: float, round to nearest, GPTQ with a scale per row and per group, QuIP (Hadamard, one scale of 2.4σ per matrix),
-QuIP with the paper's 2σ clip per row, FrameQuant with redundancy on the input side and on both, all rounded as the
-paper does; and this library's own presets at the same bits.
+QuIP with the paper's 2σ clip per row, PTQ4ViT (vision, weights only), FrameQuant with redundancy on the input side and
+on both, all rounded as the paper does; and this library's own presets at the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import ptq4vit
 from bench import Bench, Record, Row, benches, parse, parse_row, parser
 
 from framequant.report.results import Plot
 
 REDUNDANCIES = (1.0, 1.05, 1.1, 1.125, 1.2, 1.25, 1.3)
 FEW_REDUNDANCIES = (1.0, 1.1, 1.25)
-#: Rows of language models in a quick run.
-QUICK_LANGUAGE = {
-    *("GPTQ:2 bit", "QuIP:2 bit", "QuIP + 2σ clip:2 bit", "FrameQuant, input side:2 bit, r = 1"),
-    *("FrameQuant, input side:2 bit, r = 1.1", "FrameQuant, both sides:2 bit, r = 1.1"),
-    "framequant-scalar:2 bit, r = 1.125",
+#: Rows of a quick run: language models take most of a minute for each on two cores, sentence models ten seconds.
+QUICK = {
+    "language": {
+        *("GPTQ:2 bit", "QuIP:2 bit", "FrameQuant, input side:2 bit, r = 1"),
+        *("FrameQuant, input side:2 bit, r = 1.1", "FrameQuant, both sides:2 bit, r = 1.1"),
+    },
+    "encoder": {
+        *("GPTQ:2 bit", "GPTQ groups of 64:2 bit", "QuIP:2 bit", "FrameQuant, input side:2 bit, r = 1"),
+        *("FrameQuant, input side:2 bit, r = 1.1", "FrameQuant, both sides:2 bit, r = 1.1"),
+    },
 }
 PAPER = "framequant-paper:clip_coefficients={clip},bits={bits},redundancy={r},two_sided={both}"
 
 
-def rows(bits: int, redundancies: Sequence[float], own: str) -> Iterator[tuple[str, str]]:
+def rows(bits: int, redundancies: Sequence[float], own: str, search: str = "") -> Iterator[tuple[str, str]]:
     """Method and settings of every row at a width of code.
 
     Args:
         bits: of a code.
         redundancies: of the frames.
         own: settings of this library's own presets besides their bits.
+        search: settings of PTQ4ViT's search besides its bits.
     """
     yield f"RTN:{bits} bit", f"rtn:bits={bits}"
     yield f"GPTQ:{bits} bit", f"gptq:bits={bits}"
@@ -46,16 +53,21 @@ def rows(bits: int, redundancies: Sequence[float], own: str) -> Iterator[tuple[s
         if r > 1:
             two = PAPER.format(clip="false", bits=bits, r=r, both="true")
             yield f"FrameQuant, both sides:{bits} bit, r = {r:g}", two
+    yield f"PTQ4ViT, weights only:{bits} bit", f"ptq4vit:bits={bits}{search}"
     yield f"framequant-scalar:{bits} bit, r = 1.125", f"framequant-scalar:bits={bits}"
     yield f"framequant (trellis):{bits} bit", f"framequant:bits={bits}{own}"
 
 
 def measured(bench: Bench, settings: str, tasks: int | None) -> Row:
     """One row; zero-shot tasks too if asked for."""
+    if settings.startswith("ptq4vit:"):
+        values = (part.split("=") for part in settings.partition(":")[2].split(","))
+        return ptq4vit.row(bench, ptq4vit.Settings(**{key: int(value) for key, value in values}))
     config = parse_row(settings)[0]
+    if not tasks or bench.kind != "language":
+        return bench.row(config)
     model, _, row = bench.quantized(config)
-    zero_shot = bench.tasks(model, tasks) if tasks and bench.kind == "language" else {}
-    return {**row, **bench.evaluate(model), **zero_shot}
+    return {**row, **bench.evaluate(model), **bench.tasks(model, tasks)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,14 +79,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(options, __file__, argv)
     record = Record(args, "tables")
     own = f",state_bits={args.states or 8}" if args.quick or args.states else ""
+    search = ",tokens=256" if args.quick else ""
     for bench in benches(args, record):
         known = {"model": bench.name, "method": "float"}
         record.attempt(lambda bench=bench: float_row(bench, args.tasks), **known)
         for bits in args.bits or ([2] if args.quick else [2, 3, 4]):
             few = args.quick or args.few or bits != 2
-            for method, settings in rows(bits, FEW_REDUNDANCIES if few else REDUNDANCIES, own):
-                if args.quick and bench.kind == "language" and method not in QUICK_LANGUAGE:
-                    continue  # a language model's row takes a minute on two cores
+            for method, settings in rows(bits, FEW_REDUNDANCIES if few else REDUNDANCIES, own, search):
+                if args.quick and method not in QUICK.get(bench.kind, {method}):
+                    continue
+                if settings.startswith("ptq4vit") and bench.kind != "vision":
+                    continue
                 known = {"model": bench.name, "method": method, "settings": settings}
                 record.attempt(lambda b=bench, s=settings: measured(b, s, args.tasks), **known)
     describe(record)

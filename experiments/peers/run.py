@@ -115,11 +115,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def own(bench: Bench, record: Record, quick: bool) -> None:
-    """Our own rows at the same widths."""
+    """Our own rows at the same widths; those of a quick run are among the tables' rows."""
     for bits in (2,) if quick else (2, 3):
-        rows = {"GPTQ groups of 64 (ours)": fq.preset("gptq", bits=bits, group_size=64, grid="search")}
-        rows["framequant-scalar, r = 1.125 (ours)"] = fq.preset("framequant-scalar", bits=bits)
+        both = fq.preset("framequant-paper", bits=bits, redundancy=1.1)
+        rows = {"GPTQ (ours)": fq.preset("gptq", bits=bits), "FrameQuant, both sides, r = 1.1 (ours)": both}
         if not quick:
+            groups = fq.preset("gptq", bits=bits, group_size=64, grid="search")
+            rows["GPTQ groups of 64 (ours)"] = groups
+            rows["framequant-scalar, r = 1.125 (ours)"] = fq.preset("framequant-scalar", bits=bits)
             rows["framequant, trellis (ours)"] = fq.preset("framequant", bits=bits + 0.25)
         for method, config in rows.items():
             record.attempt(lambda c=config: bench.row(c), model=bench.name, method=f"{method}:{bits} bit")

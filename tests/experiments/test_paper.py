@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import random
+import shutil
 import sys
 
 import pytest
@@ -29,7 +30,7 @@ def scripts(monkeypatch):
     """The scripts import one another as they do when they are run."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     yield
-    for name in (*SCRIPTS, "bench", "claims", "storage", "run_all", "peers", "peers.run"):
+    for name in (*SCRIPTS, "bench", "claims", "storage", "run_all", "peers", "peers.run", "ptq4vit"):
         sys.modules.pop(name, None)
 
 
@@ -72,7 +73,7 @@ def problems(table):
 def test_a_vision_model_has_every_row(script, data, vit_directory):
     table = run(script, data / "out", vit_directory)
     assert problems(table) == []
-    assert len(table.rows) > 8
+    assert len(table.rows) > 6
     assert all(row["top1"] and row["bits_per_weight"] for row in table.rows)
     assert {"seed", "commit", "device", "command", "model", "method"} <= set(table.columns)
     assert table.rows[0]["command"].startswith(f"python experiments/{script}.py --quick")
@@ -82,7 +83,7 @@ def test_a_language_model_has_perplexity_and_divergence_and_a_missing_one_a_reas
     table = run("tables", data / "out", "no-such-model", llama_directory)
     assert "no-such-model" in problems(table)[0]
     rows = [row for row in table.rows if row["model"] == "tiny-llama"]
-    assert len(rows) == 8
+    assert len(rows) == 6
     assert all(float(row["perplexity"]) > 1 for row in rows)
     assert all(float(row["kl"]) >= 0 for row in rows if row["method"] != "float")
 
@@ -92,6 +93,73 @@ def test_missing_data_is_a_reason(data, llama_directory):
     table = run("one_bit", data / "out", llama_directory)
     assert len(table.rows) == 1
     assert "test.txt" in problems(table)[0]
+
+
+def test_missing_calibration_data_are_a_reason_in_every_row_that_needs_them(data, vit_directory):
+    shutil.rmtree(data / "shared" / "data" / "imagenet" / "train")
+    rows = run("tables", data / "out", vit_directory).rows
+    assert rows[0]["method"] == "float"
+    assert rows[0]["top1"]
+    assert len(rows) > 8
+    assert all("train" in row["error"] for row in rows[1:])
+
+
+def test_any_error_of_a_row_is_a_reason_and_the_next_rows_follow(data, vit_directory, monkeypatch):
+    bench = importlib.import_module("bench")
+    quantize, calls = bench.fq.quantize_, []
+
+    def second_fails(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("the second row fails")
+        return quantize(*args)
+
+    monkeypatch.setattr(bench.fq, "quantize_", second_fails)
+    table = run("one_bit", data / "out", vit_directory)
+    assert problems(table) == ["RuntimeError: the second row fails"]
+    assert sum(bool(row.get("top1")) for row in table.rows) == len(table.rows) - 1 > 4
+
+
+def test_a_task_that_cannot_run_leaves_the_other_figures(data, llama_directory):
+    rows = run("tables", data / "out", llama_directory, extra=["--tasks", "2"]).rows
+    assert all(row["tasks_error"] and row["perplexity"] for row in rows)
+
+
+def test_settings_are_measured_once_in_all_stages_of_a_run(data, vit_directory, monkeypatch):
+    bench = importlib.import_module("bench")
+    quantize, seen = bench.fq.quantize_, []
+    monkeypatch.setattr(bench.fq, "quantize_", lambda m, d, c: seen.append(c) or quantize(m, d, c))
+    first = {row["settings"]: row for row in run("tables", data / "out", vit_directory).rows}
+    count = len(seen)
+    again = [row for row in run("one_bit", data / "out", vit_directory).rows if row.get("note")]
+    assert {row["method"] for row in again} >= {"FrameQuant, input side:2 bit, r = 1"}
+    for row in again:
+        same = [r for r in first.values() if r["bits_per_weight"] == row["bits_per_weight"]]
+        assert any(
+            r["top1"] == row["top1"] and r["quantize_seconds"] == row["quantize_seconds"] for r in same
+        )
+    total = len(read_table(data / "out" / "one_bit.csv").rows)
+    assert len(seen) - count == total - 1 - len(again)
+    assert len({str(config.to_dict()) for config in seen}) == len(seen)
+
+
+def test_rows_of_another_run_stay_if_asked_for(data, vit_directory, llama_directory):
+    out = data / "out"
+    run("one_bit", out, vit_directory)
+    before = {row["method"]: row for row in read_table(out / "one_bit.csv").rows}
+    table = run("one_bit", out, llama_directory, extra=["--add", "--seed", "3"])
+    kept = {row["method"]: row for row in table.rows if row["model"] == "tiny-vit"}
+    assert kept.keys() == before.keys()
+    for method, row in kept.items():
+        assert row["seed"] == "0"
+        assert {key: value for key, value in row.items() if value} == {
+            k: v for k, v in before[method].items() if v
+        }
+    assert {row["seed"] for row in table.rows if row["model"] == "tiny-llama"} == {"3"}
+    twice = run("one_bit", out, llama_directory, extra=["--add"])
+    assert len(twice.rows) == len(table.rows)
+    assert {row["seed"] for row in twice.rows} == {"0"}
+    assert {row["model"] for row in run("one_bit", out, vit_directory).rows} == {"tiny-vit"}
 
 
 def test_bits_on_disk_follow_the_redundancy(data, vit_directory):
@@ -167,7 +235,15 @@ def test_claims_are_judged_by_the_rows(data):
         writer.writerows(("m", *row) for row in rows)
     importlib.import_module("claims").main(["--out", str(out)])
     verdict = {row["claim"]: row["holds"] for row in read_table(out / "claims.csv").rows}
-    assert list(verdict.values()) == ["yes", "yes", "yes", "yes", "open", "open", "NO", "NO"]
+    ordered = ["yes", "yes", "yes", "yes", "yes"]  # methods, clip, frame, r on the input side, r on both
+    bits = ["NO", "yes"]  # 2.4 at r = 1.1 on both sides; 2.2 on one
+    rivals = [
+        "open",
+        "NO",
+        "yes",
+        "NO",
+    ]  # no groups; 35 at 2.4 bits loses to 30 at 2.2; the paper's; the trellis
+    assert list(verdict.values()) == [*ordered, *bits, *rivals]
 
 
 def test_claims_without_tables_are_open(data):
@@ -215,7 +291,7 @@ def test_peers_that_are_not_installed_are_listed(data, llama_directory, monkeypa
     assert "/no/such/python" in rows["HQQ:2 bit"]["error"]
     assert "4 is the least" in rows["bitsandbytes:2 bit"]["error"]
     assert "left out of a quick run" in rows["AutoRound"]["error"]
-    assert rows["GPTQ groups of 64 (ours):2 bit"]["perplexity"]
+    assert rows["GPTQ (ours):2 bit"]["perplexity"]
 
 
 @pytest.mark.slow
