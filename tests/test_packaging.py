@@ -85,7 +85,7 @@ def test_pinned_environment_satisfies_the_extras():
     pins = dict(line.split(" ;")[0].strip().split("==") for line in lines if "==" in line and line[0] != "#")
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     extras = PROJECT["optional-dependencies"]
-    names = ["vision", "gguf", "onnx", "datasets", "peft", "eval", "serve", "dev"]
+    names = ["vision", "gguf", "onnx", "datasets", "peft", "report", "eval", "serve", "dev"]
     needed = [*PROJECT["dependencies"], *(entry for name in names for entry in extras[name])]
     for requirement in map(Requirement, needed):
         if requirement.name != "framequant":
