@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 DOCS := .venv-docs
 DOCS_READY := $(DOCS)/.ready
 
-.PHONY: demo test test-all test-oldest test-vllm lint format docs figures clean
+.PHONY: demo test test-all test-oldest test-vllm test-notebooks lint format docs figures clean
 
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,7 +39,7 @@ test-all: $(READY)  ## everything that runs without a GPU
 	printf '%s\n' "$(CURDIR)/src" "$(CURDIR)/$(SITE)" > $(@D)/lib/python3.$*/site-packages/below.pth
 	grep -l '^Tag: cp$(subst .,,$(MINOR))-cp$(subst .,,$(MINOR))-' $(SITE)/*.dist-info/WHEEL \
 		| sed 's|.*/\(.*\)-\(.*\)\.dist-info/WHEEL|\1==\2|' > $(@D)/compiled.txt
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-installed -r $(@D)/compiled.txt
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile --ignore-installed -r $(@D)/compiled.txt
 	touch $@
 
 .PRECIOUS: .venv-python3.%/.ready
@@ -56,6 +56,9 @@ test-oldest: .venv-oldest/.ready  ## models and integrations with the oldest tra
 
 test-vllm: .venv-vllm/.ready  ## the plugin in vLLM's own classes, on the CPU (Linux, x86-64)
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -q tests/integrations/test_vllm_real.py
+
+test-notebooks: $(READY)  ## the notebooks of the documentation, executed
+	$(BIN)/python -m pytest -q tests/docs/test_notebooks.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
