@@ -264,6 +264,7 @@ def test_bad_evaluations(tmp_path, quantized, llama_directory, vit_directory, im
     fails("does not generate text", "generate", _headless(tmp_path, llama_directory), "the")
     fails("the prompt is empty", "generate", out, "")
     fails("no directory", "inspect", tmp_path / "nowhere")
+    fails("is a file: give a directory", "inspect", text_file)
     fails("is no checkpoint of framequant", "inspect", llama_directory)
 
 
