@@ -10,6 +10,7 @@ from framequant import storage
 from framequant.codes.grid import GridSpec
 from framequant.codes.trellis import TrellisSpec
 from framequant.frames import build_frame, choose_frame
+from framequant.kernels.launches import chunk
 from framequant.kernels.product_bytes_triton import byte_product
 from framequant.kernels.product_triton import dequantize, product
 from framequant.kernels.transform_plan import transform_plan
@@ -95,7 +96,7 @@ class Case:
         rows, step, columns, stages, warps = config
         lay, tokens, words = self.layout, self.x.shape[0], self.words[copy]
         ahead = min(span, self.count) * words.element_size() // 16 * 16 if prefetch else 0
-        tile = {"BR": rows, "BK": step, "BN": columns, "STAGES": stages, "PDL": pdl, "PREFETCH": ahead}
+        tile = {"BR": rows, "BK": step, "BN": columns, "STAGES": stages, "PDL": pdl, "LATE": False}
         tile |= {"num_warps": warps, "launch_pdl": pdl}
         scaled = self.scales.numel() > 1
         sums = self.vector_sums if vector else self.sums
@@ -103,13 +104,13 @@ class Case:
         if self.as_bytes:
             byte_product[(-(-self.rows // rows), splits, -(-tokens * 4 // columns))](
                 words, self.z, sums, self.scales, self.u, self.rows, self.count, words.shape[1], span, tokens,
-                LAST_BIT, (1 << lay.bits) / 2 - 0.5, BITS=lay.bits, ROW_SCALES=scaled, **tile,
+                LAST_BIT, (1 << lay.bits) / 2 - 0.5, BITS=lay.bits, ROW_SCALES=scaled, HELD=1, LOOP=span > step, **tile,
             )  # fmt: skip
             return
         product[(-(-self.rows // rows), splits, -(-tokens // columns))](
             words, self.z, sums, self.scales, self.u, self.rows, self.count, lay.stride, span, tokens, lay.factor,
             TRELLIS=lay.trellis, BITS=lay.bits, MULTIPLIER=lay.multiplier, ADDEND=lay.addend,
-            CENTRED=not lay.trellis, ROW_SCALES=scaled, **tile,
+            CENTRED=not lay.trellis, ROW_SCALES=scaled, PREFETCH=ahead, **tile,
         )  # fmt: skip
 
     def transform(
@@ -132,7 +133,8 @@ class Case:
             source, plan.signs, *plan.matrices, source, target, self.unit, self.vector_sums, self.x.shape[0],
             source.stride(-2), source.stride(0) if parts > 1 else 0, self.count, plan.norm, *plan.sizes, *plan.padded,
             PARTS=parts, ANALYSIS=analysis, INTERLEAVE=self.interleave if analysis else 1,
-            PLANES=analysis and self.as_bytes, BIAS=False, PDL=pdl, num_warps=warps, launch_pdl=pdl,
+            PLANES=analysis and self.as_bytes, BIAS=False, PDL=pdl, LATE=False,
+            CHUNK=chunk(plan.padded[0], plan.padded[1] * plan.padded[2], warps), num_warps=warps, launch_pdl=pdl,
         )  # fmt: skip
 
     def panel(self, copy: int, start: int, stop: int, panel: torch.Tensor, rows: int, step: int) -> None:

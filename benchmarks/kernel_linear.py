@@ -23,75 +23,147 @@ import torch
 from kernel_cases import COLD, DEVICE, SCALAR, TRELLIS, Case, graph_us
 from measure import commit
 
-from framequant.kernels import reference, triton_linear, triton_ops
+from framequant.kernels import launches, reference, triton_linear, triton_ops
+from framequant.kernels.launches import Tile
 
 SHAPES = ((4096, 4096), (11008, 4096), (22016, 4096), (28672, 8192))
 CODES = {"scalar": (SCALAR, 1.125), "trellis": (TRELLIS, 1.0)}
-Launch = dict[str, Any]  # names in triton_ops and what they are for the while
-TILES = {
-    "scalar": ((32, 128, 8, 4, 2), (64, 128, 8, 3, 4), (128, 128, 8, 3, 4)),
-    "trellis": ((64, 32, 8, 2, 4), (64, 32, 8, 3, 4), (32, 32, 8, 3, 2)),
-}
+Patch = dict[tuple[Any, str], Any]  # module, name and value for the while
+Found = tuple[str, Patch]
 
 
-def launches(code: str, shape: tuple[int, int], tokens: int) -> list[tuple[str, Launch]]:
-    """The default and what is tried beside it."""
-    found: list[tuple[str, Launch]] = [("default", {})]
-    if tokens == 1:
-        for one in TILES[code]:
-            for programs in (300, 512, 1100):
-                name = f"{'x'.join(map(str, one))} {programs}"
-                found.append((name, {"tile": lambda *_, one=one: one, "PROGRAMS": programs}))
+def fixed(value: object) -> Callable[..., object]:
+    return lambda *_: value
+
+
+def tiles(name: str, *found: Tile) -> list[tuple[str, dict[tuple[Any, str], Any]]]:
+    return [("x".join(map(str, tile)), {(launches, name): fixed(tile)}) for tile in found]
+
+
+def one_token(code: str, shape: tuple[int, int]) -> list[Found]:
+    """One, two and three launches, each with several tiles."""
+    small = shape[0] <= 8192
+    if code == "trellis":
+        if shape not in SHAPES[2:]:
+            return []
+        product = tiles("half_tile", Tile(64, 32, 8, 3, 4, 1100), Tile(32, 32, 8, 3, 2, 1100))
+        both = tiles("fused_tile", Tile(64, 32, 8, 2, 4, 1100), Tile(64, 32, 8, 3, 4, 1100),
+                     Tile(32, 32, 8, 3, 2, 1100), Tile(64, 32, 8, 4, 4, 1100))  # fmt: skip
+    elif small:
+        product = tiles("byte_tile", Tile(32, 128, 8, 4, 2, 512, 1), Tile(32, 128, 8, 4, 2, 512, 3))
+        both = tiles("fused_tile", Tile(64, 128, 8, 3, 4, 192, 3), Tile(64, 128, 8, 3, 4, 320, 2),
+                     Tile(64, 128, 8, 3, 4, 128, 5), Tile(64, 128, 8, 3, 4, 576, 1), Tile(32, 128, 8, 3, 2, 384, 3),
+                     Tile(128, 128, 8, 3, 4, 160, 2), Tile(128, 128, 8, 3, 8, 160, 2))  # fmt: skip
     else:
-        found.append(("vector", {"VECTOR_TOKENS": tokens}))
-        found.append(("tiled", {"VECTOR_TOKENS": 0}))
-    return found
+        found = (
+            Tile(128, 128, 8, 3, 4, 512, 1),
+            Tile(64, 128, 8, 3, 4, 1024, 1),
+            Tile(32, 128, 8, 4, 2, 1100, 1),
+        )
+        more = (Tile(128, 128, 8, 3, 4, 512, 2), Tile(64, 128, 8, 3, 4, 1024, 2))
+        product, both = tiles("byte_tile", *found), tiles("fused_tile", *found, *more)
+    count = (launches, "num_launches")
+    tried = [("3: " + name, patch | {count: fixed(3)}) for name, patch in product]
+    name, patch = product[0]
+    tried.append(("3 late: " + name, patch | {count: fixed(3), (triton_ops, "LATE"): True}))
+    tried += [("2: " + name, patch | {count: fixed(2)}) for name, patch in (both[:2] if small else both)]
+    if small:
+        tried += [("1: " + name, patch | {count: fixed(1)}) for name, patch in both]
+    return tried
+
+
+def variants(code: str, shape: tuple[int, int], tokens: int) -> list[Found]:
+    """What is tried beside the default."""
+    if tokens == 1:
+        return one_token(code, shape)
+    if code == "trellis":
+        return tiles(
+            "half_tile",
+            Tile(128, 32, 16, 2, 8, 900),
+            Tile(64, 32, 16, 2, 4, 700),
+            Tile(64, 32, 16, 3, 4, 700),
+        )
+    if tokens <= launches.BYTE_TOKENS:
+        return [("halves", {(launches, "BYTE_TOKENS"): 2}), ("tiled", {(launches, "VECTOR_TOKENS"): 0})]
+    if tokens <= 16:
+        found = (Tile(128, 64, 16, 3, 8, 400), Tile(64, 64, 16, 3, 4, 900), Tile(64, 64, 16, 2, 4, 512))
+    else:
+        found = (Tile(64, 32, 64, 3, 4, 512), Tile(128, 64, 64, 2, 8, 512), Tile(256, 32, 64, 2, 8, 260))
+    tile = Tile(64, 128, min(64, 4 * tokens), 3, 4, 512)
+    bytes_: Patch = {(launches, "BYTE_TOKENS"): 64, (launches, "byte_tile"): fixed(tile)}
+    return [*tiles("half_tile", *found), ("bytes", bytes_)]
 
 
 @contextmanager
-def launched(how: Launch) -> Iterator[None]:
-    before = {name: getattr(triton_ops, name) for name in how}
-    for name, value in how.items():
-        setattr(triton_ops, name, value)
+def patched(how: Patch) -> Iterator[None]:
+    before = {key: getattr(*key) for key in how}
+    for (module, name), value in how.items():
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(triton_ops, name, value)
+        for (module, name), value in before.items():
+            setattr(module, name, value)
 
 
 def make(code: str, shape: tuple[int, int], cold: float) -> tuple[Case, list[triton_linear.TritonPlan]]:
-    case = Case(shape, CODES[code][0], CODES[code][1], cold=cold, as_bytes=code == "scalar")
-    plans = [triton_linear.TritonPlan(case.spec, case.layout, words, case.scales, case.into, case.out, None)
+    case = Case(shape, CODES[code][0], CODES[code][1], cold=cold)
+    plans = [triton_linear.TritonPlan(case.spec, case.layout, words, case.scales, case.into, case.out, None,
+                                      {-1: torch.zeros(3, dtype=torch.int32, device=DEVICE)})
              for words in case.words]  # fmt: skip
     return case, plans
 
 
-def jobs() -> Iterator[tuple[str, tuple[int, int], int]]:
-    for shape in SHAPES:
+def jobs(shapes: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, tuple[int, int], int]]:
+    for shape in shapes:
         for code in CODES:
             large = shape in SHAPES[2:]
             for tokens in (1, 16) if large and code == "trellis" else (1, 4, 16, 64) if large else (1,):
                 yield code, shape, tokens
 
 
-def compile_part(part: str) -> None:
-    """Launch a share of what will be timed, each kernel once."""
-    index, count = map(int, part.split("/"))
-    for code, shape, tokens in list(jobs())[index::count]:
-        plan = make(code, shape, 1.0)[1][0]
+def compile_part(part: str, shapes: tuple[tuple[int, int], ...]) -> None:
+    """Launch a share of what will be timed, each kernel once; "probe": the defaults, several times."""
+    found = [(job, how) for job in jobs(shapes) for how in (("default", {}), *variants(*job))]
+    if part == "probe":
+        found = [(job, how) for job, how in found if how[0] == "default" and job[2] == 1]
+    else:
+        index, count = map(int, part.split("/"))
+        found = found[index::count]
+    made: dict[tuple[str, tuple[int, int]], triton_linear.TritonPlan] = {}
+    for (code, shape, tokens), (name, how) in found:
+        if (code, shape) not in made:
+            made[code, shape] = make(code, shape, 1.0)[1][0]
         x = torch.randn(tokens, shape[1], device=DEVICE, dtype=torch.float16)
-        for _, how in launches(code, shape, tokens):
-            with launched(how):
-                triton_linear.linear(plan, x)
+        try:
+            with patched(how):
+                for _ in range(20 if part == "probe" else 1):
+                    triton_linear.linear(made[code, shape], x)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+        except Exception as failure:
+            print(
+                f"{code} {shape} {tokens} {name}: !! {type(failure).__name__} {str(failure)[:150]}",
+                flush=True,
+            )
+            if part == "probe":
+                raise SystemExit(1) from failure
 
 
-def workers() -> None:
-    start, count = time.time(), max(2, min(os.cpu_count() or 2, len(list(jobs()))))
-    args = [sys.executable, __file__, "--worker"]
-    for worker in [subprocess.Popen([*args, f"{i}/{count}"]) for i in range(count)]:
-        worker.wait()
-    print(f"compiled in {time.time() - start:.0f} s", flush=True)
+def workers(limit: float) -> bool:
+    """Compile in parallel; False if the defaults did not come to their end, as when programs wait for ever."""
+    start, count = time.time(), max(2, (os.cpu_count() or 2) - 1)
+    args = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+    running = [subprocess.Popen([*args, part]) for part in ("probe", *(f"{i}/{count}" for i in range(count)))]
+    results = []
+    for worker in running:
+        try:
+            results.append(worker.wait(max(1.0, limit - (time.time() - start))))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            results.append(-1)
+    print(f"compiled in {time.time() - start:.0f} s, {sum(map(bool, results))} not to their end", flush=True)
+    return results[0] == 0
 
 
 def error(case: Case, plan: triton_linear.TritonPlan, x: torch.Tensor) -> tuple[float, float]:
@@ -109,39 +181,56 @@ def error(case: Case, plan: triton_linear.TritonPlan, x: torch.Tensor) -> tuple[
 
 
 class Table:
-    """Prints rows as they come and keeps them."""
+    """Writes rows as they come."""
 
-    def __init__(self) -> None:
-        self.rows: list[tuple[object, ...]] = []
+    def __init__(self, path: Path | None) -> None:
+        self.file = path.open("w", newline="") if path else None
+        self.device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+        self.commit = commit()
+        self._write(("shape", "tokens", "code", "variant", "microseconds", "device", "commit"))
+
+    def _write(self, row: tuple[object, ...]) -> None:
+        if self.file:
+            csv.writer(self.file, lineterminator="\n").writerow(row)
+            self.file.flush()
 
     def add(
-        self, shape: tuple[int, int], tokens: int, code: str, what: str, run: Callable[[], float]
+        self, shape: tuple[int, int], tokens: int, code: str, what: str, timed: Callable[[], float]
     ) -> float:
         try:
-            value = run()
+            value = timed()
         except Exception as failure:
-            print(f"{shape} {tokens} {code} {what} !! {type(failure).__name__}: {str(failure)[:120]!r}")
+            print(
+                f"    {code} {shape} {tokens} {what}: !! {type(failure).__name__} {str(failure)[:150]}",
+                flush=True,
+            )
             value = float("nan")
-        self.rows.append((f"{shape[0]}x{shape[1]}", tokens, code, what, round(value, 2)))
+        self._write((f"{shape[0]}x{shape[1]}", tokens, code, what, round(value, 2), self.device, self.commit))
         return value
 
 
 def measure(table: Table, code: str, shape: tuple[int, int], tokens: int, base: float) -> None:
     case, plans = make(code, shape, COLD)
     x = torch.randn(tokens, shape[1], device=DEVICE, dtype=torch.float16)
-    found = []
-    for name, how in launches(code, shape, tokens):
-        with launched(how):
+    found, first = [], None
+    for name, how in (("default", {}), *variants(code, shape, tokens)):
+        with patched(how):
+            try:
+                y = triton_linear.linear(plans[0], x).float()
+            except Exception as failure:
+                print(f"    {name}: !! {type(failure).__name__} {str(failure)[:150]}", flush=True)
+                continue
+            first = y if first is None else first
+            off = float((y - first).norm() / first.norm())
+            if not off < 2e-3:
+                print(f"    {name}: !! differs from the default by {off:.1e}", flush=True)
             runs = [lambda p=plan: triton_linear.linear(p, x) for plan in plans]
             us = table.add(shape, tokens, code, name, lambda r=runs: graph_us(r))
-            splits = triton_ops.split(
-                code == "trellis", plans[0].spec.coefficient_shape[0], plans[0].count, tokens
-            )
-            found.append((us if us == us else 1e9, name, splits[0]))
-    default, best = found[0][0], sorted(found)[:3]
+            found.append((us if us == us else 1e9, name))
+    default, best = found[0][0], sorted(found)[:4]
     mine, torchs = error(case, plans[0], x)
     mark = "" if mine <= 2 * torchs else " !!"
-    others = ", ".join(f"{us:.2f} {name} /{n}" for us, name, n in best)
+    others = ", ".join(f"{us:.2f} {name}" for us, name in best)
     print(f"{shape} {tokens:3d} {code:8} {default:7.2f} us {base / default:5.2f}x cuBLAS {base:.2f}; "
           f"error {mine:.1e}, torch {torchs:.1e}{mark}; best {others}", flush=True)  # fmt: skip
     if tokens == 1 or tokens == 16:
@@ -152,17 +241,17 @@ def parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple[int,
           x: torch.Tensor) -> None:  # fmt: skip
     """The three operators one by one."""
     plan, ops = plans[0], triton_ops
-    into, out = plan.into, plan.out
+    into, out, words = plan.into, plan.out, plan.codes(tokens)
 
     def first() -> tuple[torch.Tensor, ...]:
         return ops.analysis(x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
-                            plan.interleave, plan.count, not plan.layout.trellis)  # fmt: skip
+                            plan.interleave(words), plan.count(words), words.dtype == torch.int8)  # fmt: skip
 
     z, unit, sums = first()
 
     def middle(p: triton_linear.TritonPlan) -> torch.Tensor:
         return ops.product(
-            p.words, z, sums, p.scales, p.spec.coefficient_shape[0], p.numbers, p.layout.factor
+            p.codes(tokens), z, sums, p.scales, p.spec.coefficient_shape[0], p.numbers(words), p.layout.factor
         )
 
     u = middle(plan)
@@ -192,26 +281,30 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--shapes", type=int, nargs="*", default=[0, 1, 2, 3], help="which of the four")
+    parser.add_argument("--limit", type=float, default=90, help="seconds for compiling")
     parser.add_argument("--worker")
     arguments = parser.parse_args()
+    shapes = tuple(SHAPES[i] for i in arguments.shapes)
     torch.manual_seed(0)
     if arguments.worker:
-        compile_part(arguments.worker)
+        compile_part(arguments.worker, shapes)
         return
-    begin, table, bases = time.time(), Table(), {}
-    workers()
-    for code, shape, tokens in jobs():
+    begin, bases = time.time(), {}
+    if not workers(arguments.limit):
+        print("!! joint launches do not come to their end: three launches only", flush=True)
+        launches.num_launches = fixed(3)
+        globals()["one_token"] = lambda code, shape, whole=one_token: [
+            v for v in whole(code, shape) if v[0][0] == "3"
+        ]
+    table = Table(arguments.csv)
+    for code, shape, tokens in jobs(shapes):
         if (shape, tokens) not in bases:
             bases[shape, tokens] = cublas(table, shape, tokens)
         measure(table, code, shape, tokens, bases[shape, tokens])
-        torch.cuda.empty_cache()
-    device = torch.cuda.get_device_name()
-    print(f"{device}, torch {torch.__version__}, {commit()}, {time.time() - begin:.0f} s")
-    if arguments.csv:
-        with arguments.csv.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(("shape", "tokens", "code", "variant", "microseconds", "device", "commit"))
-            writer.writerows((*row, device, commit()) for row in table.rows)
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    print(f"{table.device}, torch {torch.__version__}, {table.commit}, {time.time() - begin:.0f} s")
 
 
 if __name__ == "__main__":

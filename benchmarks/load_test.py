@@ -3,14 +3,16 @@
 Run from the repository's root with ``PYTHONPATH=src:.``::
 
     python benchmarks/load_test.py --shape 7b --device cuda                       # whole, 13 GB
-    python benchmarks/load_test.py --shape 70b --device cuda --blocks 2           # two blocks, projected to all
+    python benchmarks/load_test.py --shape 70b --device cuda --blocks 2 --max-memory cuda=40GB,cpu=100GB
     python benchmarks/load_test.py --shape 1.5b --limit 4GB --samples 8 --tokens 512 --blocks 2
     torchrun --nproc-per-node 2 benchmarks/load_test.py --shape 7b --blocks 4     # several GPUs
 
 ``--blocks N`` writes and quantizes a model of N blocks and projects the total: what comes before the first block,
 N measured blocks, and as many more as the shape has at the mean of all measured but the first. Weights are written
 by a process of their own, shard by shard, so that peaks are those of quantizing. ``--limit`` puts the quantizing
-process into a memory cgroup (version 1 or 2, root), page cache included. Appends one row to ``--csv``.
+process into a memory cgroup (version 1 or 2, root), page cache included. Appends one row to ``--csv``, and writes it
+anew after every block: a run that is cut off leaves the figures of the blocks that it has finished (``finished`` is
+then "no").
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +40,16 @@ from benchmarks.measure import commit
 #: hidden size, intermediate size, heads, key-value heads, blocks, vocabulary, tied embeddings.
 SHAPES = {
     "tiny": (256, 704, 4, 4, 4, 1000, False),
+    "small": (768, 2048, 12, 12, 12, 1000, False),
     "1.5b": (1536, 8960, 12, 2, 28, 151936, True),
     "7b": (4096, 11008, 32, 32, 32, 32000, False),
     "70b": (8192, 28672, 64, 8, 80, 32000, False),
 }
+
+
+#: Shards that are written at a time.
+WRITERS = 3
+STAGES = ("read", "capture", "round", "write")
 
 
 def model_config(shape: str, blocks: int) -> Any:
@@ -76,9 +85,15 @@ def write_model(folder: Path, shape: str, blocks: int, device: str, dtype: torch
         if not (config.tie_word_embeddings and name == "lm_head.weight"):
             files[f"model-{part}.safetensors"].append(name)
     generator = torch.Generator(device).manual_seed(0)
-    for file, names in files.items():
-        tensors = {name: random_weight(name, state[name].shape, generator, dtype) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+    with ThreadPoolExecutor(WRITERS) as pool:
+        pending: deque[Future[None]] = deque()
+        for file, names in files.items():
+            tensors = {name: random_weight(name, state[name].shape, generator, dtype) for name in names}
+            pending.append(pool.submit(save_file, tensors, folder / file, metadata={"format": "pt"}))
+            if len(pending) == WRITERS:  # no more shards in memory than are being written
+                pending.popleft().result()
+        for write in pending:
+            write.result()
     weight_map = {name: file for file, names in files.items() for name in names}
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
@@ -127,12 +142,14 @@ def status(key: str) -> int:
 
 
 class Stages:
-    """Seconds of the stages of a walk, and when each block was done."""
+    """Seconds of the stages of a walk, and when each block was done; ``report`` is called after each."""
 
-    def __init__(self, cuda: bool) -> None:
+    def __init__(self, cuda: bool, report: Callable[[], None]) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.done: list[float] = []
-        self._cuda = cuda
+        self._cuda, self._report = cuda, report
+        self._before: dict[str, float] = {}
+        self.start = self.now()
 
     def now(self) -> float:
         if self._cuda:
@@ -151,11 +168,27 @@ class Stages:
                 self.seconds[stage] += end - start
                 if stage == "write":
                     self.done.append(end)
+                    self._print_block()
+                    self._report()
 
         setattr(owner, method, timed)
 
+    def _print_block(self) -> None:
+        """The seconds of the last block; what is in no stage is running it for what the next one reads."""
+        total = self.done[-1] - (self.done[-2] if len(self.done) > 1 else self.start)
+        spent = {stage: self.seconds[stage] - self._before.get(stage, 0.0) for stage in STAGES}
+        self._before = dict(self.seconds)
+        parts = ", ".join(f"{stage} {value:.2f}" for stage, value in spent.items())
+        rest = total - sum(spent.values())
+        print(f"block {len(self.done)}: {total:.2f} s ({parts}, rest {rest:.2f})", flush=True)
+
+    def block_seconds(self) -> float:
+        """Of a block, the first left out, whose time includes what comes before it and compiling kernels."""
+        every = [later - earlier for earlier, later in zip(self.done, self.done[1:], strict=False)]
+        return sum(every) / len(every) if every else self.done[0] - self.start
+
     def watch(self) -> None:
-        """Time the walk's steps; what is in none of them is running blocks for what the next one reads."""
+        """Time the walk's steps."""
         from framequant.model.walk import _Walk
         from framequant.streaming.residence import StreamedResidence
 
@@ -187,21 +220,21 @@ def limited(size: str | None) -> Iterator[list[str]]:
         group.rmdir()
 
 
-def measure(arguments: argparse.Namespace, source: Path, out: Path) -> dict[str, Any]:
-    """Quantize and return a row of figures, and nothing on ranks that do not write."""
+def measure(arguments: argparse.Namespace, source: Path, out: Path) -> None:
+    """Quantize; after each block and at the end, the first rank writes the row of figures."""
     import framequant as fq
     from framequant.cli.streaming import join_ranks, leave_ranks
     from framequant.config import preset
 
     device, ranks = join_ranks(arguments.device)
     cuda = device.startswith("cuda")
-    hidden, intermediate, _, _, layers, vocabulary, _ = SHAPES[arguments.shape]
-    blocks = arguments.blocks or layers
+    vocabulary = SHAPES[arguments.shape][5]
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, vocabulary, (arguments.samples, arguments.tokens), generator=generator)
-    stages = Stages(cuda)
+    table = Table(arguments.csv if ranks.is_first else None)
+    figures = {"ranks": ranks.size, "commit": commit()}
+    stages = Stages(cuda, lambda: table.put(row_of(arguments, stages, peaks, figures)))
     stages.watch()
-    start = stages.now()
     with Peaks() as peaks:
         run = fq.quantize_streaming(
             source,
@@ -212,47 +245,78 @@ def measure(arguments: argparse.Namespace, source: Path, out: Path) -> dict[str,
             device=device,
             max_memory=arguments.max_memory,
             ranks=ranks,
-            progress=lambda p: print(f"  {p.message} {stages.now() - start:.1f} s", flush=True),
+            progress=lambda p: print(f"  {p.message} {stages.now() - stages.start:.1f} s", flush=True),
         )
-    total = stages.now() - start
-    every = [later - earlier for earlier, later in zip(stages.done, stages.done[1:], strict=False)]
-    block = sum(every) / len(every) if every else stages.done[0] - start
-    projected = total + (layers - blocks) * block
-    peak = torch.cuda.max_memory_reserved() if cuda else 0
-    row = {
+    figures |= {
+        "finished": "yes",
+        "total": stages.now() - stages.start,
+        "activations": run.place,
+        "bits_per_weight": round(run.report.bits_per_weight, 4),
+    }
+    if ranks.is_first:
+        figures["output_gb"] = round(sum(path.stat().st_size for path in out.iterdir()) / 1e9, 3)
+    row = row_of(arguments, stages, peaks, figures)
+    table.put(row)
+    if ranks.is_first:
+        print(json.dumps(row, indent=1))
+    leave_ranks(ranks)
+
+
+def row_of(
+    arguments: argparse.Namespace, stages: Stages, peaks: Peaks, known: dict[str, Any]
+) -> dict[str, Any]:
+    """The figures so far; ``known`` holds those that only a finished run has, and what does not change."""
+    hidden, intermediate, _, _, layers, _, _ = SHAPES[arguments.shape]
+    cuda, done = arguments.device.startswith("cuda"), len(stages.done)
+    total = known.get("total", stages.now() - stages.start)
+    block = stages.block_seconds()
+    return {
         "shape": arguments.shape,
         "preset": arguments.preset,
         "hidden": hidden,
         "intermediate": intermediate,
         "blocks": layers,
-        "blocks_measured": blocks,
+        "blocks_measured": done,
+        "finished": known.get("finished", "no"),
         "samples": arguments.samples,
         "tokens": arguments.tokens,
         "dtype": arguments.dtype,
-        "ranks": ranks.size,
-        "activations": run.place,
+        "ranks": known["ranks"],
+        "activations": known.get("activations", ""),
         "seconds": round(total, 2),
+        "seconds_first_block": round(stages.done[0] - stages.start, 2),
         "seconds_per_block": round(block, 3),
-        "seconds_projected": round(projected, 1),
-        **{
-            f"seconds_{stage}": round(stages.seconds[stage], 2)
-            for stage in ("read", "capture", "round", "write")
-        },
+        "seconds_projected": round(total + (layers - done) * block, 1),
+        **{f"seconds_{stage}": round(stages.seconds[stage], 2) for stage in STAGES},
         "device_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else 0,
-        "device_reserved_gb": round(peak / 1e9, 2),
+        "device_reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if cuda else 0,
         "host_peak_gb": round(peaks.resident / 1e9, 2),
         "host_anonymous_gb": round(peaks.anonymous / 1e9, 2),
-        "limit": arguments.limit or "",
-        "bits_per_weight": round(run.report.bits_per_weight, 4),
-        "output_gb": round(sum(path.stat().st_size for path in out.iterdir()) / 1e9, 3)
-        if ranks.is_first
-        else 0,
+        "limit": arguments.limit or arguments.max_memory or "",
+        "bits_per_weight": known.get("bits_per_weight", ""),
+        "output_gb": known.get("output_gb", ""),
         "device": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores",
-        "commit": commit(),
+        "commit": known["commit"],
     }
-    first = ranks.is_first
-    leave_ranks(ranks)
-    return row if first else {}
+
+
+class Table:
+    """A CSV file whose last row is replaced until the run has finished; without a path, nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._before = path.read_text() if path is not None and path.exists() else ""
+
+    def put(self, row: dict[str, Any]) -> None:
+        """Write what was in the file before, and then the row."""
+        if self._path is None:
+            return
+        with self._path.open("w", newline="") as file:
+            file.write(self._before)
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
+            if not self._before:
+                writer.writeheader()
+            writer.writerow(row)
 
 
 def main() -> None:
@@ -276,7 +340,7 @@ def main() -> None:
         write_model(arguments.folder, arguments.shape, blocks, arguments.device, dtype)
         return
     if arguments.step == "measure":
-        finish(arguments, measure(arguments, arguments.folder / "model", arguments.folder / "out"))
+        measure(arguments, arguments.folder / "model", arguments.folder / "out")
         return
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="framequant-load-"))
@@ -295,27 +359,13 @@ def main() -> None:
         while not (folder / "model").is_dir():
             time.sleep(0.5)
         if distributed:
-            finish(arguments, measure(arguments, folder / "model", folder / "out"))
+            measure(arguments, folder / "model", folder / "out")
             return
         with limited(arguments.limit) as prefix:
             subprocess.run([*prefix, *own, str(folder), "--step", "measure"], check=True)
     finally:
         if first and arguments.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def finish(arguments: argparse.Namespace, row: dict[str, Any]) -> None:
-    if not row:
-        return
-    print(json.dumps(row, indent=1))
-    if arguments.csv is None:
-        return
-    new = not arguments.csv.exists()
-    with arguments.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(row), lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ LAYERS = [
     {"storage"},
     {"kernels"},
     {"quantizers"},
-    {"layers"},
+    {"layers", "fused"},
     {"model"},
     {"integrity", "untrusted"},
     {"checkpoint"},

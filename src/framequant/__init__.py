@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         NumericalError,
     )
     from framequant.frames.harmonic import HarmonicFrame
+    from framequant.fused import fuse_, unfuse_
+    from framequant.integrations.decoding import Decoder
     from framequant.integrations.export import export
     from framequant.integrations.hub import push_to_hub
     from framequant.layers import FrameLinear
@@ -43,6 +45,7 @@ _HOMES = {
     "CalibrationError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
+    "Decoder": "integrations.decoding",
     "DiscoveryError": "errors",
     "FrameError": "errors",
     "FrameLinear": "layers",
@@ -58,6 +61,7 @@ _HOMES = {
     "TuningReport": "model.tune_config",
     "bake_fake_quant_": "model.fake_quant",
     "export": "integrations.export",
+    "fuse_": "fused",
     "load": "pretrained",
     "prepare_fake_quant_": "model.fake_quant",
     "preset": "config",
@@ -66,6 +70,7 @@ _HOMES = {
     "quantize_streaming": "streaming.run",
     "save_pretrained": "pretrained",
     "tune_": "model.tune",
+    "unfuse_": "fused",
 }
 
 __all__ = [
@@ -73,6 +78,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "ConfigError",
+    "Decoder",
     "DiscoveryError",
     "FrameError",
     "FrameLinear",
@@ -88,6 +94,7 @@ __all__ = [
     "TuningReport",
     "bake_fake_quant_",
     "export",
+    "fuse_",
     "load",
     "prepare_fake_quant_",
     "preset",
@@ -96,6 +103,7 @@ __all__ = [
     "quantize_streaming",
     "save_pretrained",
     "tune_",
+    "unfuse_",
 ]
 
 

@@ -96,6 +96,8 @@ class FrameQuantConfig:
         row_factors: a byte per row of a trellis matrix for a factor that a later tuning trains.
         allocation: "uniform": every linear has ``bits``; "sensitivity" (trellis): ``bits`` is what all linears
             together take on disk per weight, any real number, and each gets the rate that serves the model best.
+        rate_spread: how far these rates part, 0 to 1: the exponent of the sensitivities. 1 is the optimum if what
+            calibration says of a linear held for every text; 0 gives all linears one rate.
         rounding: "ldlq" or "nearest".
         output_feedback: feed errors also from row to row, through the second moment of output gradients. It needs
             a backward pass through the float model.
@@ -151,6 +153,7 @@ class FrameQuantConfig:
     activation_space: ActivationSpace = ActivationSpace.FRAME
     row_factors: bool = False
     allocation: Allocation = Allocation.UNIFORM
+    rate_spread: float = 1.0
     rounding: Rounding = Rounding.LDLQ
     output_feedback: bool = False
     output_damping: float = 0.1
@@ -433,6 +436,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "damping": (0, 10),
     "output_damping": (0, 100),
     "token_weights": (0, 1),
+    "rate_spread": (0, 1),
     "float_targets": (0, 1),
     "residual_targets": (0, 1),
     "frame_size_ratio": (0, 4096),
@@ -448,6 +452,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "bits": 2.25,
         "redundancy": 1.0,
         "allocation": "sensitivity",
+        "rate_spread": 0.5,
         "output_feedback": True,
         "token_weights": 0.5,
     },

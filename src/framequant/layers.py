@@ -44,9 +44,9 @@ class FrameLinear(nn.Module):
         device: where the empty tensors are made; ``meta`` for a skeleton to load into.
 
     Attributes:
-        backend: "auto": compiled CPU kernels where they cover the layer and the inputs, else plain torch;
-            "reference": plain torch always; "triton": GPU kernels too, which no hardware has tested yet. The default
-            is the environment variable ``FRAMEQUANT_BACKEND``, else "auto".
+        backend: "auto": Triton kernels on a GPU, compiled kernels on a CPU, each where it covers the layer and the
+            inputs, else plain torch; "reference": plain torch always; "triton": as "auto", and Triton also for tensors
+            on a CPU, for its interpreter. The default is the environment variable ``FRAMEQUANT_BACKEND``, else "auto".
     """
 
     def __init__(
@@ -102,7 +102,8 @@ class FrameLinear(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
         """Apply the layer."""
-        if self.backend == "triton" and self.spec.activation is None:
+        wanted = self.backend == "triton" or (self.backend == "auto" and inputs.is_cuda)
+        if wanted and self.spec.activation is None:
             fast = self._triton(inputs)
             if fast is not None:
                 return fast
@@ -161,15 +162,23 @@ class FrameLinear(nn.Module):
         try:
             from framequant.kernels import triton_linear
         except ImportError:
-            _warn_once("backend = 'triton' needs triton, which is not installed; plain torch is used.")
+            _warn_once(
+                "The GPU kernels need triton, which is not installed (pip install triton); plain torch is used."
+            )
             return None
         if torch.compiler.is_compiling() or not triton_linear.takes(inputs, self.in_features):
+            return None
+        if self._prepared is None and inputs.is_cuda and torch.cuda.is_current_stream_capturing():
+            _warn_once(
+                "A linear first ran inside a CUDA graph, in plain torch; run the model once before capturing."
+            )
             return None
         plan = self._prepare("triton", triton_linear.triton_plan)
         if plan is None:
             _warn_once(f"No Triton kernel covers linears like {self.spec.scheme()}; plain torch is used.")
             return None
-        if not triton_linear.is_right(plan, self.tensors, self.frames, inputs.dtype):
+        tokens = inputs.numel() // self.in_features
+        if not triton_linear.is_right(plan, self.tensors, self.frames, inputs.dtype, tokens):
             return None
         return triton_linear.linear(plan, inputs)
 

@@ -1,10 +1,11 @@
-"""Hand memory back to the system; imports nothing of ours."""
+"""How much memory is free, and handing some of it back; imports nothing of ours."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,36 @@ def free_bytes(device: torch.device) -> int:
     import torch
 
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, total = torch.cuda.mem_get_info(device)
+        used = torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - used  # torch holds it, and will give it out again
+        allowed = int(torch.cuda.get_per_process_memory_fraction(_index(device)) * total) - used
+        return max(min(free + cached, allowed), 0)
     return max(min(_available(), *_limits()), 0)
+
+
+@contextmanager
+def capped(device: torch.device, num_bytes: int | None) -> Iterator[None]:
+    """Let torch hold no more than so many bytes of a GPU for a while; it gives back what it only keeps for later."""
+    import torch
+
+    if num_bytes is None or device.type != "cuda":
+        yield
+        return
+    index = _index(device)
+    before = torch.cuda.get_per_process_memory_fraction(index)
+    total = torch.cuda.mem_get_info(index)[1]
+    torch.cuda.set_per_process_memory_fraction(min(num_bytes / total, before), index)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, index)
+
+
+def _index(device: torch.device) -> int:
+    import torch
+
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _available() -> int:

@@ -11,6 +11,7 @@ from torch import nn
 from framequant import checkpoint, integrity
 from framequant.config import FrameQuantConfig
 from framequant.errors import CheckpointError
+from framequant.fused import refuse_fused
 from framequant.model.report import QuantizationReport
 from framequant.model.walk import quantized_linears
 from framequant.report.model_card import model_card
@@ -47,8 +48,9 @@ def save_pretrained(
         The directory.
 
     Raises:
-        CheckpointError: the model is not quantized, or the directory cannot be written.
+        CheckpointError: the model is not quantized, is fused, or the directory cannot be written.
     """
+    refuse_fused(model)
     linears = {name: layer.spec for name, layer in quantized_linears(model).items()}
     report: QuantizationReport | None = getattr(model, "framequant_report", None)
     if not linears:

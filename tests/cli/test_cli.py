@@ -13,7 +13,7 @@ from framequant.integrations import hub
 from tests.conftest import make_image, make_tokenizer
 from tests.evaluation.test_sentences import make_encoder, table
 
-COMMANDS = ("quantize", "evaluate", "inspect", "generate", "demo")
+COMMANDS = ("quantize", "evaluate", "inspect", "generate", "bench", "demo")
 SMALL = ["--samples", "4", "--sequence-length", "32", "--device", "cpu"]
 
 
@@ -431,3 +431,27 @@ def test_overrides_are_read_from_the_command_line():
     for text in ("bits=3", "::bits=3", "a::", "a::bits"):
         with pytest.raises(ConfigError, match="expected"):
             parse_overrides([text])
+
+
+def test_bench_compares_with_the_float_model(quantized, llama_directory):
+    out, _ = quantized
+    options = ["--prompt", 8, "--tokens", 3, "--repeats", 1, "--device", "cpu"]
+    result = run("bench", out, *options, "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    own, dense = data["models"].values()
+    assert own["model_bytes"] < dense["model_bytes"]
+    assert own["bytes_per_token"] < dense["bytes_per_token"]
+    assert data["decoding_ratio"] == pytest.approx(own["tokens_per_second"] / dense["tokens_per_second"])
+    result = run("bench", out, *options, "--against", llama_directory)
+    assert result.exit_code == 0, result.stderr
+    assert "decoding, tokens/s" in result.stdout
+    assert "first token" in result.stdout
+    result = run("bench", out, *options, "--against", "none", "--json")
+    assert list(json.loads(result.stdout)["models"]) == [str(out)]
+    assert json.loads(result.stdout)["decoding_ratio"] is None
+
+
+def test_bench_refuses_what_cannot_decode(tmp_path):
+    make_encoder().save_pretrained(tmp_path)
+    fails("no language model", "bench", tmp_path, "--device", "cpu", "--against", "none")

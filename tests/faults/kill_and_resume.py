@@ -3,7 +3,7 @@
 Run from the repository's root::
 
     python -m tests.faults.kill_and_resume --rounds 20 --csv tests/faults/kill_and_resume.csv
-    python -m tests.faults.kill_and_resume --model smollm2 --rounds 20 --csv …
+    python -m tests.faults.kill_and_resume --model smollm2 --blocks 4 --csv tests/faults/kill_and_resume_smollm2.csv
 
 Each round forks a process that quantizes, sends it SIGKILL after a random time, and lets further processes go on
 until one ends by itself; ``--kills`` of them are killed too. The report is compared without its times.
@@ -66,6 +66,19 @@ def smollm2_case(folder: Path, preset: str = "framequant-scalar") -> Case:
     opened.model.save_pretrained(folder / "model")
     data = torch.randint(0, 40000, (10, 100), generator=torch.Generator().manual_seed(0))
     return Case(folder / "model", data, fq.preset(preset))
+
+
+def first_blocks(case: Case, count: int) -> Case:
+    """The case with the model cut to its first blocks."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(case.source)
+    model.model.layers = model.model.layers[:count]
+    model.config.num_hidden_layers = count
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:count]
+    model.save_pretrained(case.source.with_name("first"))
+    return Case(case.source.with_name("first"), case.data, case.config)
 
 
 def start(case: Case, out: Path) -> int:
@@ -153,13 +166,18 @@ def rounds(case: Case, folder: Path, count: int, kills: int = 1, seed: int = 0) 
     while len(found) < count:
         delays = [chance.uniform(0, seconds / kills) for _ in range(kills)]
         result = one_round(case, folder, len(found), delays, expected)
-        found += [result] if result is not None else []
+        if result is not None:
+            print(result, flush=True)
+            found.append(result)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=["tiny", "smollm2"], default="tiny")
+    parser.add_argument(
+        "--blocks", type=int, help="12 of the tiny model; the first so many of SmolLM2, or all"
+    )
     parser.add_argument("--preset", default="framequant-scalar", help="of smollm2")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--kills", type=int, default=1, help="in each round")
@@ -169,16 +187,19 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        case = tiny_case(folder) if arguments.model == "tiny" else smollm2_case(folder, arguments.preset)
+        if arguments.model == "tiny":
+            case = tiny_case(folder, arguments.blocks or 12)
+        else:
+            case = smollm2_case(folder, arguments.preset)
+            case = first_blocks(case, arguments.blocks) if arguments.blocks else case
         found = rounds(case, folder, arguments.rounds, arguments.kills, arguments.seed)
-    for result in found:
-        print(result)
     print(f"{sum(result.identical for result in found)} of {len(found)} byte-identical")
     if arguments.csv:
         with arguments.csv.open("w", newline="") as file:
+            model = arguments.model + (f", {arguments.blocks} blocks" if arguments.blocks else "")
             writer = csv.DictWriter(file, ["model", *asdict(found[0])], lineterminator="\n")
             writer.writeheader()
-            writer.writerows({"model": arguments.model, **asdict(result)} for result in found)
+            writer.writerows({"model": model, **asdict(result)} for result in found)
     sys.exit(0 if all(result.identical for result in found) else 1)
 
 

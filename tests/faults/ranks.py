@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 import framequant as fq
 from framequant.checkpoint import parse_quantization
 from framequant.codes.packing import unpack_codes
-from tests.faults.kill_and_resume import Case, contents, smollm2_case, tiny_case, wait
+from tests.faults.kill_and_resume import Case, contents, first_blocks, smollm2_case, tiny_case, wait
 from tests.streaming.models import tensors
 
 HOSTS = ("fq-one", "fq-two")
@@ -198,19 +198,6 @@ def in_namespaces(folder: Path) -> None:
     finally:
         for name in HOSTS:
             subprocess.run(["ip", "netns", "del", name], check=False)
-
-
-def first_blocks(case: Case, count: int) -> Case:
-    """The case with the model cut to its first blocks."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(case.source)
-    model.model.layers = model.model.layers[:count]
-    model.config.num_hidden_layers = count
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:count]
-    model.save_pretrained(case.source.with_name("first"))
-    return Case(case.source.with_name("first"), case.data, case.config)
 
 
 def main() -> None:

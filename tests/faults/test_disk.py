@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 import framequant as fq
 from framequant.errors import CheckpointError, ConfigError, ModelSourceError
-from framequant.streaming import journal
+from framequant.streaming import durable, journal
 from tests.faults.kill_and_resume import contents
 from tests.streaming.models import IDS, save_llama
 
@@ -107,7 +109,7 @@ def test_a_damaged_file_of_the_float_model_is_named(tmp_path, source, expected):
     assert contents(tmp_path / "out") == expected
 
 
-@pytest.mark.parametrize("moment", ["save_file", "_flush", "replace"])
+@pytest.mark.parametrize("moment", ["save_file", "flush", "replace"])
 def test_a_full_disk_loses_nothing(tmp_path, source, expected, monkeypatch, moment):
     interrupted(source, tmp_path / "out")
 
@@ -115,7 +117,7 @@ def test_a_full_disk_loses_nothing(tmp_path, source, expected, monkeypatch, mome
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os if moment == "replace" else journal, moment, full)
+        patch.setattr({"save_file": journal, "flush": durable, "replace": os}[moment], moment, full)
         with pytest.raises(CheckpointError, match=r"the disk is full.*run the same command to go on"):
             fq.quantize_streaming(source, tmp_path / "out", IDS, CONFIG)
     run = fq.quantize_streaming(source, tmp_path / "out", IDS, CONFIG)
@@ -238,3 +240,38 @@ def test_the_journal_holds_what_it_says(tmp_path, source):
     assert record["sha256"] == journal.sha256(Path(folder / "output" / record["shard"]))
     assert all(key.startswith("model.layers.1.") for key in record["keys"])
     assert len(record["linears"]) == 7
+
+
+def test_a_run_killed_while_it_removes_its_journal_has_finished(tmp_path, source, expected, monkeypatch):
+    """Whatever file was the last to go, the output is there, and the same command does not stumble over the rest."""
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "remove", lambda self: None)
+        fq.quantize_streaming(source, tmp_path / "kept" / "out", IDS, CONFIG)
+    for count in range(100):
+        folder = tmp_path / f"after-{count}"
+        shutil.copytree(tmp_path / "kept", folder)
+        left = [count]
+        with monkeypatch.context() as patch:
+            for name in ("unlink", "rmdir", "replace"):
+                patch.setattr(os, name, killed_after(left, getattr(os, name)))
+            with suppress(StoppedError):
+                fq.quantize_streaming(source, folder / "out", IDS, CONFIG)
+        if (folder / "out.partial").exists():
+            fq.quantize_streaming(source, folder / "out", IDS, CONFIG)
+            assert not list(folder.glob("out.partial*"))
+        assert contents(folder / "out") == expected
+        if left[0] > 0:
+            break
+    assert count > 5
+
+
+def killed_after(left, original):
+    """A function of ``os`` that ends the run once so many calls were made of it and of those that share ``left``."""
+
+    def call(*arguments, **keywords):
+        if left[0] == 0:
+            raise StoppedError
+        left[0] -= 1
+        return original(*arguments, **keywords)
+
+    return call

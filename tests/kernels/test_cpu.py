@@ -34,8 +34,9 @@ CODES = [
 ]
 
 
-def make_layer(code, features=(100, 36), redundancy=(1.125, 1.0), kind=None, bias=True, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def make_layer(code, features=(100, 36), redundancy=(1.125, 1.0), kind=None, bias=True, seed=0, codes=None):
+    """A layer with frames of ``seed`` and random codes, of ``codes`` if given."""
+    generator = torch.Generator().manual_seed(seed if codes is None else codes)
     frames = [
         choose_frame(dim, r, seed + i) for i, (dim, r) in enumerate(zip(features, redundancy, strict=True))
     ]

@@ -79,3 +79,17 @@ def test_the_scalar_code_has_no_allocation():
 def test_block_rows_are_whole_tiles():
     with pytest.raises(fq.ConfigError, match="multiple of tile_rows"):
         fq.FrameQuantConfig(code="trellis", redundancy=1.0, output_block=24)
+
+
+def test_the_spread_of_the_rates_is_scaled():
+    rates = {}
+    for spread in (0.0, 0.5, 1.0):
+        model, data = wide()
+        config = fq.FrameQuantConfig(bits=3, rate_spread=spread, output_feedback=True, **SETTINGS)
+        report = fq.quantize_(model, data, config)
+        assert 3 * 0.995 <= report.bits_per_weight <= 3
+        assert report.allocation["predicted_loss"] <= report.allocation["uniform_loss"]
+        rates[spread] = torch.tensor([layer.spec.code.rate for layer in quantized_linears(model).values()])
+    assert rates[0.0].max() - rates[0.0].min() <= 0.25  # what is left of the budget lifts some by a step
+    assert rates[1.0].std() > 0.2
+    assert 0.35 < rates[0.5].std() / rates[1.0].std() < 0.65

@@ -83,7 +83,7 @@ def test_factors_by_pieces_are_those_of_the_whole(monkeypatch, n):
         return made[-1]
 
     pieces = feedback_factor(make, 0.01).upper
-    assert torch.equal(pieces, whole)
+    assert torch.allclose(pieces, whole, rtol=1e-12, atol=1e-14)  # solved by pieces: the last bits differ
     assert not torch.equal(made[0], matrix)  # it was overwritten, and no copy was made
     singular = torch.zeros(n, n, dtype=torch.float64)
     singular[0, 0] = 1
@@ -101,3 +101,38 @@ def test_an_exchange_in_place_reverses_rows_and_columns(monkeypatch):
         matrix = torch.arange(n * n, dtype=torch.float64).reshape(n, n)
         assert torch.equal(hessian_module._exchanged_(matrix.clone()), matrix.flip(0, 1))
         assert torch.equal(hessian_module._exchanged_(matrix.T.clone().T), matrix.flip(0, 1))
+
+
+@pytest.mark.parametrize("n", [1, 5, 8, 23])
+def test_a_triangle_is_inverted_in_place_by_pieces(monkeypatch, n):
+    monkeypatch.setattr(hessian_module, "SMALL", 4)
+    monkeypatch.setattr(hessian_module, "PIECE_ROWS", 5)
+    root = _spd(n).triu() + torch.eye(n, dtype=torch.float64)
+    inverse = hessian_module._inverse_upper_(root.clone())
+    assert torch.allclose(inverse @ root, torch.eye(n, dtype=torch.float64), atol=1e-12)
+    assert torch.equal(inverse, inverse.triu())
+
+
+def test_a_large_hessian_is_factored_in_its_own_memory(monkeypatch):
+    monkeypatch.setattr(hessian_module, "SMALL", 4)
+    hessian = _spd(20)
+    made = hessian.clone()
+    factor = feedback_factor(lambda: made, 0.01)
+    assert factor.upper.untyped_storage().data_ptr() == made.untyped_storage().data_ptr()
+    assert torch.allclose(factor.upper, feedback_factor(hessian, 0.01).upper, atol=1e-10)
+
+
+def test_products_of_halves_lose_nothing_against_float32(monkeypatch):
+    def mm(left, right, out_dtype):  # as a GPU has it; the CPU has no such product
+        assert left.dtype == right.dtype == torch.bfloat16
+        return left.to(out_dtype) @ right.to(out_dtype)
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(hessian_module, "SMALL", 4)
+    x, y = torch.randn(2, 100, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double().T @ x.double()
+    total = hessian_module._add_halves(None, x.float(), x)
+    assert torch.allclose(total.double(), exact, rtol=1e-6, atol=1e-5)
+    drift = (y.double() - x.double()).T @ x.double()
+    twice = hessian_module._add_halves(2 * total, y.float() - x.float(), x).double()
+    assert torch.allclose(twice, 2 * exact + drift, rtol=1e-5, atol=1e-3)

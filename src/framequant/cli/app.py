@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from framequant.cli import demo, evaluate, export, generate, inspect, quantize, report, serve
+from framequant.cli import bench, demo, evaluate, export, generate, inspect, quantize, report, serve
 from framequant.cli.console import print_error, print_interrupted
 
 #: Errors of the operating system that a user can act on; their message is enough.
@@ -59,7 +59,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (quantize, evaluate, inspect, report, generate, export, serve, demo):
+for command in (quantize, evaluate, inspect, report, generate, bench, export, serve, demo):
     app.command(command.NAME, epilog=command.EXAMPLES)(command.run)
 
 

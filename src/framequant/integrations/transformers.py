@@ -27,6 +27,7 @@ from framequant import checkpoint, integrity
 from framequant.checkpoint import QUANT_METHOD, QuantizationEntry
 from framequant.config import FrameQuantConfig
 from framequant.errors import CheckpointError, ConfigError, FrameQuantError
+from framequant.fused import refuse_fused
 from framequant.layers import FrameLinear
 from framequant.model.discovery import stacked_parameters
 from framequant.model.experts import fuse_, unfuse_
@@ -156,6 +157,7 @@ class FrameQuantHfQuantizer(HfQuantizer):
         self, model: nn.Module
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The model's tensors and the guard against readers that do not know us, for ``save_pretrained``."""
+        refuse_fused(model)
         names = {
             name: module.spec for name, module in model.named_modules() if isinstance(module, FrameLinear)
         }

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from framequant.kernels.triton_support import COMPILED, let_next_start, prefetch, wait_for_previous
+from framequant.kernels.triton_support import COMPILED, let_next_start, wait_for_previous, wait_until
 
 
 @triton.constexpr_function
@@ -37,13 +37,95 @@ def byte_codes(bytes_, INDEX: tl.constexpr, BITS: tl.constexpr):
     return ((bytes_.to(tl.int32) >> (BITS * INDEX)) & ((1 << BITS) - 1)).to(tl.int8)
 
 
+@triton.jit
+def byte_block(
+    block, part, columns, wait_at, wait_for,
+    bytes_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
+    rows, count, stride, span, tokens, factor, zero,
+    PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BITS: tl.constexpr, ROW_SCALES: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
+    LOOP: tl.constexpr, PDL: tl.constexpr, WAIT: tl.constexpr, LATE: tl.constexpr,
+):  # fmt: skip
+    """Block ``block`` of rows, span ``part`` of bytes, block ``columns`` of columns: see ``byte_product``.
+
+    The first HELD steps' bytes are in registers before the wait (HELD * BK is at most ``span``, and equal to it
+    without LOOP), which is for the kernels before this one and, with WAIT, until ``wait_for`` programs have arrived
+    at ``wait_at``.
+    """
+    codes: tl.constexpr = 8 // BITS
+    r = block * BR + tl.arange(0, BR)
+    start = part * span
+    stop = tl.minimum(start + span, count)
+    k = start + tl.arange(0, BK)
+    column = columns * BN + tl.arange(0, BN)
+    token = columns * (BN // 4) + tl.arange(0, BN // 4)
+    row_at = bytes_ptr + tl.minimum(r, rows - 1).to(tl.int64) * stride
+    b_at = row_at[:, None] + k[None, :]
+    z_at = z_ptr + (column.to(tl.int64) * (codes * count))[None, :] + k[:, None]
+    used = ((column < 4 * tokens) & (column % 4 < 3))[None, :]
+    if ROW_SCALES:
+        scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
+    else:
+        scale = tl.load(scale_ptr + r * 0).to(tl.float32)
+    held = ()
+    for step in tl.static_range(HELD):
+        there = (k[None, :] + step * BK < stride) & (r >= 0)[:, None]
+        held += (tl.load(b_at + step * BK, mask=there, other=0),)
+    wait_for_previous(PDL)
+    if WAIT:
+        wait_until(wait_at, wait_for)
+    held_z = ()
+    for step in tl.static_range(HELD):
+        for i in tl.static_range(codes):
+            inside = used & (k[:, None] + step * BK < stop)
+            held_z += (tl.load(z_at + (i * count + step * BK), mask=inside, other=0),)
+    even, odd = (
+        tl.zeros([BR, BN], tl.int32),
+        tl.zeros([BR, BN], tl.int32),
+    )  # two chains hide the tensor cores' latency
+    if LOOP:
+        for done in tl.range(HELD * BK, span, BK, num_stages=STAGES):
+            inside = used & (k[:, None] + done < stop)
+            b = tl.load(b_at + done, mask=(k[None, :] + done < stride) & (r >= 0)[:, None], other=0)
+            for i in tl.static_range(codes):
+                z = tl.load(z_at + (i * count + done), mask=inside, other=0)
+                if i % 2 == 0:
+                    even = tl.dot(byte_codes(b, i, BITS), z, even, out_dtype=tl.int32)
+                else:
+                    odd = tl.dot(byte_codes(b, i, BITS), z, odd, out_dtype=tl.int32)
+    let_next_start(PDL and LATE)
+    for step in tl.static_range(HELD):
+        for i in tl.static_range(codes):
+            if i % 2 == 0:
+                even = tl.dot(
+                    byte_codes(held[step], i, BITS), held_z[step * codes + i], even, out_dtype=tl.int32
+                )
+            else:
+                odd = tl.dot(
+                    byte_codes(held[step], i, BITS), held_z[step * codes + i], odd, out_dtype=tl.int32
+                )
+    acc = even + odd
+    plane = tl.arange(0, BN) % 4
+    worth = tl.where(plane == 0, factor, tl.where(plane == 1, factor * 256.0, factor * 65536.0))
+    value = acc.to(tl.float32) * worth[None, :]
+    u = tl.sum(tl.reshape(value, [BR, BN // 4, 4]), axis=2)
+    if part == 0:
+        index = tl.arange(0, PADDED_PARTS)
+        summed = (token < tokens)[:, None] & (index < PARTS)[None, :]
+        totals = tl.load(sum_ptr + token[:, None] * PARTS + index[None, :], mask=summed, other=0.0)
+        u -= (zero * tl.sum(totals, axis=1))[None, :]
+    u *= scale[:, None]
+    u_at = u_ptr + ((part * tokens + token).to(tl.int64) * rows)[None, :] + r[:, None]
+    tl.store(u_at, u, mask=(token < tokens)[None, :] & (r < rows)[:, None])
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def byte_product(
     bytes_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
     rows, count, stride, span, tokens, factor, zero,
     PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BITS: tl.constexpr, ROW_SCALES: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
+    LOOP: tl.constexpr, PDL: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, one span of bytes, BN / 4 tokens; see the module's text.
 
@@ -57,50 +139,9 @@ def byte_product(
         factor: value of the last bit of a coefficient, in units of the token.
         zero: the code whose level is 0, any float.
     """
-    let_next_start(PDL)
-    codes: tl.constexpr = 8 // BITS
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    start = tl.program_id(1) * span
-    stop = tl.minimum(start + span, count)
-    k = start + tl.arange(0, BK)
-    column = tl.program_id(2) * BN + tl.arange(0, BN)
-    token = tl.program_id(2) * (BN // 4) + tl.arange(0, BN // 4)
-    row_at = bytes_ptr + tl.minimum(r, rows - 1).to(tl.int64) * stride
-    if PREFETCH > 0:
-        prefetch(row_at + start, PREFETCH)
-    b_at = row_at[:, None] + k[None, :]
-    z_at = z_ptr + (column.to(tl.int64) * (codes * count))[None, :] + k[:, None]
-    used = ((column < 4 * tokens) & (column % 4 < 3))[None, :]
-    if ROW_SCALES:
-        scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
-    else:
-        scale = tl.load(scale_ptr + r * 0).to(tl.float32)
-    first = tl.load(
-        b_at, mask=(k[None, :] < stride) & (r >= 0)[:, None], other=0
-    )  # needs no coefficients yet
-    wait_for_previous(PDL)
-    inside = used & (k[:, None] < stop)
-    first_z = ()
-    for i in tl.static_range(codes):
-        first_z += (tl.load(z_at + i * count, mask=inside, other=0),)
-    acc = tl.zeros([BR, BN], tl.int32)
-    for done in tl.range(BK, span, BK, num_stages=STAGES):
-        inside = used & (k[:, None] + done < stop)
-        b = tl.load(b_at + done, mask=(k[None, :] + done < stride) & (r >= 0)[:, None], other=0)
-        for i in tl.static_range(codes):
-            z = tl.load(z_at + (i * count + done), mask=inside, other=0)
-            acc = tl.dot(byte_codes(b, i, BITS), z, acc, out_dtype=tl.int32)
-    for i in tl.static_range(codes):
-        acc = tl.dot(byte_codes(first, i, BITS), first_z[i], acc, out_dtype=tl.int32)
-    plane = tl.arange(0, BN) % 4
-    worth = tl.where(plane == 0, factor, tl.where(plane == 1, factor * 256.0, factor * 65536.0))
-    value = acc.to(tl.float32) * worth[None, :]
-    u = tl.sum(tl.reshape(value, [BR, BN // 4, 4]), axis=2)
-    if tl.program_id(1) == 0:
-        part = tl.arange(0, PADDED_PARTS)
-        there = (token < tokens)[:, None] & (part < PARTS)[None, :]
-        totals = tl.load(sum_ptr + token[:, None] * PARTS + part[None, :], mask=there, other=0.0)
-        u -= (zero * tl.sum(totals, axis=1))[None, :]
-    u *= scale[:, None]
-    u_at = u_ptr + ((tl.program_id(1) * tokens + token).to(tl.int64) * rows)[None, :] + r[:, None]
-    tl.store(u_at, u, mask=(token < tokens)[None, :] & (r < rows)[:, None])
+    let_next_start(PDL and not LATE)
+    byte_block(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), u_ptr, 0,
+        bytes_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr, rows, count, stride, span, tokens, factor, zero,
+        PARTS, PADDED_PARTS, BITS, ROW_SCALES, BR, BK, BN, STAGES, HELD, LOOP, PDL, False, LATE,
+    )  # fmt: skip

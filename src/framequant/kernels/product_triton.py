@@ -9,7 +9,7 @@ and the word of the tile's row above it; its level is exact too. Scales act on t
 
 With few tokens the columns are split over programs (``program_id(1)``) and the partial sums are written side
 by side: synthesis adds them in a fixed order. The interpreter takes plain Triton where the compiled kernel
-takes inline PTX. Only ``framequant.kernels.fast`` imports this module. Imports torch and triton.
+takes inline PTX. Only ``framequant.kernels.triton_ops`` imports this module. Imports torch and triton.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from framequant.kernels.triton_support import COMPILED, let_next_start, prefetch, wait_for_previous
+from framequant.kernels.triton_support import (
+    COMPILED,
+    let_next_start,
+    prefetch,
+    wait_for_previous,
+    wait_until,
+)
 
 
 @triton.constexpr_function
@@ -146,34 +152,27 @@ def paired_levels(
     )
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def product(
+@triton.jit
+def half_block(
+    block, split, column_block, wait_at, wait_for,
     words_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
     rows, words, stride, span, tokens, factor,
     PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr,
     TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
     CENTRED: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr, WAIT: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows, one span of words, one block of tokens; see the module's text.
+    """Block ``block`` of rows, span ``split`` of words, block ``column_block`` of tokens: see ``product``.
 
-    Args:
-        words_ptr: int16 (or int32, trellis) (rows, stride); ``words`` of a row are codes.
-        z_ptr: halves (tokens, 16 / BITS or 16, words).
-        sum_ptr: float32 (tokens, parts): sums of a token's halves; read without CENTRED only.
-        scale_ptr: scales, (rows,) or one.
-        u_ptr: float32 (splits, tokens, rows).
-        span: words of a row that one program takes; best a multiple of BK.
-        factor: value of a unit of the levels that are multiplied.
+    Waits for the kernels before this one and, with WAIT, until ``wait_for`` programs have arrived at ``wait_at``.
     """
-    let_next_start(PDL)
     codes: tl.constexpr = 16 if TRELLIS else 16 // BITS
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    start = tl.program_id(1) * span
+    r = block * BR + tl.arange(0, BR)
+    start = split * span
     stop = tl.minimum(start + span, words)  # the last step may reach into the next program's words
     k = start + tl.arange(0, BK)
-    n = tl.program_id(2) * BN + tl.arange(0, BN)
+    n = column_block * BN + tl.arange(0, BN)
     if PREFETCH > 0:
         prefetch(words_ptr + tl.minimum(r, rows - 1).to(tl.int64) * stride + start, PREFETCH)
     r = tl.minimum(r, rows - 1)
@@ -184,6 +183,8 @@ def product(
     z_at = z_ptr + (n.to(tl.int64) * (codes * words))[None, :] + k[:, None]
     few = n[None, :] < tokens
     wait_for_previous(PDL)
+    if WAIT:
+        wait_until(wait_at, wait_for)
     acc = tl.zeros([BR, BN], tl.float32)
     for done in tl.range(0, span, BK, num_stages=STAGES):
         inside = few & (k[:, None] + done < stop)
@@ -206,20 +207,51 @@ def product(
                 z = tl.load(z_at + (i * words + done), mask=inside, other=0.0)
                 piece = tl.dot(trellis_levels(w, a, 30 - 2 * i, BITS, MULTIPLIER, ADDEND, CENTRED), z, piece)
         acc += piece
-    if not CENTRED and tl.program_id(1) == 0:
+    let_next_start(PDL and LATE)
+    if not CENTRED and split == 0:
         part = tl.arange(0, PADDED_PARTS)
-        there = (n < tokens)[:, None] & (part < PARTS)[None, :]
-        totals = tl.load(sum_ptr + n[:, None] * PARTS + part[None, :], mask=there, other=0.0)
+        summed = (n < tokens)[:, None] & (part < PARTS)[None, :]
+        totals = tl.load(sum_ptr + n[:, None] * PARTS + part[None, :], mask=summed, other=0.0)
         centre: tl.constexpr = 1534.0 if TRELLIS else 1.0 + ((1 << BITS) - 1) / (2 << BITS)
         acc -= (centre * tl.sum(totals, axis=1))[None, :]
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    r = block * BR + tl.arange(0, BR)
     if ROW_SCALES:
         scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) * factor
     else:
         scale = tl.load(scale_ptr + r * 0).to(tl.float32) * factor
     acc *= scale[:, None]
-    u_at = u_ptr + ((tl.program_id(1) * tokens + n).to(tl.int64) * rows)[None, :] + r[:, None]
+    u_at = u_ptr + ((split * tokens + n).to(tl.int64) * rows)[None, :] + r[:, None]
     tl.store(u_at, acc.to(u_ptr.dtype.element_ty), mask=few & (r < rows)[:, None])
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def product(
+    words_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
+    rows, words, stride, span, tokens, factor,
+    PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr,
+    TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
+    CENTRED: tl.constexpr, ROW_SCALES: tl.constexpr,
+    BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr, PREFETCH: tl.constexpr, LATE: tl.constexpr,
+):  # fmt: skip
+    """One block of rows, one span of words, one block of tokens; see the module's text.
+
+    Args:
+        words_ptr: int16 (or int32, trellis) (rows, stride); ``words`` of a row are codes.
+        z_ptr: halves (tokens, 16 / BITS or 16, words).
+        sum_ptr: float32 (tokens, parts): sums of a token's halves; read without CENTRED only.
+        scale_ptr: scales, (rows,) or one.
+        u_ptr: float32 (splits, tokens, rows).
+        span: words of a row that one program takes; best a multiple of BK.
+        factor: value of a unit of the levels that are multiplied.
+    """
+    let_next_start(PDL and not LATE)
+    half_block(
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), u_ptr, 0,
+        words_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr, rows, words, stride, span, tokens, factor,
+        PARTS, PADDED_PARTS, TRELLIS, BITS, MULTIPLIER, ADDEND, CENTRED, ROW_SCALES, BR, BK, BN, STAGES,
+        PDL, PREFETCH, False, LATE,
+    )  # fmt: skip
 
 
 @triton.jit

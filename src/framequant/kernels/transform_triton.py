@@ -39,10 +39,19 @@ def store_planes(place, y, size, mask):
     """Write ``y``, in [-1, 1], as three balanced digits of eight bits; return the integers as float32."""
     shifted = y * 4194304.0 + 12582912.0  # in [2**23, 2**24), where a float32 is an integer
     v = shifted.to(tl.int32, bitcast=True) - 0x4B400000
-    for plane in tl.static_range(3):
-        digit = ((v + 128) & 255) - 128
-        tl.store(place + plane * size, digit.to(tl.int8), mask=mask)
-        v = (v - digit) >> 8
+    low = ((v + 128) & 255) - 128
+    v = (v - low) >> 8
+    middle = ((v + 128) & 255) - 128
+    high = (v - middle) >> 8
+    planes = tl.join(tl.join(low, middle), tl.join(high, tl.zeros_like(low))).to(
+        tl.int8
+    )  # one exchange for all
+    plane = tl.arange(0, 2)[:, None] + 2 * tl.arange(0, 2)[None, :]
+    tl.store(
+        place[:, :, None, None] + plane[None, None, :, :] * size,
+        planes,
+        mask=mask[:, :, None, None] & (plane < 3)[None, None, :, :],
+    )
     return tl.where(mask, shifted - 12582912.0, 0.0)
 
 

@@ -1,7 +1,7 @@
 """The linear on a GPU: what its kernels need, prepared once, and whether they may be used.
 
-Before a kind of linear (code, sizes, dtype) is used for the first time, two random tokens are compared with plain
-torch; a difference, or a launch that fails, sends that kind to plain torch with a warning. No operator has a
+Before a kind of linear (code, sizes, dtype, launches) is used for the first time, random tokens are compared with
+plain torch; a difference, or a launch that fails, sends that kind to plain torch with a warning. No operator has a
 derivative: where one is asked for, the layer takes plain torch.
 
 Must not import layers. Only ``framequant.layers`` imports this module, and only where triton is present.
@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from framequant.frames import FrameOperator
-from framequant.kernels import reference
+from framequant.kernels import launches, reference
 from framequant.kernels import triton_ops as operators
 from framequant.kernels.transform_plan import TransformPlan, transform_plan
 from framequant.kernels.words import WordLayout, to_words, word_layout
@@ -29,6 +29,8 @@ MOST_TOKENS = 64
 #: Relative difference from plain torch in float32 above which a kernel counts as wrong.
 TOLERANCE = 0.02
 
+#: Compute capability below which the tensor cores lack a dtype that the kernels use.
+OLDEST_GPU = (8, 0)
 _verdicts: dict[tuple[object, ...], bool] = {}
 
 
@@ -39,7 +41,7 @@ class TritonPlan:
     Attributes:
         spec: the linear.
         layout: of its words.
-        words: the codes, int32 for a trellis, else int8.
+        words: the codes, int32 for a trellis, else int16.
         scales: as stored, contiguous.
         into: plan of analysis.
         out: plan of synthesis.
@@ -53,24 +55,44 @@ class TritonPlan:
     into: TransformPlan
     out: TransformPlan
     bias: Tensor | None
+    _counters: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    @property
-    def interleave(self) -> int:
+    def codes(self, tokens: int) -> Tensor:
+        """The words as the product takes them for so many tokens: bytes for few tokens of scalar codes."""
+        few = not self.layout.trellis and tokens <= launches.BYTE_TOKENS
+        return self.words.view(torch.int8) if few else self.words
+
+    def interleave(self, words: Tensor) -> int:
         """Coefficients that meet one word, or one byte."""
-        return self.layout.codes_per_word if self.layout.trellis else 8 // self.layout.bits
+        return 8 // self.layout.bits if words.dtype == torch.int8 else self.layout.codes_per_word
 
-    @property
-    def count(self) -> int:
+    def count(self, words: Tensor) -> int:
         """Words, or bytes, of a row that are codes."""
-        if self.layout.trellis:
+        if words.dtype != torch.int8:
             return self.layout.words
         return -(-self.spec.coefficient_shape[1] * self.layout.bits // 8)
 
-    @property
-    def numbers(self) -> list[int]:
+    def numbers(self, words: Tensor) -> list[int]:
         """The operator's ``layout``."""
         lay = self.layout
-        return [int(lay.trellis), lay.bits, lay.multiplier, lay.addend, self.count, self.words.shape[1]]
+        return [int(lay.trellis), lay.bits, lay.multiplier, lay.addend, self.count(words), words.shape[1]]
+
+    @property
+    def counters(self) -> Tensor:
+        """Of a launch that does all: a stream has its own, since launches on two may run at the same time.
+
+        All CUDA graphs of a linear share the ones made with the plan, so they must not run at the same time.
+        """
+        if torch.compiler.is_compiling() or not self.words.is_cuda or torch.cuda.is_current_stream_capturing():
+            return self._counters[-1]
+        stream = torch.cuda.current_stream(self.words.device).cuda_stream
+        if stream not in self._counters:
+            self._counters[stream] = _counters(self.words.device)
+        return self._counters[stream]
+
+
+def _counters(device: torch.device) -> Tensor:
+    return torch.zeros(3, dtype=torch.int32, device=device)
 
 
 def triton_plan(
@@ -82,7 +104,7 @@ def triton_plan(
     """Prepare a linear on its tensors' device, or return None where the kernels do not cover it."""
     device = tensors["packed_codes"].device
     layout = word_layout(spec)
-    if layout is None:
+    if layout is None or (device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_GPU):
         return None
     into, out = transform_plan(frames[0], True, device), transform_plan(frames[1], False, device)
     if into is None or out is None:
@@ -91,8 +113,7 @@ def triton_plan(
     if scales.numel() not in (1, spec.coefficient_shape[0]):
         return None
     words = to_words(tensors["packed_codes"], spec, layout)
-    words = words if layout.trellis else words.view(torch.int8)
-    return TritonPlan(spec, layout, words, scales.contiguous(), into, out, bias)
+    return TritonPlan(spec, layout, words, scales.contiguous(), into, out, bias, {-1: _counters(device)})
 
 
 def takes(inputs: Tensor, in_features: int) -> bool:
@@ -109,18 +130,27 @@ def linear(plan: TritonPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b
     """Apply the linear; ``takes(inputs)`` holds. A new tensor of the inputs' dtype."""
     x = inputs.reshape(-1, inputs.shape[-1])
     x = x if x.stride(-1) == 1 else x.contiguous()
-    into, out = plan.into, plan.out
-    z, unit, sums = operators.analysis(
-        x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, plan.interleave, plan.count,
-        not plan.layout.trellis,
-    )  # fmt: skip
-    rows, factor = plan.spec.coefficient_shape[0], plan.layout.factor
-    u = operators.product(plan.words, z, sums, plan.scales, rows, plan.numbers, factor)
-    y = operators.synthesis(
-        u, unit, out.signs, list(out.matrices), [*out.sizes, *out.padded], out.norm, plan.spec.out_features,
-        plan.bias, inputs.dtype,
-    )  # fmt: skip
-    return y.view(*inputs.shape[:-1], plan.spec.out_features)
+    into, out, tokens = plan.into, plan.out, x.shape[0]
+    words, rows = plan.codes(tokens), plan.spec.coefficient_shape[0]
+    dim, factor, numbers = plan.spec.out_features, plan.layout.factor, plan.numbers(words)
+    into_sizes, out_sizes = [*into.sizes, *into.padded], [*out.sizes, *out.padded]
+    num = launches.num_launches(rows, tokens)
+    if num < 3:
+        u, unit, y = operators.fused(
+            x, words, plan.scales, rows, numbers, factor, [into.signs, *into.matrices], into_sizes, into.norm,
+            [out.signs, *out.matrices], out_sizes, out.norm, dim if num == 1 else 0, plan.bias, plan.counters,
+        )  # fmt: skip
+    else:
+        z, unit, sums = operators.analysis(
+            x, into.signs, list(into.matrices), into_sizes, into.norm, plan.interleave(words), plan.count(words),
+            words.dtype == torch.int8,
+        )  # fmt: skip
+        u = operators.product(words, z, sums, plan.scales, rows, numbers, factor)
+    if num > 1:
+        y = operators.synthesis(
+            u, unit, out.signs, list(out.matrices), out_sizes, out.norm, dim, plan.bias, inputs.dtype
+        )
+    return y.view(*inputs.shape[:-1], dim)
 
 
 def is_right(
@@ -128,17 +158,19 @@ def is_right(
     tensors: Mapping[str, Tensor],
     frames: tuple[FrameOperator, FrameOperator],
     dtype: torch.dtype,
+    tokens: int,
 ) -> bool:
-    """Whether two random tokens come out as in plain torch; asked once for every kind of linear and dtype.
+    """Whether random tokens come out as in plain torch; asked once for every kind of linear, dtype and launch.
 
     Cost: one decoding of the linear, at first use of its kind. A kind that fails is warned about once.
     """
-    key = (plan.spec.scheme(), plan.bias is not None, dtype, plan.words.device.type)
+    tokens = 2 if tokens <= 2 else 3 if tokens <= launches.VECTOR_TOKENS else 5
+    key = (plan.spec.scheme(), plan.bias is not None, dtype, plan.words.device, tokens)
     if key not in _verdicts:
         if plan.words.is_cuda and torch.cuda.is_current_stream_capturing():
             return False  # nothing can be read back now
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(2, plan.spec.in_features, generator=generator).to(
+        x = torch.randn(tokens, plan.spec.in_features, generator=generator).to(
             device=plan.words.device, dtype=dtype
         )
         exact = reference.product(reference.analysis(frames[0], x.float()), plan.spec, tensors)

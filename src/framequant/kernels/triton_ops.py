@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from framequant.kernels import launches
+from framequant.kernels.fused_triton import fused_linear
+from framequant.kernels.launches import Launch, Tile
 from framequant.kernels.product_bytes_triton import byte_product
 from framequant.kernels.product_triton import product as half_product
 from framequant.kernels.transform_plan import ROWS
@@ -22,10 +25,8 @@ from framequant.kernels.transform_triton import transform as tiled_transform
 from framequant.kernels.triton_support import COMPILED
 from framequant.kernels.vector_triton import vector_transform
 
-#: Programs that keep a large GPU busy, for the number of splits.
-PROGRAMS = 512
-#: Most tokens whose transforms take a program for each index of the first axis.
-VECTOR_TOKENS = 4
+#: Kernels let the next one start when they start; if True, when they have read their inputs.
+LATE = False
 
 
 @cache
@@ -40,15 +41,19 @@ def _transform(tokens: int, sizes: list[int], arguments: tuple[Any, ...], rows: 
     """Launch the kernel for so many tokens."""
     early = _early(arguments[0].device)
     options |= {"PDL": early, "launch_pdl": early}
-    if tokens <= VECTOR_TOKENS:
-        warps = min(16, max(4, sizes[4] * sizes[5] * sizes[6] // 1024))
-        vector_transform[(tokens, sizes[0])](*arguments, *sizes, **options, num_warps=warps)
+    if tokens <= launches.VECTOR_TOKENS:
+        others = sizes[5] * sizes[6]
+        warps = min(16, max(4, sizes[4] * others // 1024))
+        chunk = launches.chunk(sizes[4], others, warps)
+        vector_transform[(tokens, sizes[0])](
+            *arguments, *sizes, **options, CHUNK=chunk, LATE=LATE, num_warps=warps
+        )
         return
     tiled_transform[(tokens, rows // ROWS)](*arguments, *sizes, ROWS=ROWS, LOW=True, **options, num_warps=8)
 
 
 def _num_sums(tokens: int, sizes: list[int], rows: int) -> int:
-    return sizes[0] if tokens <= VECTOR_TOKENS else rows // ROWS
+    return sizes[0] if tokens <= launches.VECTOR_TOKENS else rows // ROWS
 
 
 @torch.library.custom_op("framequant::analysis", mutates_args=())
@@ -68,7 +73,7 @@ def analysis(
     """
     tokens, rows = x.shape[0], matrices[0].shape[0]
     make = (
-        torch.empty if tokens <= VECTOR_TOKENS else torch.zeros
+        torch.empty if tokens <= launches.VECTOR_TOKENS else torch.zeros
     )  # few tokens: the kernel writes the end, too
     shape = (tokens, 4, interleave, count) if planes else (tokens, interleave, count)
     z = make(shape, dtype=torch.int8 if planes else torch.float16, device=x.device)
@@ -100,24 +105,12 @@ def _(x, signs, matrices, sizes, norm, interleave, count, planes):  # type: igno
     )
 
 
-def tile(trellis: bool, rows: int, tokens: int) -> tuple[int, int, int, int, int]:
-    """Rows, words or bytes, and columns of a program's step; stages; warps."""
-    if trellis:
-        columns = 8 if tokens <= 8 and COMPILED else 16 if tokens <= 16 else 32
-        return (64, 32, columns, 2, 4) if tokens <= 8 else (128, 32, columns, 2, 8)
-    if tokens <= 2:
-        return (32, 128, 8, 4, 2) if rows <= 8192 else (64, 128, 8, 3, 4)
-    return 64, 128, 16 if tokens <= 4 else 32 if tokens <= 8 else 64, 3, 4
-
-
-def split(trellis: bool, rows: int, count: int, tokens: int) -> tuple[int, int]:
-    """Parts into which columns are cut, so that few rows still keep the GPU busy, and the span of each."""
-    block, step, columns, _, _ = tile(trellis, rows, tokens)
-    steps = -(-count // step)
-    programs = -(-rows // block) * -(-tokens * (1 if trellis else 4) // columns)
-    wanted = max(1, min(steps, round(PROGRAMS / programs), 16))
-    span = -(-steps // wanted) * step
-    return -(-count // span), span
+def product_launch(trellis: bool, as_bytes: bool, rows: int, count: int, tokens: int) -> Launch:
+    """Tile and splits of the product."""
+    if as_bytes:
+        return launches.launch(launches.byte_tile(rows, tokens), rows, count, 4 * tokens)
+    tile: Tile = launches.half_tile(trellis, rows, tokens, bool(COMPILED))
+    return launches.launch(tile, rows, count, tokens)
 
 
 @torch.library.custom_op("framequant::product", mutates_args=())
@@ -127,33 +120,37 @@ def product(
     """``D̃ z`` as partial sums, float32 (splits, tokens, rows).
 
     ``layout`` holds: trellis or not, bits, multiplier, addend, words of a row that are codes, words from row to row.
-    Words are int32 for a trellis, with coefficients as halves; else int8, with coefficients as planes.
+    Words are int32 for a trellis, with coefficients as halves; int16 for scalar codes, with halves, too; or int8, with
+    coefficients as planes.
     """
     trellis, bits, multiplier, addend, count, stride = layout
+    as_bytes = words.dtype == torch.int8
     tokens, early = z.shape[0], _early(z.device)
-    block, step, columns, stages, warps = tile(bool(trellis), rows, tokens)
-    splits, span = split(bool(trellis), rows, count, tokens)
-    u = torch.empty((splits, tokens, rows), dtype=torch.float32, device=z.device)
-    options = {"BITS": bits, "ROW_SCALES": scales.numel() > 1, "BR": block, "BK": step, "BN": columns,
-               "STAGES": stages, "PDL": early, "PREFETCH": 0, "num_warps": warps, "launch_pdl": early}  # fmt: skip
-    blocks, parts = -(-rows // block), sums.shape[1]
+    how = product_launch(bool(trellis), as_bytes, rows, count, tokens)
+    tile = how.tile
+    u = torch.empty((how.splits, tokens, rows), dtype=torch.float32, device=z.device)
+    options = {"BITS": bits, "ROW_SCALES": scales.numel() > 1, "BR": tile.rows, "BK": tile.step, "BN": tile.columns,
+               "STAGES": tile.stages, "PDL": early, "LATE": LATE, "num_warps": tile.warps,
+               "launch_pdl": early}  # fmt: skip
+    blocks, parts = -(-rows // tile.rows), sums.shape[1]
     options |= {"PARTS": parts, "PADDED_PARTS": 1 << (parts - 1).bit_length()}
-    if trellis:
-        half_product[(blocks, splits, -(-tokens // columns))](
-            words, z, sums, scales, u, rows, count, stride, span, tokens, factor, TRELLIS=True, MULTIPLIER=multiplier,
-            ADDEND=addend, CENTRED=False, **options,
+    if not as_bytes:
+        half_product[(blocks, how.splits, -(-tokens // tile.columns))](
+            words, z, sums, scales, u, rows, count, stride, how.span, tokens, factor, TRELLIS=bool(trellis),
+            MULTIPLIER=multiplier, ADDEND=addend, CENTRED=not trellis, PREFETCH=0, **options,
         )  # fmt: skip
         return u
-    byte_product[(blocks, splits, -(-tokens * 4 // columns))](
-        words, z, sums, scales, u, rows, count, stride, span, tokens, LAST_BIT, (1 << bits) / 2 - 0.5, **options,
+    byte_product[(blocks, how.splits, -(-tokens * 4 // tile.columns))](
+        words, z, sums, scales, u, rows, count, stride, how.span, tokens, LAST_BIT, (1 << bits) / 2 - 0.5,
+        HELD=how.held, LOOP=how.loop, **options,
     )  # fmt: skip
     return u
 
 
 @product.register_fake
 def _(words, z, sums, scales, rows, layout, factor):  # type: ignore[no-untyped-def]
-    splits, _ = split(bool(layout[0]), rows, layout[4], z.shape[0])
-    return z.new_empty((splits, z.shape[0], rows), dtype=torch.float32)
+    how = product_launch(bool(layout[0]), words.dtype == torch.int8, rows, layout[4], z.shape[0])
+    return z.new_empty((how.splits, z.shape[0], rows), dtype=torch.float32)
 
 
 @torch.library.custom_op("framequant::synthesis", mutates_args=())
@@ -192,3 +189,73 @@ def synthesis(
 @synthesis.register_fake
 def _(u, unit, signs, matrices, sizes, norm, dim, bias, dtype):  # type: ignore[no-untyped-def]
     return u.new_empty((u.shape[1], dim), dtype=dtype)
+
+
+@torch.library.custom_op("framequant::fused", mutates_args=("counters",))
+def fused(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    rows: int,
+    layout: list[int],
+    factor: float,
+    into: list[Tensor],
+    into_sizes: list[int],
+    into_norm: float,
+    out: list[Tensor],
+    out_sizes: list[int],
+    out_norm: float,
+    dim: int,
+    bias: Tensor | None,
+    counters: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Analysis and product of one or two tokens in one launch; synthesis, too, where ``dim`` is above 0.
+
+    Returns ``u`` and ``unit`` as analysis and product do, and outputs (tokens, dim) like ``x``. ``layout`` as for
+    ``product``, int8 or trellis words only. ``into`` and ``out`` are signs and three matrices. ``counters`` are three
+    int32, zero before and after; launches that may run at the same time need their own.
+    """
+    trellis, bits, multiplier, addend, count, stride = layout
+    tokens, early = x.shape[0], _early(x.device)
+    how = fused_launch(bool(trellis), rows, count)
+    tile = how.tile
+    interleave, planes = (16, 1) if trellis else (8 // bits, 4)
+    columns = tile.columns if COMPILED or not trellis else 16  # the interpreter asks for 16
+    kind = torch.float16 if trellis else torch.int8
+    z = torch.empty((tokens, planes, interleave, count), dtype=kind, device=x.device)
+    unit = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    sums = torch.empty((tokens, into_sizes[0]), dtype=torch.float32, device=x.device)
+    u = torch.empty((how.splits, tokens, rows), dtype=torch.float32, device=x.device)
+    y = torch.empty((tokens, dim), dtype=x.dtype, device=x.device)
+    blocks = -(-rows // tile.rows)
+    chunks = [
+        launches.chunk(sizes[4], sizes[5] * sizes[6], tile.warps, 16) for sizes in (into_sizes, out_sizes)
+    ]
+    programs = tokens * (into_sizes[0] + (out_sizes[0] if dim else 0)) + blocks * how.splits
+    fused_linear[(programs,)](
+        x, *into, z, unit, sums, words, scales, u, *out, u if bias is None else bias, y, counters,
+        tokens, x.stride(0), into_norm, rows, blocks, count, stride, how.span, factor if trellis else LAST_BIT,
+        (1 << bits) / 2 - 0.5, out_norm, *into_sizes, chunks[0], *out_sizes, chunks[1],
+        PADDED_PARTS=1 << (into_sizes[0] - 1).bit_length(), SPLITS=how.splits, TRELLIS=bool(trellis), BITS=bits,
+        MULTIPLIER=multiplier, ADDEND=addend, ROW_SCALES=scales.numel() > 1, BR=tile.rows, BK=tile.step, BN=columns,
+        STAGES=tile.stages, HELD=how.held, LOOP=how.loop, BIAS=bias is not None, SYNTHESISE=dim > 0, PDL=early,
+        num_warps=tile.warps, launch_pdl=early,
+    )  # fmt: skip
+    return u, unit, y
+
+
+def fused_launch(trellis: bool, rows: int, count: int) -> Launch:
+    """Tile and splits of ``fused``."""
+    return launches.launch(launches.fused_tile(trellis, rows), rows, count, 1)
+
+
+@fused.register_fake
+def _(  # type: ignore[no-untyped-def]
+    x, words, scales, rows, layout, factor, into, into_sizes, into_norm, out, out_sizes, out_norm, dim, bias, counters
+):  # fmt: skip
+    how = fused_launch(bool(layout[0]), rows, layout[4])
+    return (
+        x.new_empty((how.splits, x.shape[0], rows), dtype=torch.float32),
+        x.new_empty(x.shape[0], dtype=torch.float32),
+        x.new_empty((x.shape[0], dim)),
+    )

@@ -30,6 +30,25 @@ def wait_for_previous(PDL: tl.constexpr):
         gdc_wait()
 
 
+@triton.jit
+def wait_until(flag_ptr, wanted):
+    """Wait until the counter is at least ``wanted`` and what was written before each ``arrive`` is visible."""
+    if COMPILED:
+        text: tl.constexpr = "ld.acquire.gpu.global.u32 $0, [$1];"
+        seen = tl.inline_asm_elementwise(text, "=r,l", [flag_ptr], dtype=tl.int32, is_pure=False, pack=1)
+        while seen < wanted:
+            seen = tl.inline_asm_elementwise(text, "=r,l", [flag_ptr], dtype=tl.int32, is_pure=False, pack=1)
+    else:  # programs run one after the other, those that are waited for first
+        tl.device_assert(tl.load(flag_ptr) >= wanted)
+
+
+@triton.jit
+def arrive(flag_ptr):
+    """Count this program, whose writes so far come before; return how many were counted before it."""
+    tl.debug_barrier()
+    return tl.atomic_add(flag_ptr, 1, sem="acq_rel", scope="gpu")
+
+
 @triton.constexpr_function
 def _prefetch_text(count):
     return f"cp.async.bulk.prefetch.L2.global [$1], {count}; mov.b32 $0, 0;"

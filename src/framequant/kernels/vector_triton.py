@@ -14,12 +14,17 @@ import triton
 import triton.language as tl
 
 from framequant.kernels.transform_triton import store_planes, two_halves_dot
-from framequant.kernels.triton_support import COMPILED, let_next_start, wait_for_previous
+from framequant.kernels.triton_support import COMPILED, let_next_start, wait_for_previous, wait_until
 
 
 @triton.jit
 def _squares_largest(a, b, c, d):
     return a + c, tl.maximum(b, d)
+
+
+@triton.jit
+def _three(a, b, c, d, e, f):
+    return a + d, b + e, tl.maximum(c, f)
 
 
 @triton.jit
@@ -32,62 +37,78 @@ def _bound(squares, largest, SIZE: tl.constexpr):
     return tl.minimum(tl.maximum(bits, 1 << 24), 252 << 23)
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def vector_transform(
+@triton.jit
+def transform_row(
+    token, row, wait_at, wait_for,
     x_ptr, signs_ptr, m0_ptr, m1_ptr, m2_ptr, bias_ptr, out_ptr, unit_ptr, sum_ptr,
-    tokens, x_stride, part_stride, words, norm,
+    x_stride, part_stride, words, norm,
     F0: tl.constexpr, F1: tl.constexpr, F2_IN: tl.constexpr, F2_OUT: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2_IN: tl.constexpr, P2_OUT: tl.constexpr,
     PARTS: tl.constexpr, ANALYSIS: tl.constexpr, INTERLEAVE: tl.constexpr,
-    PLANES: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    PLANES: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr, CHUNK: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    """Transform ``tokens`` vectors: the arguments and results of ``transform_triton.transform``.
+    """One index of the first axis for one token.
 
-    ``sum`` is (tokens, F0). What lies behind the last coefficient in ``out`` is set to 0. Halves, too, are in units
-    that bound the norm, times 1024.
+    Waits for the kernels before this one and, with WAIT, until ``wait_for`` programs have arrived at ``wait_at``.
+    CHUNK indices of the first axis are read at a time, which bounds registers.
     """
-    let_next_start(PDL)
-    token = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(1)
-    i0 = tl.arange(0, P0)
     j = tl.arange(0, P1 * P2_IN)
     j1, j2 = j // P2_IN, j % P2_IN
+    known = (j1 < F1) & (j2 < F2_IN)
+    i0 = tl.arange(0, CHUNK)
     source = i0[:, None] * (F1 * F2_IN) + (j1 * F2_IN + j2)[None, :]
-    inside = (i0 < F0)[:, None] & ((j1 < F1) & (j2 < F2_IN))[None, :]
     o1, o2 = tl.arange(0, P1), tl.arange(0, P2_OUT)
     k = (row * F1 + o1)[:, None] * F2_OUT + o2[None, :]
     valid = (o1 < F1)[:, None] & (o2 < F2_OUT)[None, :]
     k2 = tl.arange(0, P2_IN)
-    m0 = tl.load(m0_ptr + row * P0 + i0).to(tl.float32)
+    m0, signs = (), ()
+    for chunk in tl.static_range(0, F0, CHUNK):
+        m0 += (tl.load(m0_ptr + row * P0 + chunk + i0).to(tl.float32),)
+        if ANALYSIS:
+            inside = (i0 + chunk < F0)[:, None] & known[None, :]
+            signs += (
+                tl.load(signs_ptr + chunk * (F1 * F2_IN) + source, mask=inside, other=0).to(tl.float32),
+            )
     m2 = tl.load(m2_ptr + k2[:, None] * P2_OUT + o2[None, :])
     if F1 > 1:
         m1 = tl.load(m1_ptr + o1[None, :] * P1 + o1[:, None])
-    if ANALYSIS:
-        signs = tl.load(signs_ptr + source, mask=inside, other=0).to(tl.float32)
-    else:
-        signs = tl.load(signs_ptr + k, mask=valid, other=0).to(tl.float32)
+    if not ANALYSIS:
+        out_signs = tl.load(signs_ptr + k, mask=valid, other=0).to(tl.float32)
         if BIAS:
             bias = tl.load(bias_ptr + k, mask=valid, other=0.0).to(tl.float32)
     wait_for_previous(PDL)
+    if WAIT:
+        wait_until(wait_at, wait_for)
     if not ANALYSIS:
         input_unit = tl.load(unit_ptr + token)
-    x_at = x_ptr + token * x_stride + source
-    x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        x += tl.load(x_at + part * part_stride, mask=inside, other=0.0).to(tl.float32)
-    if ANALYSIS:
-        x *= signs
-    t = tl.sum(x * m0[:, None], axis=0)
+    sums = tl.zeros([CHUNK, P1 * P2_IN], tl.float32)
+    squares = tl.zeros([CHUNK, P1 * P2_IN], tl.float32)
+    largest = tl.zeros([CHUNK, P1 * P2_IN], tl.float32)
+    for chunk in tl.static_range(0, F0, CHUNK):
+        inside = (i0 + chunk < F0)[:, None] & known[None, :]
+        x_at = x_ptr + token * x_stride + chunk * (F1 * F2_IN) + source
+        x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            x += tl.load(x_at + part * part_stride, mask=inside, other=0.0).to(tl.float32)
+        if ANALYSIS:
+            x *= signs[chunk // CHUNK]
+        sums += x * m0[chunk // CHUNK][:, None]
+        squares += x * x
+        largest = tl.maximum(largest, tl.abs(x))
+    if COMPILED and (ANALYSIS or F1 > 1):  # one exchange between warps instead of three
+        t, squares, largest = tl.reduce((sums, squares, largest), 0, _three)
+    else:
+        t = tl.sum(sums, axis=0)
     power = 1.0
     if ANALYSIS or F1 > 1:
-        if COMPILED:  # one exchange between warps instead of two
-            squares, largest = tl.reduce((x * x, tl.abs(x)), None, _squares_largest)
+        if COMPILED:
+            total, most = tl.reduce((squares, largest), 0, _squares_largest)
         else:
-            squares, largest = tl.sum(x * x), tl.max(tl.abs(x))
-        bits = _bound(squares, largest, F0 * F1 * F2_IN)
+            total, most = tl.sum(squares), tl.max(largest)
+        bits = _bound(total, most, F0 * F1 * F2_IN)
         power = bits.to(tl.float32, bitcast=True)
         t *= (0x7F000000 - bits).to(tl.float32, bitcast=True)
-        power = tl.where(largest < float("inf"), power, float("nan"))
+        power = tl.where(most < float("inf"), power, float("nan"))
     if F1 > 1:
         t = tl.reshape(t, [P1, P2_IN]) * 64.0
         high = t.to(tl.float16)
@@ -103,7 +124,9 @@ def vector_transform(
         tail_place = (tail % INTERLEAVE) * words + tail // INTERLEAVE
         last = (tail < size) & (row == 0)
         if PLANES:
-            total = tl.sum(store_planes(out_ptr + token * (4 * size) + place, y, size, valid))
+            total = tl.sum(
+                tl.sum(store_planes(out_ptr + token * (4 * size) + place, y, size, valid), axis=1), axis=0
+            )
             for plane in tl.static_range(3):
                 tl.store(
                     out_ptr + token * (4 * size) + plane * size + tail_place,
@@ -120,7 +143,31 @@ def vector_transform(
         if row == 0:
             tl.store(unit_ptr + token, power)
     else:
-        y *= signs * (power * input_unit)
+        y *= out_signs * (power * input_unit)
         if BIAS:
             y += bias
         tl.store(out_ptr + token * (F0 * F1 * F2_OUT) + k, y.to(out_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def vector_transform(
+    x_ptr, signs_ptr, m0_ptr, m1_ptr, m2_ptr, bias_ptr, out_ptr, unit_ptr, sum_ptr,
+    tokens, x_stride, part_stride, words, norm,
+    F0: tl.constexpr, F1: tl.constexpr, F2_IN: tl.constexpr, F2_OUT: tl.constexpr,
+    P0: tl.constexpr, P1: tl.constexpr, P2_IN: tl.constexpr, P2_OUT: tl.constexpr,
+    PARTS: tl.constexpr, ANALYSIS: tl.constexpr, INTERLEAVE: tl.constexpr,
+    PLANES: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr, CHUNK: tl.constexpr, LATE: tl.constexpr,
+):  # fmt: skip
+    """Transform ``tokens`` vectors: the arguments and results of ``transform_triton.transform``.
+
+    ``sum`` is (tokens, F0). What lies behind the last coefficient in ``out`` is set to 0. Halves, too, are in units
+    that bound the norm, times 1024.
+    """
+    let_next_start(PDL and not LATE)
+    transform_row(
+        tl.program_id(0).to(tl.int64), tl.program_id(1), unit_ptr, 0,
+        x_ptr, signs_ptr, m0_ptr, m1_ptr, m2_ptr, bias_ptr, out_ptr, unit_ptr, sum_ptr, x_stride, part_stride,
+        words, norm, F0, F1, F2_IN, F2_OUT, P0, P1, P2_IN, P2_OUT, PARTS, ANALYSIS, INTERLEAVE, PLANES, BIAS, PDL,
+        CHUNK, False,
+    )  # fmt: skip
+    let_next_start(PDL and LATE)

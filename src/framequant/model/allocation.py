@@ -91,6 +91,7 @@ def allocate_bits(
         ConfigError: the budget cannot be met.
     """
     options: dict[str, list[Option]] = {}
+    tempering: dict[str, float] = {}
     weights = 0
     for name in names:
         weight = discovery.linear_weight(model.get_submodule(name))
@@ -99,10 +100,14 @@ def allocate_bits(
         found = gradients.get(name)
         sensitivity = sensitivity_of(weight, found, config, name) if known is None else known.get(name, 0.0)
         sensitivity *= (use or {}).get(name, 1.0)
-        options[name] = _options(weight, sensitivity, settings, name, config.fixes_code(name))
+        tempering[name] = _tempering(sensitivity / weight.numel(), config.rate_spread)
+        options[name] = _options(
+            weight, sensitivity * tempering[name], settings, name, config.fixes_code(name)
+        )
     budget = int(config.bits * weights / 8)
-    choices = share_out(options, budget, weights)
+    choices = _untempered(share_out(options, budget, weights), tempering)
     uniform = _uniform(options, budget)
+    uniform = None if uniform is None else _untempered(uniform, tempering)
     if uniform is not None and _loss(uniform) < _loss(choices):
         choices = uniform
     predicted = _loss(choices)
@@ -131,6 +136,19 @@ def check_budget(model: nn.Module, names: Sequence[str], config: FrameQuantConfi
         lowest = replace(settings, allocation=Allocation.UNIFORM) if fixed else at_rate(settings, RATES[0])
         least += stored_bytes(weight.shape, lowest, name)
     check_fits(least, int(config.bits * weights / 8), weights)
+
+
+def _tempering(per_weight: float, spread: float) -> float:
+    """What a sensitivity is multiplied with, so that rates part only ``spread`` times as far.
+
+    The best rates of two linears differ by half the binary logarithm of the ratio of their sensitivities per weight.
+    """
+    return per_weight ** (spread - 1) if per_weight > 0 else 1.0
+
+
+def _untempered(choices: Mapping[str, Option], tempering: Mapping[str, float]) -> dict[str, Option]:
+    """Choices with the losses that were predicted."""
+    return {name: replace(choice, loss=choice.loss / tempering[name]) for name, choice in choices.items()}
 
 
 def _loss(choices: Mapping[str, Option]) -> float:

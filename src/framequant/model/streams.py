@@ -103,13 +103,18 @@ class FloatBlock:
             + hidden.shape[-1] * sum(len(terms) for terms in group.streams.values())
             for group in groups
         )
-        tokens = sum(call.hidden.numel() // call.hidden.shape[-1] for call in self._calls)
         limit = self._cache_bytes
         if limit is None:
             limit = FLOAT_CACHE_BYTES.get(hidden.device.type, FLOAT_CACHE_BYTES["cpu"])
-        if tokens * features * hidden.element_size() <= limit:
-            seen = [observe(self._block, call, groups, to_the_end=True) for call in self._calls]
-            self._seen = [] if any(one.overwritten for one in seen) else seen
+        tokens = limit // (features * hidden.element_size())
+        for (
+            call
+        ) in self._calls:  # each may have to come from elsewhere: no more of them than are needed to know
+            tokens -= call.hidden.numel() // call.hidden.shape[-1]
+            if tokens < 0:
+                return
+        seen = [observe(self._block, call, groups, to_the_end=True) for call in self._calls]
+        self._seen = [] if any(one.overwritten for one in seen) else seen
 
     def seen(self, number: int, stage: list[Group]) -> Seen:
         """What the groups of a stage read, and their residual terms, on batch ``number``."""

@@ -35,7 +35,7 @@ from framequant.model.streams import FloatBlock, Stream
 from framequant.model.trace import Group, trace_block
 from framequant.quantizers.activations import SAMPLE_TOKENS, thinned, with_activation
 from framequant.quantizers.budget import Option
-from framequant.quantizers.hessian import NOT_FINITE, Moments
+from framequant.quantizers.hessian import NOT_FINITE, Moments, all_finite
 
 
 @dataclass(frozen=True)
@@ -374,6 +374,7 @@ class _Walk:
                 if name in self.gradients and self.gradients[name].gram_sum is not None
             }
         group_name = group.family or prefix + group.name
+        return_freed_memory()  # of the activations: rounding takes the most
         results = quantize_shared(weights, moments, configs, group_name, self.home.ranks)
         held = self.samples.pop(prefix + group.name, [])
         sample = self.home.ranks.share(torch.cat(held) if held else None, 0)
@@ -450,7 +451,7 @@ def untie(model: nn.Module, head: nn.Module) -> None:
 
 def _require_finite(moments: Moments, name: str) -> None:
     for total in (moments.hessian_sum, moments.drift_sum, *moments.residual_sum.values()):
-        if total is not None and not bool(torch.isfinite(total).all()):
+        if total is not None and not all_finite(total):
             raise NumericalError(f"{name}: {NOT_FINITE}")
 
 

@@ -42,13 +42,14 @@ class RowShare(Protocol):
 
 
 def round_group(
-    matrices: Sequence[Float[Tensor, "m n"]],
+    matrices: list[Float[Tensor, "m n"]],
     hessian: Float[Tensor, "n n"] | Callable[[], Float[Tensor, "n n"]],
     grams: Sequence[Float[Tensor, "m m"] | None],
     coder: ScalarCoder | TrellisCoder,
     config: FrameQuantConfig,
     name: str,
     share: RowShare | None = None,
+    consume: bool = False,
 ) -> tuple[Float[Tensor, "m_total n"], FeedbackFactor | None]:
     """Choose the codes of a group.
 
@@ -60,11 +61,12 @@ def round_group(
         config: ``rounding``, dampings, order and sweeps.
         name: of the first linear, for messages.
         share: deals the rows of a scalar code without feedback between rows out to several processes.
+        consume: whether the list ``matrices`` may be emptied, where the caller needs them no more.
 
     Returns:
         The rounded values, stacked, and the factor of H' (None for nearest rounding); it may have lost its ``upper``.
     """
-    stacked = torch.cat(list(matrices)) if len(matrices) > 1 else matrices[0]
+    stacked = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
     if config.rounding is Rounding.NEAREST:
         return round_nearest(_clipped(stacked, coder, config), coder), None
     uppers = [
@@ -79,6 +81,8 @@ def round_group(
         order = torch.argsort(make().diagonal(), descending=True, stable=True)
     ordered = make if order is None else lambda: make()[order][:, order]
     if all(upper is None for upper in uppers):
+        if consume:
+            matrices.clear()
         return _round_rows(stacked, make, ordered, order, coder, config, share, name)
     factor = feedback_factor(ordered, config.damping, name)
     smooth = damped_(make(), factor.damping)

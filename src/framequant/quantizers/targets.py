@@ -20,10 +20,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from framequant.quantizers.hessian import damped_
+from framequant.errors import NumericalError
+from framequant.quantizers.hessian import cholesky_, column_major, damped_
 
 #: Damping λ of the correction, a fraction of the mean diagonal of H.
 TARGET_DAMPING = 0.01
+UNSOLVABLE = (
+    "its Hessian could not be factored for the target of the float model. Run the walk in float32, or set "
+    "float_targets = 0 and residual_targets = 0."
+)
 
 
 def float_target(
@@ -84,17 +89,23 @@ def corrected(
     Args:
         weights: W of each, float64.
         correlations: of each, from ``correlation``.
-        hessian: makes H anew, float64; what it makes is overwritten. Two matrices of this size are there at a time.
+        hessian: makes H anew, float64; what it makes is overwritten. One matrix of this size is there at a time.
         damping: λ as a fraction of the mean diagonal of H.
+
+    Raises:
+        NumericalError: H is not positive definite in spite of the damping.
 
     Cost:
         One Cholesky of n × n, and two triangular solves with as many right-hand sides as there are rows.
     """
     if all(wanted is None for wanted in correlations.values()):
         return dict(weights)
-    factor = torch.linalg.cholesky(damped_(hessian(), damping))
+    lower = cholesky_(column_major(damped_(hessian(), damping)))
+    if lower is None:
+        raise NumericalError(f"{next(iter(weights)) or 'a linear'}: {UNSOLVABLE}")
     found = dict(weights)
     for name, wanted in correlations.items():
         if wanted is not None:
-            found[name] = weights[name] + torch.cholesky_solve(wanted.T, factor).T
+            half = torch.linalg.solve_triangular(lower, wanted.T, upper=False)
+            found[name] = weights[name] + torch.linalg.solve_triangular(lower.T, half, upper=True).T
     return found

@@ -14,7 +14,7 @@ Everything here is float64 and free of hooks, devices and modules.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +28,7 @@ from framequant.frames.signs import derive_seed
 from framequant.quantizers.coders import make_coder
 from framequant.quantizers.denoise import metric_gains, wiener_gains
 from framequant.quantizers.group_rounding import RowShare, round_group
-from framequant.quantizers.hessian import NOT_FINITE, FeedbackFactor, Moments
+from framequant.quantizers.hessian import NOT_FINITE, FeedbackFactor, Moments, all_finite
 from framequant.quantizers.rounding import proxy_loss
 from framequant.quantizers.safety import shrink, shrinkage
 from framequant.quantizers.targets import corrected, correlation
@@ -128,7 +128,7 @@ def quantize_group(
     results: dict[str, QuantizedWeight] = {}
     clusters = _alike(configs)
     for names in clusters:
-        members = {name: weights[name].double() for name in names}
+        members = {name: weights[name] for name in names}
         for name, weight in members.items():
             _require_finite(
                 weight, f"{name}: its weight contains NaN or infinity; the model file is damaged."
@@ -170,41 +170,57 @@ def _quantize_alike(
 
     if moments.hessian_sum is not None:
         _require_finite(moments.hessian_sum, f"{first}: {NOT_FINITE}")
-    correlations = _correlations(weights, moments, config)
-    if consume:
-        moments.drift_sum = None
-    targets = corrected(weights, correlations, make_hessian)
+    targets = _targets(weights, moments, config, make_hessian, consume)
     for name, target in targets.items():
         _require_finite(target, f"{name}: {NOT_FINITE}")
     specs = {name: _spec(weight, config, group, name) for name, weight in weights.items()}
     frame_in = build_frame(specs[first].frame_in)
     frames_out = {name: build_frame(spec.frame_out) for name, spec in specs.items()}
-    matrices = [frames_out[name].analysis(frame_in.analysis(target).T).T for name, target in targets.items()]
+    matrices = [_coefficients(target, frame_in, frames_out[name]) for name, target in targets.items()]
 
     def coefficient_hessian() -> Tensor:
-        return _rotated(make_hessian(), frame_in)
+        return _rotated(moments, frame_in, device)
 
     grams = [_rotated_gram(moments.output_gram.get(name), frame) for name, frame in frames_out.items()]
     coder = make_coder(matrices, specs[first].code)
-    rounded, factor = round_group(matrices, coefficient_hessian, grams, coder, config, first, share)
+    heights = [matrix.shape[0] for matrix in matrices]
+    exact = matrices if config.denoise is not Denoise.NONE else []  # else rounding may let them go
+    rounded, factor = round_group(
+        matrices, coefficient_hessian, grams, coder, config, first, share, consume=not exact
+    )
 
     metric = coefficient_hessian() if config.denoise is Denoise.GAIN else None
     hessian = make_hessian()
     if consume:
         moments.hessian_sum = None
     results = {}
-    pieces = rounded.split([matrix.shape[0] for matrix in matrices])
-    stored = zip(matrices, coder.tensors(), strict=True)
-    for (name, weight), piece, (matrix, tensors) in zip(weights.items(), pieces, stored, strict=True):
-        if config.denoise is not Denoise.NONE:
-            piece, tensors = _denoised(matrix, piece, tensors, metric, specs[name])
+    pieces = zip(rounded.split(heights), coder.tensors(), strict=True)
+    for number, (name, (piece, tensors)) in enumerate(zip(weights, pieces, strict=True)):
+        if exact:
+            piece, tensors = _denoised(exact[number], piece, tensors, metric, specs[name])
         restored = _reconstruct(piece, frame_in, frames_out[name])
-        loss = _loss(weight, targets[name], restored, hessian, factor)
+        weight, target = weights[name].double(), targets[name]
+        loss = _loss(weight, target, restored, hessian, factor)
         results[name] = QuantizedWeight(specs[name], tensors, loss)
         _shrink_if_harmful(
-            results[name], weight, targets[name], restored, hessian, factor, frame_in, frames_out[name]
+            results[name], weight, target, restored, hessian, factor, frame_in, frames_out[name]
         )
     return results
+
+
+def _targets(
+    weights: Mapping[str, Tensor],
+    moments: Moments,
+    config: FrameQuantConfig,
+    make_hessian: Callable[[], Tensor],
+    consume: bool,
+) -> dict[str, Tensor]:
+    """The weight to round of each linear, float64."""
+    exact = {name: weight.double() for name, weight in weights.items()}
+    correlations = _correlations(exact, moments, config)
+    if consume:
+        moments.drift_sum = None
+    return corrected(exact, correlations, make_hessian)
 
 
 def _shrink_if_harmful(
@@ -270,19 +286,38 @@ def _spec(weight: Tensor, config: FrameQuantConfig, group: str, name: str) -> Li
     return LinearSpec(in_features, out_features, frame_in, frame_out, config.code_spec())
 
 
-def _rotated(matrix: Tensor, frame: FrameOperator) -> Tensor:
-    """T M Tᵀ of a symmetric M, a new tensor; a large one by pieces, since the transforms make copies."""
-    if len(matrix) <= LARGE:
-        return frame.analysis(frame.analysis(matrix).T).clone()
-    size = frame.num_coefficients
-    half = matrix.new_empty(len(matrix), size)
-    for first in range(0, len(matrix), PIECE_ROWS):
-        half[first : first + PIECE_ROWS] = frame.analysis(matrix[first : first + PIECE_ROWS])
-    del matrix  # which nobody else holds
-    whole = half.new_empty(size, size)
+def _coefficients(target: Tensor, frame_in: FrameOperator, frame_out: FrameOperator) -> Tensor:
+    """D = T_out W* T_inᵀ; a large one by pieces of rows, and then of columns, since the transforms make copies."""
+    if len(target) <= LARGE:
+        return frame_out.analysis(frame_in.analysis(target).T).T
+    size = frame_in.num_coefficients
+    half = target.new_empty(len(target), size)
+    for first in range(0, len(target), PIECE_ROWS):
+        half[first : first + PIECE_ROWS] = frame_in.analysis(target[first : first + PIECE_ROWS])
+    whole = (
+        half if frame_out.num_coefficients == len(half) else half.new_empty(frame_out.num_coefficients, size)
+    )
     for first in range(0, size, PIECE_ROWS):
-        whole[first : first + PIECE_ROWS] = frame.analysis(half[:, first : first + PIECE_ROWS].T)
+        columns = slice(first, first + PIECE_ROWS)
+        whole[:, columns] = frame_out.analysis(half[:, columns].T).T
     return whole
+
+
+def _rotated(moments: Moments, frame: FrameOperator, device: torch.device) -> Tensor:
+    """T H Tᵀ, float64; a large one by pieces, since the transforms make copies."""
+    dim, size = moments.features, frame.num_coefficients
+    if dim <= LARGE:
+        return frame.analysis(frame.analysis(moments.hessian().to(device)).T).clone()
+    # Rows and then columns are transformed where they lie: nothing of its size is made but the result.
+    whole = torch.empty(size, size, dtype=torch.float64, device=device)
+    moments.write_hessian(whole[:dim, :dim])
+    for first in range(0, dim, PIECE_ROWS):
+        rows = whole[first : min(first + PIECE_ROWS, dim)]
+        rows.copy_(frame.analysis(rows[:, :dim]))
+    for first in range(0, size, PIECE_ROWS):
+        columns = whole[:, first : first + PIECE_ROWS]
+        columns.copy_(frame.analysis(columns[:dim].T).T)
+    return whole.T
 
 
 def _rotated_gram(gram: Tensor | None, frame: FrameOperator) -> Tensor | None:
@@ -312,5 +347,5 @@ def _loss(
 
 
 def _require_finite(tensor: Tensor, message: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise NumericalError(message)

@@ -11,7 +11,6 @@ Must not import evaluation or the command line.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +37,7 @@ from framequant.model.gradients import (
 from framequant.model.ranks import Ranks
 from framequant.model.replay import Replay, call_model, first_tensor, with_hidden
 from framequant.model.sampled_loss import sampled_loss, skip_labels
+from framequant.streaming import durable
 
 
 @dataclass
@@ -106,12 +106,8 @@ class GradientFiles:
             "note": found.note,
         }
         for path in self.directory.iterdir():
-            _flush(path)
-        temporary = self.directory / "done.tmp"
-        temporary.write_text(json.dumps(small), encoding="utf-8")
-        _flush(temporary)
-        os.replace(temporary, self.directory / "done.json")
-        _flush(self.directory)
+            durable.flush(path)
+        durable.write_text(self.directory / "done.json", json.dumps(small))
 
     def read(self, device: torch.device) -> Gathered:
         """What a finished pass kept, the second moments left in their files."""
@@ -125,14 +121,6 @@ class GradientFiles:
                 number, _, name = key.partition("/")
                 sums[name].squares[int(number)] = file.get_tensor(key).to(device)
         return Gathered(sums, small["sensitivities"], small["note"])
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass

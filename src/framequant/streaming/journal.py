@@ -33,6 +33,7 @@ from framequant import checkpoint
 from framequant.errors import CheckpointError, ConfigError
 from framequant.model.report import LinearReport
 from framequant.model.residence import BlockRecord
+from framequant.streaming import durable
 
 RUN_NAME = "run.json"
 JOURNAL_VERSION = 1
@@ -94,6 +95,7 @@ class Journal:
     def _open(self) -> None:
         if not (self.path / RUN_NAME).is_file():
             checkpoint.prepare_output(self.output, self._overwrite)
+        _clear(self._removed)  # of a run that was killed while it removed its journal
         self.path.mkdir(exist_ok=True)
         self._lock = (self.path / "lock").open("w")
         try:
@@ -165,7 +167,7 @@ class Journal:
                 t.numel() * t.element_size() for t in held.values()
             )
             raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
-        _rename_durably(temporary, path)
+        durable.rename(temporary, path)
 
     def finish(self) -> None:
         """Give the output its final name, all at once, and remove the journal.
@@ -176,18 +178,27 @@ class Journal:
         with self.guarded():
             for path in self.shards.iterdir():
                 if path.is_file():
-                    _flush(path)
-            _flush(self.shards)
+                    durable.flush(path)
+            durable.flush(self.shards)
             checkpoint.swap(self.shards, checkpoint.prepare_output(self.output, self._overwrite))
-            _flush(self.output.parent)
+            durable.flush(self.output.parent)
         self.remove()
 
     def remove(self) -> None:
-        """Delete the journal: its fingerprints last, so that a run killed here is still recognised as finished."""
+        """Delete the journal: its fingerprints last, so that a run killed here is still recognised as finished.
+
+        Those and the directory cannot go at once, so they get another name first, which no run takes for a journal.
+        """
         for path in self.path.iterdir():
             if path.name not in (RUN_NAME, "lock"):
                 shutil.rmtree(path, ignore_errors=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        _clear(self._removed)
+        os.replace(self.path, self._removed)
+        _clear(self._removed)
+
+    @property
+    def _removed(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.removed")
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
@@ -202,12 +213,14 @@ class Journal:
             ) from error
 
     def _write(self, path: Path, data: Any) -> None:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
-        _rename_durably(temporary, path)
+        durable.write_text(path, json.dumps(data, indent=1))
 
     def _read(self, path: Path) -> Any:
         return checkpoint.read_json(path)
+
+
+def _clear(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def record_of(data: Mapping[str, Any]) -> BlockRecord:
@@ -221,20 +234,6 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _rename_durably(temporary: Path, path: Path) -> None:
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _differences(where: str, before: Any, now: Any) -> Iterator[str]:

@@ -22,8 +22,9 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
 #: A model in memory takes its weights, a float block, a decoded one, and what rounding works with.
 IN_MEMORY_FACTOR = 1.3
-#: Copies in float64 of half a Hessian and of a weight that rounding holds at its peak, at a redundancy of 1.125.
-ROUNDING_COPIES = 7
+#: Copies in float64 of a Hessian and of a weight that rounding holds at its peak, at a redundancy of 1.125: by scalar
+#: codes, whose rows are rounded in pieces, and by others.
+ROUNDING_COPIES = {True: (2.0, 4.0), False: (3.5, 7.0)}
 #: Held back for libraries and for what is allocated in other sizes than it was freed.
 RESERVE = {"cpu": 10**9, "cuda": 2 * 10**9}
 
@@ -35,10 +36,12 @@ class MemoryLimits:
     Attributes:
         host: bytes of host memory.
         device: bytes of the device's memory; the same as ``host`` on a CPU.
+        cap: what the user allows of a GPU's memory; None for all of it.
     """
 
     host: int
     device: int
+    cap: int | None = None
 
 
 def parse_size(text: str) -> int:
@@ -78,7 +81,7 @@ def memory_limits(
     host = min(given.get("cpu", 1 << 62), free_bytes(torch.device("cpu")))
     if device.type != "cuda":
         return MemoryLimits(host, host)
-    return MemoryLimits(host, min(given.get("cuda", 1 << 62), free_bytes(device)))
+    return MemoryLimits(host, min(given.get("cuda", 1 << 62), free_bytes(device)), given.get("cuda"))
 
 
 def _given(max_memory: str | int | Mapping[str, str | int] | None) -> dict[str, int]:
@@ -105,12 +108,13 @@ def block_bytes(block: nn.Module, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in block.parameters()) * dtype.itemsize
 
 
-def rounding_bytes(block: nn.Module) -> int:
-    """Bytes that rounding the largest linear of a block takes, about."""
+def rounding_bytes(block: nn.Module, scalar: bool) -> int:
+    """Bytes that rounding the largest linear of a block takes, about; ``scalar``: to a scalar code."""
+    hessians, weights = ROUNDING_COPIES[scalar]
     sizes = [0]
     for module in linears(block).values():
         rows, columns = module.weight.shape
-        sizes.append(8 * ROUNDING_COPIES * (max(rows, columns) ** 2 // 2 + rows * columns))
+        sizes.append(int(8 * (hessians * max(rows, columns) ** 2 + weights * rows * columns)))
     return max(sizes)
 
 

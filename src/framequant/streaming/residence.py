@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from framequant import checkpoint, storage
-from framequant.config import FrameQuantConfig
+from framequant.config import CodeKind, FrameQuantConfig
 from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
 from framequant.model import discovery
@@ -225,7 +225,8 @@ class StreamedResidence(Residence):
         dtype = next(iter(self._skeleton.dtypes.values()))
         blocks = [self.model.get_submodule(name) for name in self._blocks]
         largest = max(block_bytes(block, dtype) for block in blocks)
-        working = 3 * largest + max(rounding_bytes(block) for block in blocks)
+        scalar = self._config.code is CodeKind.SCALAR
+        working = 3 * largest + max(rounding_bytes(block, scalar) for block in blocks)
         if self.device.type == "cpu":
             working += sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
         self._working = working, 2 * largest

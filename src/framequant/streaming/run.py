@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import framequant
 from framequant import checkpoint
 from framequant.config import FrameQuantConfig, preset
 from framequant.errors import CheckpointError, ConfigError
 from framequant.layers import FrameLinear
+from framequant.memory import capped
 from framequant.model.activations import map_tensors
 from framequant.model.calibration import as_batches, as_samples, collate
 from framequant.model.ranks import Ranks
@@ -149,7 +151,7 @@ class _Run:
         home.load_outside()
         home.watch(batches)
         dtype = None if self.config.walk_dtype is None else getattr(torch, self.config.walk_dtype)
-        with inference_mode(model), computed_in(model, dtype):
+        with inference_mode(model), computed_in(model, dtype), capped(self.device, limits.cap):
             report = _Walk(model, batches, self.config, progress, home).run()
         self.ranks.barrier()
         home.write_outside()
@@ -251,8 +253,12 @@ def identity_of(
         },
         "calibration": {"batches": len(batches), "sha256": data_fingerprint(batches)},
         "device": device.type,
-        "versions": {name: metadata.version(name) for name in ("framequant", "torch", "transformers")},
+        "versions": {"framequant": framequant.__version__, **_versions("torch", "transformers")},
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    return {name: metadata.version(name) for name in packages}
 
 
 def data_fingerprint(batches: list[Any]) -> str:

@@ -1,0 +1,118 @@
+"""How the Triton kernels are launched: tiles, splits, what is held in registers. Pure arithmetic, no triton.
+
+Chosen by measurement on an H100 (``benchmarks/kernel_linear.py``); they change speed, and results in the last bits
+only. Must not import layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: Most tokens whose transforms take a program for each index of the first axis.
+VECTOR_TOKENS = 4
+#: Most tokens of scalar codes that meet bytes: more cost as much in halves, and less in the transforms.
+BYTE_TOKENS = 4
+#: Most splits: synthesis reads every part again in each of its programs.
+MOST_SPLITS = 9
+
+
+class Tile(NamedTuple):
+    """One program's share of a step, and how many programs are aimed at.
+
+    Attributes:
+        rows: of D̃.
+        step: words or bytes of a row that are taken at a time.
+        columns: tokens; with bytes, four of them are one token.
+        stages: steps on their way at a time, in the loop.
+        warps: of a program.
+        programs: what splitting should come close to.
+        held: steps whose codes are in registers before the coefficients are there.
+    """
+
+    rows: int
+    step: int
+    columns: int
+    stages: int
+    warps: int
+    programs: int
+    held: int = 0
+
+
+class Launch(NamedTuple):
+    """A tile, into how many parts a row is cut, and the words or bytes of each."""
+
+    tile: Tile
+    splits: int
+    span: int
+
+    @property
+    def held(self) -> int:
+        """Steps held: no more than a program has."""
+        return min(self.tile.held, self.span // self.tile.step)
+
+    @property
+    def loop(self) -> bool:
+        """Whether steps are left that are not held."""
+        return self.span > self.held * self.tile.step
+
+
+def launch(tile: Tile, rows: int, count: int, columns: int) -> Launch:
+    """Cut rows of ``count`` words into spans of whole steps so that there are about ``tile.programs`` programs."""
+    steps = -(-count // tile.step)
+    blocks = -(-rows // tile.rows) * -(-columns // tile.columns)
+    wanted = max(1, min(steps, round(tile.programs / blocks), MOST_SPLITS))
+    span = -(-steps // wanted) * tile.step
+    return Launch(tile, -(-count // span), span)
+
+
+def byte_tile(rows: int, tokens: int) -> Tile:
+    """For scalar codes and few tokens.
+
+    An H100 keeps four programs of 128 rows on each of its 132 multiprocessors; 512 of them leave no second round.
+    Fewer rows need smaller blocks to have that many, as every split costs synthesis another reading of its input.
+    """
+    if tokens > 2:
+        return Tile(64, 128, 16, 3, 4, 512)
+    if rows <= 8192:
+        return Tile(32, 128, 8, 4, 2, 512, held=1)
+    if rows <= 24576:
+        return Tile(128, 128, 8, 3, 4, 512, held=1)
+    return Tile(64, 128, 8, 3, 4, 1024, held=1)
+
+
+def half_tile(trellis: bool, rows: int, tokens: int, compiled: bool) -> Tile:
+    """For a trellis, and for scalar codes and more tokens."""
+    if not trellis:
+        return (
+            Tile(64, 64, 16, 3, 4, 512)
+            if tokens <= 16
+            else Tile(128, 32, 32 if tokens <= 32 else 64, 3, 8, 512)
+        )
+    if tokens <= 8:
+        columns = 8 if compiled else 16  # the interpreter asks for 16
+        if rows <= 8192:
+            return Tile(64, 32, columns, 3, 4, 300)
+        return Tile(64, 32, columns, 2 if rows <= 24576 else 3, 4, 1024)
+    return Tile(128, 32, 16 if tokens <= 16 else 32, 2, 8, 512)
+
+
+def fused_tile(trellis: bool, rows: int) -> Tile:
+    """For one or two tokens, in the launch that analyses, too."""
+    if trellis:
+        return half_tile(True, rows, 1, True)
+    return Tile(64, 128, 8, 3, 4, 192, held=3) if rows <= 8192 else byte_tile(rows, 1)
+
+
+def num_launches(rows: int, tokens: int) -> int:
+    """Launches of a linear: 3 for analysis, product and synthesis; 2 with the first two in one; or 1 with all.
+
+    With many rows synthesis needs more warps for a program than the product.
+    """
+    if tokens > 2:
+        return 3
+    return 1 if rows <= 8192 else 2
+
+
+def chunk(first: int, others: int, warps: int, floats: int = 32) -> int:
+    """Indices of the first axis that a transform's program reads at a time: at most so many floats for a thread."""
+    return max(1, min(first, floats * 32 * warps // others))

@@ -1,0 +1,164 @@
+"""Several linears that read one input, on a GPU: one analysis and one product of all their rows, then a synthesis each.
+
+The codes of the linears are rows of one matrix of words, which is all that is kept of them: ``stored`` gives a
+linear's bytes back. Outputs are those of the single linears up to the order in which partial sums are added.
+
+Must not import layers. Imports triton through the operators.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from framequant import storage
+from framequant.frames import FrameOperator
+from framequant.kernels import launches, reference, triton_linear
+from framequant.kernels import triton_ops as operators
+from framequant.kernels.triton_linear import TritonPlan
+from framequant.kernels.words import stored_bytes
+
+_verdicts: dict[tuple[object, ...], bool] = {}
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """The constants of linears with one input frame on their device.
+
+    Attributes:
+        members: plan of each linear; their words and scales are rows of the group's.
+        rows: of each linear in the product, padding included.
+        joined: the first plan with the words of all linears, one below the other, and a scale for each of their rows.
+    """
+
+    members: tuple[TritonPlan, ...]
+    rows: tuple[int, ...]
+    joined: TritonPlan
+
+
+def can_join(plans: Sequence[TritonPlan]) -> bool:
+    """Whether one product can serve these linears: like codes and coefficients from one analysis."""
+    first = plans[0]
+    return all(
+        plan.spec.frame_in == first.spec.frame_in
+        and plan.layout == first.layout
+        and plan.words.shape[1:] == first.words.shape[1:]
+        and plan.words.device == first.words.device
+        for plan in plans
+    )
+
+
+def join(plans: Sequence[TritonPlan]) -> GroupPlan:
+    """Put the codes of linears for which ``can_join`` holds into one matrix.
+
+    Args:
+        plans: of the linears. One alone keeps its tensors; of several the words are copied.
+    """
+    rows = tuple(len(plan.words) for plan in plans)
+    if len(plans) == 1:
+        return GroupPlan(tuple(plans), rows, plans[0])
+    words = torch.cat([plan.words for plan in plans])
+    scales = torch.cat([_row_scales(plan) for plan in plans])
+    members = tuple(
+        replace(plan, words=part, scales=scale[: plan.spec.coefficient_shape[0]])
+        for plan, part, scale in zip(plans, words.split(rows), scales.split(rows), strict=True)
+    )
+    return GroupPlan(members, rows, replace(plans[0], words=words, scales=scales))
+
+
+def _row_scales(plan: TritonPlan) -> Tensor:
+    """A scale for each row of words; the rows that pad a trellis have 0."""
+    scales = torch.zeros((len(plan.words), 1), dtype=plan.scales.dtype, device=plan.scales.device)
+    scales[: plan.spec.coefficient_shape[0]] = plan.scales
+    return scales
+
+
+def stored(plan: TritonPlan) -> dict[str, Tensor]:
+    """The stored tensors of a member, as its ``FrameLinear`` had them; new tensors."""
+    shape = storage.layout(plan.spec)["scales"][0]
+    return {
+        "packed_codes": stored_bytes(plan.words, plan.spec, plan.layout),
+        "scales": plan.scales[: shape[0]].clone(),
+    }
+
+
+def linears(group: GroupPlan, inputs: Float[Tensor, "*b n"]) -> tuple[Float[Tensor, "*b o"], ...]:
+    """Apply all linears; ``triton_linear.takes(inputs)`` holds. New tensors of the inputs' dtype."""
+    if len(group.members) == 1:
+        return (triton_linear.linear(group.members[0], inputs),)
+    x = inputs.reshape(-1, inputs.shape[-1])
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    plan, tokens = group.joined, x.shape[0]
+    into, out, words = plan.into, plan.out, plan.codes(tokens)
+    sizes, factor, numbers = [*into.sizes, *into.padded], plan.layout.factor, plan.numbers(words)
+    if launches.num_launches(len(words), tokens) < 3:
+        u, unit, _ = operators.fused(
+            x, words, plan.scales, len(words), numbers, factor, [into.signs, *into.matrices], sizes, into.norm,
+            [out.signs, *out.matrices], [*out.sizes, *out.padded], out.norm, 0, None, plan.counters,
+        )  # fmt: skip
+    else:
+        z, unit, sums = operators.analysis(
+            x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
+            words.dtype == torch.int8,
+        )  # fmt: skip
+        u = operators.product(words, z, sums, plan.scales, len(words), numbers, factor)
+    outputs, start = [], 0
+    for member, rows in zip(group.members, group.rows, strict=True):
+        out, size = member.out, member.spec.out_features
+        y = operators.synthesis(
+            u[:, :, start : start + rows], unit, out.signs, list(out.matrices), [*out.sizes, *out.padded], out.norm,
+            size, member.bias, inputs.dtype,
+        )  # fmt: skip
+        outputs.append(y.view(*inputs.shape[:-1], size))
+        start += rows
+    return tuple(outputs)
+
+
+def plain(
+    group: GroupPlan, frames: Sequence[tuple[FrameOperator, FrameOperator]], inputs: Float[Tensor, "*b n"]
+) -> tuple[Float[Tensor, "*b o"], ...]:
+    """The same in plain torch, decoded tile by tile, for any inputs."""
+    coefficients = reference.coefficients(group.joined.spec, {}, frames[0][0], inputs)
+    outputs = []
+    for plan, (_, frame_out) in zip(group.members, frames, strict=True):
+        y = reference.synthesis(frame_out, reference.product(coefficients, plan.spec, stored(plan)))
+        outputs.append(y if plan.bias is None else y + plan.bias.to(y.dtype))
+    return tuple(outputs)
+
+
+def is_right(
+    group: GroupPlan, frames: Sequence[tuple[FrameOperator, FrameOperator]], dtype: torch.dtype, tokens: int
+) -> bool:
+    """Whether random tokens come out as in plain torch; asked once for every kind of group, dtype and launch.
+
+    Cost: one decoding of the linears, at first use of their kind. A kind that fails is warned about once.
+    """
+    plan = group.joined
+    tokens = 2 if tokens <= 2 else 3 if tokens <= launches.VECTOR_TOKENS else 5
+    kinds = tuple((member.spec.scheme(), member.bias is not None) for member in group.members)
+    key = (kinds, dtype, plan.words.device, tokens)
+    if key not in _verdicts:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(tokens, plan.spec.in_features, generator=generator).to(plan.words.device, dtype)
+        try:
+            exact = torch.cat(plain(group, frames, x.float()), dim=-1)
+            found = torch.cat(linears(group, x), dim=-1).float()
+            error = float((found - exact).norm() / exact.norm().clamp(min=1e-30))
+            problem = "" if error <= triton_linear.TOLERANCE else f"differ from plain torch by {error:.2g}"
+        except Exception as failure:
+            problem = f"failed: {type(failure).__name__}: {str(failure)[:200]}"
+        if problem:
+            shapes = ", ".join(f"{m.spec.out_features} x {m.spec.in_features}" for m in group.members)
+            warnings.warn(
+                f"The Triton kernels of linears {shapes} ({type(plan.spec.code).__name__}, {dtype}) {problem}; plain "
+                "torch is used.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        _verdicts[key] = not problem
+    return _verdicts[key]
