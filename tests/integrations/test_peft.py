@@ -102,7 +102,7 @@ def test_lora_trains_on_smollm2(tmp_path):
     directory = fq.save_pretrained(opened.model, tmp_path / "out")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(opened.model, config)
+    model = peft.get_peft_model(fq.load(directory), config)
     losses = train(model, data[:2], 8, rate=2e-3)
     assert losses[-1] < losses[0] - 0.1
     model.save_pretrained(tmp_path / "adapter")
