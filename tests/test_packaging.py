@@ -85,7 +85,7 @@ def test_pinned_environment_satisfies_the_extras():
     pins = dict(line.split(" ;")[0].strip().split("==") for line in lines if "==" in line and line[0] != "#")
     pins = {name.lower().replace("_", "-"): version for name, version in pins.items()}
     extras = PROJECT["optional-dependencies"]
-    names = ["vision", "gguf", "onnx", "datasets", "peft", "eval", "serve", "dev"]
+    names = ["vision", "gguf", "onnx", "datasets", "peft", "report", "eval", "serve", "dev"]
     needed = [*PROJECT["dependencies"], *(entry for name in names for entry in extras[name])]
     for requirement in map(Requirement, needed):
         if requirement.name != "framequant":
@@ -164,12 +164,15 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
         names = set(archive.namelist())
         metadata = next(archive.read(name).decode() for name in names if name.endswith("METADATA"))
         scripts = next(archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
-    files = {str(path.relative_to(SOURCE)) for path in SOURCE.rglob("*.py")}
+    paths = [path for path in (SOURCE / "framequant").rglob("*") if path.is_file()]
+    files = {str(path.relative_to(SOURCE)) for path in paths if path.suffix not in (".pyc", ".nbi", ".nbc")}
+    assert {"framequant/__init__.py", "framequant/report/templates/page.html"} <= files
     assert files <= names
     assert {name.split("/")[0] for name in names} == {"framequant", f"framequant-{fq.__version__}.dist-info"}
     assert "framequant/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "framequant = framequant.cli.app:main" in scripts
+    assert "[vllm.general_plugins]\nframequant = framequant.integrations.vllm:register" in scripts
     assert "Requires-Python: >=3.11" in metadata
     assert wheel.stat().st_size < 2_000_000
 

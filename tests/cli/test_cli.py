@@ -183,7 +183,7 @@ def test_settings_come_from_preset_then_file_then_flags(tmp_path, llama_director
         ("bits = 9.0: expected a value from 1 to 8", ["--bits", 9]),
         ("a scalar code has a whole number of bits", ["--preset", "framequant-scalar", "--bits", 2.5]),
         ("the budget is 1.0000 bits per weight", ["--bits", 1.0]),
-        ("expected a number from 0 to 1", ["--word-tokenized", 2]),
+        ("Invalid value for '--word-tokenized'", ["--word-tokenized", 2]),
         ("redundancy = 0.5", ["--redundancy", 0.5]),
         ("Did you mean 'damping'", ["--set", "dampin=1"]),
         ("expected KEY=VALUE", ["--set", "damping"]),
@@ -192,7 +192,8 @@ def test_settings_come_from_preset_then_file_then_flags(tmp_path, llama_director
         ("'no_such_linear' matches no linear", ["--ignore", "no_such_linear"]),
         ("choose auto, cpu or cuda", ["--device", "tpu"]),
         ("dtype 'int8' is unknown", ["--dtype", "int8"]),
-        ("windows of 32, 2400 are asked for", ["--samples", 4000]),
+        ("windows of 32, 2000 are asked for", ["--samples", 4000]),
+        ("exceed 1 together", ["--renamed", 0.6, "--generated", 0.6]),
         ("reads at most 128 tokens", ["--sequence-length", 4096]),
     ],
 )
@@ -264,6 +265,7 @@ def test_bad_evaluations(tmp_path, quantized, llama_directory, vit_directory, im
     fails("does not generate text", "generate", _headless(tmp_path, llama_directory), "the")
     fails("the prompt is empty", "generate", out, "")
     fails("no directory", "inspect", tmp_path / "nowhere")
+    fails("is a file: give a directory", "inspect", text_file)
     fails("is no checkpoint of framequant", "inspect", llama_directory)
 
 

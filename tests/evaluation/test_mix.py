@@ -78,7 +78,7 @@ def test_requests_that_cannot_be_met():
     with pytest.raises(CalibrationError, match="from 0 to 1"):
         Mix(generated=1.5)
     with pytest.raises(CalibrationError, match=r"exceed 1 together: renamed 0\.6, generated 0\.6"):
-        calibration_mix(opened.model, opened.tokenizer, TEXT, 8, 16, mix=Mix(renamed=0.6, generated=0.6))
+        Mix(renamed=0.6, generated=0.6)
     with pytest.raises(CalibrationError, match=r"beside \d+ of other kinds"):
         calibration_tensor(
             CalibrationSource(text=make_text(40)), opened, 1000, 16, 0, Reporter(False), Mix(generated=0.5)

@@ -59,5 +59,5 @@ def test_short_memory_halves_the_batch(monkeypatch):
 
 def test_an_encoder_cannot():
     model, _ = make("bert")
-    with pytest.raises(CalibrationError, match="leave --generated at 0"):
+    with pytest.raises(CalibrationError, match="give --generated 0"):
         own_windows(model, make_tokenizer(), 1, 8)

@@ -92,14 +92,19 @@ def test_peft_knows_us_when_it_was_imported_first():
 
 
 @pytest.mark.slow
-def test_lora_trains_on_smollm2():
+def test_lora_trains_on_smollm2(tmp_path):
     from framequant.evaluation.text import calibration_windows, king_james
     from framequant.integrations.sources import open_model
 
     opened = open_model("smollm2")
     data = calibration_windows(opened.tokenizer, king_james("old"), samples=4, sequence_length=128)
     fq.quantize_(opened.model, data, fq.preset("framequant-scalar"))
+    directory = fq.save_pretrained(opened.model, tmp_path / "out")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    losses = train(peft.get_peft_model(opened.model, config), data[:2], 8, rate=2e-3)
+    model = peft.get_peft_model(fq.load(directory), config)
+    losses = train(model, data[:2], 8, rate=2e-3)
     assert losses[-1] < losses[0] - 0.1
+    model.save_pretrained(tmp_path / "adapter")
+    again = peft.PeftModel.from_pretrained(fq.load(directory), tmp_path / "adapter")
+    assert torch.equal(output(again, data[:1]), output(model, data[:1]))

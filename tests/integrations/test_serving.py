@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -88,10 +89,12 @@ def test_a_real_client_talks_to_the_server(directory, tmp_path):
         "cpu",
     ]
     log = (tmp_path / "log").open("w+")
-    process = subprocess.Popen(command, stdout=log, stderr=log)
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "no-cache")}  # a fresh machine has none
+    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     try:
         _wait(process, f"http://localhost:{port}/health", 240, tmp_path / "log")
         client = OpenAI(base_url=f"http://localhost:{port}/v1", api_key="none", timeout=120, max_retries=0)
+        assert [model.id for model in client.models.list()] == [str(directory)]
         prompt = "the old tiger walks"
         answer = client.completions.create(model=str(directory), prompt=prompt, max_tokens=5, temperature=0)
         expected = fq.load(directory).generate(

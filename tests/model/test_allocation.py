@@ -64,6 +64,13 @@ def test_a_budget_below_the_least_says_what_the_least_is():
         fq.quantize_(model, data, config)
 
 
+def test_a_budget_below_the_least_is_refused_before_the_model_runs(monkeypatch):
+    model, data = wide()
+    monkeypatch.setattr(model, "forward", lambda *a, **k: pytest.fail("the model ran first"))
+    with pytest.raises(fq.ConfigError, match=r"1\.0000 bits per weight.*1\.\d+ bits at least"):
+        fq.quantize_(model, data, fq.FrameQuantConfig(bits=1.0, **SETTINGS))
+
+
 def test_the_scalar_code_has_no_allocation():
     with pytest.raises(fq.ConfigError, match="trellis"):
         fq.FrameQuantConfig(allocation="sensitivity")

@@ -67,7 +67,8 @@ def inspect(directory: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     from framequant.pretrained import read_report
 
     if not directory.is_dir():
-        raise CheckpointError(f"no directory {directory}.")
+        what = f"{directory} is a file" if directory.is_file() else f"no directory {directory}"
+        raise CheckpointError(f"{what}: give a directory that framequant quantize wrote.")
     config = checkpoint.read_json(directory / checkpoint.CONFIG_NAME)
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise CheckpointError(

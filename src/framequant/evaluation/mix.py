@@ -34,7 +34,7 @@ class Mix:
         generated: sampled from the model itself.
 
     Raises:
-        CalibrationError: a share is not from 0 to 1.
+        CalibrationError: a share is not from 0 to 1, or those given exceed 1 together.
     """
 
     word_tokenized: float | None = None
@@ -48,22 +48,22 @@ class Mix:
             if share is not None and not 0 <= share <= 1:
                 name = field.name.replace("_", "-")
                 raise CalibrationError(f"{name} share {share}: expected a number from 0 to 1.")
+        if sum(self.given.values()) > 1 + 1e-9:
+            told = ", ".join(f"{name.replace('_', '-')} {share:g}" for name, share in self.given.items())
+            raise CalibrationError(f"the shares of the calibration windows exceed 1 together: {told}.")
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The shares that do not stand for a default, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: share for name, share in found.items() if share is not None}
 
     def counts(self, model: Any, tokenizer: Any, total: int) -> dict[str, int]:
-        """Windows of each kind for a model.
-
-        Raises:
-            CalibrationError: the shares that were given exceed 1 together.
-        """
-        names = [field.name for field in fields(self)]
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if sum(given.values()) > 1 + 1e-9:
-            told = ", ".join(f"{name.replace('_', '-')} {share:g}" for name, share in given.items())
-            raise CalibrationError(f"the shares of the calibration windows exceed 1 together: {told}.")
-        default = defaults(model, tokenizer)
-        rest = sum(default[name] for name in names if name not in given)
+        """Windows of each kind for a model."""
+        given, default = self.given, defaults(model, tokenizer)
+        rest = sum(share for name, share in default.items() if name not in given)
         shrink = min(1.0, (1 - sum(given.values())) / rest) if rest else 1.0
-        shares = {name: given.get(name, default[name] * shrink) for name in names}
+        shares = {name: given.get(name, share * shrink) for name, share in default.items()}
         return {name: int(total * share + 1e-9) for name, share in shares.items()}
 
 
@@ -97,7 +97,7 @@ def calibration_mix(
         mix: shares; the defaults for the model if None.
 
     Raises:
-        CalibrationError: the text is too short, the shares do not fit, or the model cannot generate and should.
+        CalibrationError: the text is too short, or the model cannot generate and should.
     """
     counts = (mix or Mix()).counts(model, tokenizer, count)
     own, again = counts["generated"], counts["repeated"]

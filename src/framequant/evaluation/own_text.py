@@ -44,7 +44,7 @@ def own_windows(
     if not can_generate(model):
         raise CalibrationError(
             f"{type(model).__name__} does not generate text, so it cannot write calibration windows: "
-            "leave --generated at 0."
+            "give --generated 0."
         )
     if count == 0:
         return torch.empty(0, length, dtype=torch.long)
@@ -94,7 +94,7 @@ def _sample(model: Any, first: Int[Tensor, "batch 1"], length: int) -> Int[Tenso
         return written[:, :length].cpu()
     if len(first) == 1:
         raise CalibrationError(
-            "memory does not suffice for the model to write calibration windows: leave --generated at 0."
+            "memory does not suffice for the model to write calibration windows: give --generated 0."
         )
     torch.cuda.empty_cache()
     return torch.cat([_sample(model, half, length) for half in first.split(-(-len(first) // 2))])

@@ -7,6 +7,8 @@ at once take vLLM (``integrations/vllm.py``).
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,37 @@ def serve(
         ModelSourceError: the directory cannot be served.
     """
     path = check_directory(directory)
-    return serve_class()(
-        force_model=str(path), host=host, port=port, device=device, dtype=dtype, non_blocking=background
-    )
+    server = serve_class()
+    with _listing_only(path):
+        return server(
+            force_model=str(path), host=host, port=port, device=device, dtype=dtype, non_blocking=background
+        )
+
+
+@contextlib.contextmanager
+def _listing_only(path: Path) -> Iterator[None]:
+    """Servers made in this context list the one model that they serve.
+
+    transformers lists what lies in the hub's cache instead: other models, which it then refuses, or an error where
+    there is no cache. Clients that ask which models there are get no further.
+    """
+    from transformers.cli.serving import model_manager
+
+    original = model_manager.ModelManager
+    entry = {
+        "id": str(path),
+        "object": "model",
+        "created": int(path.stat().st_mtime),
+        "owned_by": "framequant",
+    }
+
+    class OneModel(original):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def get_gen_models(cache_dir: str | None = None) -> list[dict[str, Any]]:
+            return [entry]
+
+    model_manager.ModelManager = OneModel
+    try:
+        yield
+    finally:
+        model_manager.ModelManager = original

@@ -301,7 +301,8 @@ def _open_timm(name: str, source: str, path: Path | None, dtype: torch.dtype) ->
             reason = (
                 ""
                 if online
-                else " The Hugging Face hub cannot be reached and its cache does not hold the model."
+                else " The Hugging Face hub cannot be reached and its cache does not hold the model: give a directory "
+                "that timm saved."
             )
             raise ModelSourceError(
                 f"{name}: the weights cannot be loaded.{reason} ({_first_line(error)})"

@@ -25,7 +25,7 @@ from framequant.frames import FrameSpec, build_frame
 from framequant.model import discovery
 from framequant.model.gradients import OutputGradients
 from framequant.model.report import config_entry
-from framequant.quantizers.budget import Option, share_out
+from framequant.quantizers.budget import Option, check_fits, share_out
 from framequant.quantizers.hessian import feedback_factor
 from framequant.quantizers.two_sided import feedback_loss
 from framequant.quantizers.weight import frame_specs
@@ -114,6 +114,28 @@ def allocate_bits(
     fixed = {name for name in names if config.fixes_code(name)}
     choices = _fill(model, choices, budget, config, fixed)
     return Shares(choices, config.bits, predicted, None if uniform is None else _loss(uniform))
+
+
+def check_budget(model: nn.Module, names: Sequence[str], config: FrameQuantConfig) -> None:
+    """Refuse a budget that no rates can meet, before anything slow is done.
+
+    Args:
+        model: the float model.
+        names: linears to quantize.
+        config: its ``bits`` are the budget.
+
+    Raises:
+        ConfigError: the lowest rates exceed it.
+    """
+    least = weights = 0
+    for name in names:
+        weight = discovery.linear_weight(model.get_submodule(name))
+        settings = config.for_linear(name) or config
+        weights += weight.numel()
+        fixed = config.fixes_code(name)
+        lowest = replace(settings, allocation=Allocation.UNIFORM) if fixed else at_rate(settings, RATES[0])
+        least += stored_bytes(weight.shape, lowest, name)
+    check_fits(least, int(config.bits * weights / 8), weights)
 
 
 def _tempering(per_weight: float, spread: float) -> float:

@@ -21,7 +21,7 @@ from framequant.errors import DiscoveryError, NumericalError
 from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
 from framequant.model import discovery, experts, mixture
-from framequant.model.allocation import allocate_bits, at_rate
+from framequant.model.allocation import allocate_bits, at_rate, check_budget
 from framequant.model.calibration import as_batches, to_device
 from framequant.model.capture import Seen, add_moments, observe, token_mask
 from framequant.model.data_free import quantize_data_free
@@ -200,6 +200,8 @@ class _Walk:
         if not self.config.needs_gradients:
             return
         allocate = self.config.allocation is Allocation.SENSITIVITY
+        if allocate:
+            check_budget(self.model, self.selected, self.config)
         if self.progress:
             self.progress(Progress(0, self.total, "gradients of the float model"))
         self.gradients, note = self.home.gradients(

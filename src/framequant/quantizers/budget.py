@@ -61,13 +61,7 @@ def share_out(
     hulls = {name: _lower_hull(choices) for name, choices in options.items()}
     position = dict.fromkeys(hulls, 0)
     spent = sum(hull[0].size for hull in hulls.values())
-    if spent > budget:
-        least = f"{spent} bytes" if weights is None else f"{math.ceil(8e4 * spent / weights) / 1e4:.4f} bits"
-        asked = f"{budget} bytes" if weights is None else f"{8 * budget / weights:.4f} bits"
-        raise ConfigError(
-            f"the budget is {asked} per weight, and these linears take {least} at least, with everything that "
-            "is stored for them: raise --bits, or lower the rates that overrides ask for."
-        )
+    check_fits(spent, budget, weights)
     queue = [(-_slope(hull[0], hull[1]), name) for name, hull in hulls.items() if len(hull) > 1]
     heapq.heapify(queue)
     while queue:
@@ -81,6 +75,26 @@ def share_out(
         if at + 2 < len(hull):
             heapq.heappush(queue, (-_slope(hull[at + 1], hull[at + 2]), name))
     return {name: hulls[name][position[name]] for name in hulls}
+
+
+def check_fits(least: int, budget: int, weights: int | None = None) -> None:
+    """Refuse a budget that the smallest options exceed.
+
+    Args:
+        least: bytes of the smallest option of every linear.
+        budget: bytes of all linears together.
+        weights: as in ``share_out``.
+
+    Raises:
+        ConfigError: they do not fit; the message says what would.
+    """
+    if least > budget:
+        needed = f"{least} bytes" if weights is None else f"{math.ceil(8e4 * least / weights) / 1e4:.4f} bits"
+        asked = f"{budget} bytes" if weights is None else f"{8 * budget / weights:.4f} bits"
+        raise ConfigError(
+            f"the budget is {asked} per weight, and these linears take {needed} at least, with everything that "
+            "is stored for them: raise --bits, or lower the rates that overrides ask for."
+        )
 
 
 def _slope(before: Option, after: Option) -> float:
