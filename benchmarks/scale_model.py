@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 ACTIVATION_BYTES = 2
 WEIGHT_BYTES = 2
-#: Matrices n × n in float64 that rounding holds at its peak: H, H', the factor and what computing it takes.
-ROUNDING_COPIES = 5
+#: Matrices n × n in float64 that rounding holds at its peak: H', the factor in its place, and what solving by pieces
+#: and the float32 sums take. The 70B-shaped run's 33.5 GB (``load_h100.csv``) are 2.9 of them beside weights.
+ROUNDING_COPIES = 3
 #: ``framequant.model.mixture.MOMENT_BYTES``: Hessians of experts summed in one run of a block.
 MOMENT_BYTES = 8 << 30
 
@@ -260,7 +261,7 @@ def block_cost(
         for stage, number in capture_passes(block).items()
     )
     capture = passes / (machine.half * efficiency.capture) + moment_flops(block, run) / (
-        machine.single * efficiency.capture
+        machine.half * efficiency.capture
     )
     rows, fixed = rounding_flops(block, run)
     if run.whole_linears:
