@@ -105,7 +105,7 @@ def main(
         raise typer.BadParameter("give --perplexity or --imagenet")
     args = Namespace(
         text=perplexity_text, imagenet=imagenet, sts=None, calibration=calibration, seed=seed, device=device,
-        dtype=dtype,
+        dtype=dtype, quick=False,
     )  # fmt: skip
     bench = Bench(
         model, args, replace(FULL, samples=samples, length=sequence_length, kl_windows=0), plain=False

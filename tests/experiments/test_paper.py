@@ -30,7 +30,7 @@ def scripts(monkeypatch):
     """The scripts import one another as they do when they are run."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     yield
-    for name in (*SCRIPTS, "bench", "claims", "storage", "run_all", "peers", "peers.run", "ptq4vit"):
+    for name in (*SCRIPTS, "bench", "main_job", "claims", "storage", "run_all", "peers", "peers.run", "ptq4vit"):
         sys.modules.pop(name, None)
 
 
@@ -86,6 +86,25 @@ def test_a_language_model_has_perplexity_and_divergence_and_a_missing_one_a_reas
     assert len(rows) == 6
     assert all(float(row["perplexity"]) > 1 for row in rows)
     assert all(float(row["kl"]) >= 0 for row in rows if row["method"] != "float")
+
+
+def test_the_main_jobs_table_and_a_row_that_cannot_be_run(data, llama_directory):
+    texts, path = data / "shared" / "data" / "wikitext-2-raw", data / "main.csv"
+    importlib.import_module("main_job").main(
+        str(llama_directory),
+        str(texts / "calibration.txt"),
+        perplexity_text=texts / "test.txt",
+        samples=6,
+        sequence_length=24,
+        device="cpu",
+        row=["rtn", "framequant-scalar:samples=4,bits=2", "rtn:no_such_setting=1"],
+        csv_file=path,
+    )
+    rows = read_table(path).rows
+    assert [row["row"] for row in rows[:2]] == ["float", "rtn"]
+    assert rows[2]["samples"] == "4"
+    assert all(float(row["ratio"]) > 0 and row["reload_equal"] == "True" for row in rows[1:3])
+    assert "no_such_setting" in rows[3]["error"]
 
 
 def test_missing_data_is_a_reason(data, llama_directory):
