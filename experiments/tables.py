@@ -23,7 +23,7 @@ FEW_REDUNDANCIES = (1.0, 1.1, 1.25)
 QUICK = {
     "language": {
         *("GPTQ:2 bit", "QuIP:2 bit", "FrameQuant, input side:2 bit, r = 1"),
-        *("FrameQuant, input side:2 bit, r = 1.1", "FrameQuant, both sides:2 bit, r = 1.1"),
+        "FrameQuant, input side:2 bit, r = 1.1",
     },
     "encoder": {
         *("GPTQ:2 bit", "GPTQ groups of 64:2 bit", "QuIP:2 bit", "FrameQuant, input side:2 bit, r = 1"),

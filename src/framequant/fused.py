@@ -62,7 +62,7 @@ class FusedLinears(nn.Module):
 
     def serves(self, dtype: torch.dtype, tokens: int = 1) -> bool:
         """Whether the kernels serve so many tokens of ``dtype``; plain torch is asked once for a kind of linears."""
-        key = dtype, min(tokens, launches.VECTOR_TOKENS + 1)
+        key = dtype, launches.tokens_to_check(tokens)
         if key not in self._right:
             if torch.compiler.is_compiling() or (
                 self.words.is_cuda and torch.cuda.is_current_stream_capturing()

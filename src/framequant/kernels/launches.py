@@ -16,6 +16,13 @@ BYTE_TOKENS = 4
 MOST_SPLITS = 9
 
 
+def tokens_to_check(tokens: int) -> int:
+    """A number of tokens that is launched as ``tokens`` are: each way of launching is checked once."""
+    if tokens <= VECTOR_TOKENS:
+        return VECTOR_TOKENS
+    return BYTE_TOKENS if tokens <= BYTE_TOKENS else BYTE_TOKENS + 1
+
+
 class Tile(NamedTuple):
     """One program's share of a step, and how many programs are aimed at.
 

@@ -133,7 +133,7 @@ def is_right(
     Cost: one decoding of the linears, at first use of their kind. A kind that fails is warned about once.
     """
     plan = group.joined
-    tokens = 2 if tokens <= 2 else 3 if tokens <= launches.VECTOR_TOKENS else 5
+    tokens = launches.tokens_to_check(tokens)
     kinds = tuple((member.spec.scheme(), member.bias is not None) for member in group.members)
     key = (kinds, dtype, plan.words.device, tokens)
     if key not in _verdicts:

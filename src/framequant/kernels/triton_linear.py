@@ -138,7 +138,7 @@ def is_right(
 
     Cost: one decoding of the linear, at first use of its kind. A kind that fails is warned about once.
     """
-    tokens = 2 if tokens <= 2 else 3 if tokens <= launches.VECTOR_TOKENS else 5
+    tokens = launches.tokens_to_check(tokens)
     key = (plan.spec.scheme(), plan.bias is not None, dtype, plan.words.device, tokens)
     if key not in _verdicts:
         if plan.words.is_cuda and torch.cuda.is_current_stream_capturing():
