@@ -37,20 +37,31 @@ def byte_codes(bytes_, INDEX: tl.constexpr, BITS: tl.constexpr):
     return ((bytes_.to(tl.int32) >> (BITS * INDEX)) & ((1 << BITS) - 1)).to(tl.int8)
 
 
-@triton.jit
-def byte_block(
-    block, part, columns,
+@triton.jit(do_not_specialize=["tokens"])
+def byte_product(
     bytes_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
     rows, count, stride, span, tokens, factor, zero,
     PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BITS: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
     LOOP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Block ``block`` of rows, span ``part`` of bytes, block ``columns`` of columns: see ``byte_product``.
+    """One block of rows, one span of bytes, BN / 4 tokens; see the module's text.
 
     The first HELD steps' bytes are in registers before the wait for the kernels before this one (HELD * BK is at most
     ``span``, and equal to it without LOOP).
+
+    Args:
+        bytes_ptr: int8 (rows, stride); ``count`` bytes of a row are codes.
+        z_ptr: int8 (tokens, 4, 8 / BITS, count), the fourth plane never read.
+        sum_ptr: float32 (tokens, parts): sums of a token's coefficients, in units of the token.
+        scale_ptr: scales, (rows,) or one.
+        u_ptr: float32 (splits, tokens, rows), in units of the token.
+        span: bytes of a row that one program takes; best a multiple of BK.
+        factor: value of the last bit of a coefficient, in units of the token.
+        zero: the code whose level is 0, any float.
     """
+    let_next_start(PDL)
+    block, part, columns = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     codes: tl.constexpr = 8 // BITS
     r = block * BR + tl.arange(0, BR)
     start = part * span
@@ -113,31 +124,3 @@ def byte_block(
     u *= scale[:, None]
     u_at = u_ptr + ((part * tokens + token).to(tl.int64) * rows)[None, :] + r[:, None]
     tl.store(u_at, u, mask=(token < tokens)[None, :] & (r < rows)[:, None])
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def byte_product(
-    bytes_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
-    rows, count, stride, span, tokens, factor, zero,
-    PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr, BITS: tl.constexpr, ROW_SCALES: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
-    LOOP: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One block of rows, one span of bytes, BN / 4 tokens; see the module's text.
-
-    Args:
-        bytes_ptr: int8 (rows, stride); ``count`` bytes of a row are codes.
-        z_ptr: int8 (tokens, 4, 8 / BITS, count), the fourth plane never read.
-        sum_ptr: float32 (tokens, parts): sums of a token's coefficients, in units of the token.
-        scale_ptr: scales, (rows,) or one.
-        u_ptr: float32 (splits, tokens, rows), in units of the token.
-        span: bytes of a row that one program takes; best a multiple of BK.
-        factor: value of the last bit of a coefficient, in units of the token.
-        zero: the code whose level is 0, any float.
-    """
-    let_next_start(PDL)
-    byte_block(
-        tl.program_id(0), tl.program_id(1), tl.program_id(2),
-        bytes_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr, rows, count, stride, span, tokens, factor, zero,
-        PARTS, PADDED_PARTS, BITS, ROW_SCALES, BR, BK, BN, STAGES, HELD, LOOP, PDL,
-    )  # fmt: skip

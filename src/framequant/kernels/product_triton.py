@@ -151,9 +151,8 @@ def paired_levels(
     )
 
 
-@triton.jit
-def half_block(
-    block, split, column_block,
+@triton.jit(do_not_specialize=["tokens"])
+def product(
     words_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
     rows, words, stride, span, tokens, factor,
     PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr,
@@ -162,7 +161,19 @@ def half_block(
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
-    """Block ``block`` of rows, span ``split`` of words, block ``column_block`` of tokens: see ``product``."""
+    """One block of rows, one span of words, one block of tokens; see the module's text.
+
+    Args:
+        words_ptr: int16 (or int32, trellis) (rows, stride); ``words`` of a row are codes.
+        z_ptr: halves (tokens, 16 / BITS or 16, words).
+        sum_ptr: float32 (tokens, parts): sums of a token's halves; read without CENTRED only.
+        scale_ptr: scales, (rows,) or one.
+        u_ptr: float32 (splits, tokens, rows).
+        span: words of a row that one program takes; best a multiple of BK.
+        factor: value of a unit of the levels that are multiplied.
+    """
+    let_next_start(PDL)
+    block, split, column_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     codes: tl.constexpr = 16 if TRELLIS else 16 // BITS
     r = block * BR + tl.arange(0, BR)
     start = split * span
@@ -215,36 +226,6 @@ def half_block(
     acc *= scale[:, None]
     u_at = u_ptr + ((split * tokens + n).to(tl.int64) * rows)[None, :] + r[:, None]
     tl.store(u_at, acc.to(u_ptr.dtype.element_ty), mask=few & (r < rows)[:, None])
-
-
-@triton.jit(do_not_specialize=["tokens"])
-def product(
-    words_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr,
-    rows, words, stride, span, tokens, factor,
-    PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr,
-    TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
-    CENTRED: tl.constexpr, ROW_SCALES: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, PREFETCH: tl.constexpr,
-):  # fmt: skip
-    """One block of rows, one span of words, one block of tokens; see the module's text.
-
-    Args:
-        words_ptr: int16 (or int32, trellis) (rows, stride); ``words`` of a row are codes.
-        z_ptr: halves (tokens, 16 / BITS or 16, words).
-        sum_ptr: float32 (tokens, parts): sums of a token's halves; read without CENTRED only.
-        scale_ptr: scales, (rows,) or one.
-        u_ptr: float32 (splits, tokens, rows).
-        span: words of a row that one program takes; best a multiple of BK.
-        factor: value of a unit of the levels that are multiplied.
-    """
-    let_next_start(PDL)
-    half_block(
-        tl.program_id(0), tl.program_id(1), tl.program_id(2),
-        words_ptr, z_ptr, sum_ptr, scale_ptr, u_ptr, rows, words, stride, span, tokens, factor,
-        PARTS, PADDED_PARTS, TRELLIS, BITS, MULTIPLIER, ADDEND, CENTRED, ROW_SCALES, BR, BK, BN, STAGES,
-        PDL, PREFETCH,
-    )  # fmt: skip
 
 
 @triton.jit
