@@ -10,7 +10,7 @@ Must not import layers. Only ``framequant.layers`` imports this module, and only
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -112,19 +112,37 @@ def linear(plan: TritonPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b
     """Apply the linear; ``takes(inputs)`` holds. A new tensor of the inputs' dtype."""
     x = inputs.reshape(-1, inputs.shape[-1])
     x = x if x.stride(-1) == 1 else x.contiguous()
-    into, out, tokens = plan.into, plan.out, x.shape[0]
-    words, rows = plan.codes(tokens), plan.spec.coefficient_shape[0]
-    dim, factor, numbers = plan.spec.out_features, plan.layout.factor, plan.numbers(words)
-    into_sizes, out_sizes = [*into.sizes, *into.padded], [*out.sizes, *out.padded]
+    u, unit = partial_sums(plan, x, plan.spec.coefficient_shape[0])
+    return synthesise(plan, u, unit, inputs.dtype).view(*inputs.shape[:-1], plan.spec.out_features)
+
+
+def partial_sums(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int) -> tuple[Tensor, Tensor]:
+    """Analysis and product: partial sums of ``rows`` coefficients (splits, tokens, rows), and the tokens' units."""
+    into, words = plan.into, plan.codes(x.shape[0])
     z, unit, sums = operators.analysis(
-        x, into.signs, list(into.matrices), into_sizes, into.norm, plan.interleave(words), plan.count(words),
-        words.dtype == torch.int8,
+        x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, plan.interleave(words),
+        plan.count(words), words.dtype == torch.int8,
     )  # fmt: skip
-    u = operators.product(words, z, sums, plan.scales, rows, numbers, factor)
-    y = operators.synthesis(
-        u, unit, out.signs, list(out.matrices), out_sizes, out.norm, dim, plan.bias, inputs.dtype
-    )
-    return y.view(*inputs.shape[:-1], dim)
+    return operators.product(words, z, sums, plan.scales, rows, plan.numbers(words), plan.layout.factor), unit
+
+
+def synthesise(plan: TritonPlan, u: Tensor, unit: Tensor, dtype: torch.dtype) -> Float[Tensor, "t o"]:
+    """Outputs of a linear from its partial sums, bias added."""
+    out = plan.out
+    return operators.synthesis(
+        u, unit, out.signs, list(out.matrices), [*out.sizes, *out.padded], out.norm, plan.spec.out_features, plan.bias,
+        dtype,
+    )  # fmt: skip
+
+
+def problem_with(found: Callable[[], Tensor], exact: Callable[[], Tensor]) -> str:
+    """What is wrong with the outputs of kernels beside plain torch's in float32, or nothing."""
+    try:
+        expected = exact()
+        error = float((found().float() - expected).norm() / expected.norm().clamp(min=1e-30))
+    except Exception as failure:
+        return f"failed: {type(failure).__name__}: {str(failure)[:200]}"
+    return "" if error <= TOLERANCE else f"differ from plain torch by {error:.2g}"
 
 
 def is_right(
@@ -149,15 +167,8 @@ def is_right(
         )
         exact = reference.product(reference.analysis(frames[0], x.float()), plan.spec, tensors)
         exact = reference.synthesis(frames[1], exact)
-        problem = ""
-        try:
-            found = linear(plan, x).float()
-            exact = exact if plan.bias is None else exact + plan.bias.float()
-            error = float((found - exact).norm() / exact.norm().clamp(min=1e-30))
-            if not error <= TOLERANCE:
-                problem = f"differ from plain torch by {error:.2g}"
-        except Exception as failure:
-            problem = f"failed: {type(failure).__name__}: {str(failure)[:200]}"
+        exact = exact if plan.bias is None else exact + plan.bias.float()
+        problem = problem_with(lambda: linear(plan, x), lambda: exact)
         if problem:
             name = f"{plan.spec.out_features} x {plan.spec.in_features} ({type(plan.spec.code).__name__}, {dtype})"
             warnings.warn(
