@@ -30,7 +30,17 @@ def scripts(monkeypatch):
     """The scripts import one another as they do when they are run."""
     monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     yield
-    for name in (*SCRIPTS, "bench", "main_job", "claims", "storage", "run_all", "peers", "peers.run", "ptq4vit"):
+    for name in (
+        *SCRIPTS,
+        "bench",
+        "main_job",
+        "claims",
+        "storage",
+        "run_all",
+        "peers",
+        "peers.run",
+        "ptq4vit",
+    ):
         sys.modules.pop(name, None)
 
 
