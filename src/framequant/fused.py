@@ -60,13 +60,15 @@ class FusedLinears(nn.Module):
         self.register_buffer("words", self._group.joined.words)
         self.register_buffer("scales", self._group.joined.scales)
 
+    @torch.compiler.assume_constant_result
     def serves(self, dtype: torch.dtype, tokens: int = 1) -> bool:
-        """Whether the kernels serve so many tokens of ``dtype``; plain torch is asked once for a kind of linears."""
+        """Whether the kernels serve so many tokens of ``dtype``; plain torch is asked once for a kind of linears.
+
+        ``torch.compile`` runs this while it traces, for real.
+        """
         key = dtype, launches.tokens_to_check(tokens)
         if key not in self._right:
-            if torch.compiler.is_compiling() or (
-                self.words.is_cuda and torch.cuda.is_current_stream_capturing()
-            ):
+            if self.words.is_cuda and torch.cuda.is_current_stream_capturing():
                 return False
             from framequant.kernels import triton_group
 
@@ -94,8 +96,9 @@ class FusedLinears(nn.Module):
         from framequant.kernels import triton_group, triton_linear
 
         size = self.specs[0].in_features
-        if triton_linear.takes(inputs, size) and self.serves(inputs.dtype, inputs.numel() // size):
-            return triton_group.linears(self._group, inputs)
+        if triton_linear.takes(inputs, size):
+            if self.serves(inputs.dtype, launches.tokens_to_check(inputs.numel() // size)):
+                return triton_group.linears(self._group, inputs)
         return triton_group.plain(self._group, self._frames, inputs)
 
     def output(self, number: int, inputs: Tensor) -> Tensor:

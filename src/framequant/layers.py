@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from framequant import storage
 from framequant.frames import FrameOperator, build_frame
-from framequant.kernels import cpu, reference
+from framequant.kernels import cpu, launches, reference
 from framequant.spec import LinearSpec
 
 
@@ -166,21 +166,34 @@ class FrameLinear(nn.Module):
                 "The GPU kernels need triton, which is not installed (pip install triton); plain torch is used."
             )
             return None
-        if torch.compiler.is_compiling() or not triton_linear.takes(inputs, self.in_features):
+        if not triton_linear.takes(inputs, self.in_features):
             return None
-        if self._prepared is None and inputs.is_cuda and torch.cuda.is_current_stream_capturing():
+        kind = launches.tokens_to_check(inputs.numel() // self.in_features)
+        if not self._serves(inputs.dtype, kind, inputs.is_cuda):
+            return None
+        assert self._prepared is not None
+        return triton_linear.linear(self._prepared[2], inputs)
+
+    @torch.compiler.assume_constant_result
+    def _serves(self, dtype: torch.dtype, tokens: int, on_cuda: bool) -> bool:
+        """Whether the kernels serve inputs like these; their plan is then in ``_prepared``.
+
+        ``torch.compile`` runs this while it traces, for real, so that what it compiles was compared with plain torch;
+        what it reads of the plan is guarded, and forgotten plans are made anew.
+        """
+        from framequant.kernels import triton_linear
+
+        capturing = on_cuda and torch.cuda.is_current_stream_capturing()
+        if self._prepared is None and capturing:
             _warn_once(
                 "A linear first ran inside a CUDA graph, in plain torch; run the model once before capturing."
             )
-            return None
+            return False
         plan = self._prepare("triton", triton_linear.triton_plan)
         if plan is None:
             _warn_once(f"No Triton kernel covers linears like {self.spec.scheme()}; plain torch is used.")
-            return None
-        tokens = inputs.numel() // self.in_features
-        if not triton_linear.is_right(plan, self.tensors, self.frames, inputs.dtype, tokens):
-            return None
-        return triton_linear.linear(plan, inputs)
+            return False
+        return triton_linear.is_right(plan, self.tensors, self.frames, dtype, tokens)
 
     def _prepare(self, kind: str, make: Callable[..., Any]) -> Any:
         """What ``make`` returns for this layer's tensors, made again when one was replaced or written to."""
@@ -230,7 +243,14 @@ class FrameLinear(nn.Module):
             moved = getattr(self, name)
             if moved.dtype != dtype:
                 setattr(self, name, before[name].to(device=moved.device))
+        if any(getattr(self, name) is not before[name] for name in dtypes):
+            self._prepared = None  # compiled code guards it, not the tensors that it was made from
         return self
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        """Load, which writes in place, and have compiled code see it."""
+        self._prepared = None
+        super()._load_from_state_dict(*args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: not the prepared constants, which hold addresses."""

@@ -12,6 +12,12 @@ from typing import NamedTuple
 VECTOR_TOKENS = 2
 #: Most tokens of scalar codes that meet bytes: more cost as much in halves, and less in the transforms.
 BYTE_TOKENS = 4
+#: Most tokens of the kernels that decode in their own loop; more are a prompt, for which D̃ is decoded in panels.
+FEW_TOKENS = 64
+#: Bytes of a panel, at most, and of one that an H100's L2 cache (50 MB) mostly holds until it is multiplied.
+PANEL_BYTES, CACHED_BYTES = 64 << 20, 40 << 20
+#: With as many tokens, rows that make 128 of cuBLAS' tiles (128 by 256): a full round of 132 multiprocessors.
+ROUND_ROWS = 2048
 #: Most splits: synthesis reads every part again in each of its programs.
 MOST_SPLITS = 9
 
@@ -20,7 +26,9 @@ def tokens_to_check(tokens: int) -> int:
     """A number of tokens that is launched as ``tokens`` are: each way of launching is checked once."""
     if tokens <= VECTOR_TOKENS:
         return VECTOR_TOKENS
-    return BYTE_TOKENS if tokens <= BYTE_TOKENS else BYTE_TOKENS + 1
+    if tokens <= BYTE_TOKENS:
+        return BYTE_TOKENS
+    return BYTE_TOKENS + 1 if tokens <= FEW_TOKENS else FEW_TOKENS + 1
 
 
 class Tile(NamedTuple):
@@ -103,3 +111,34 @@ def half_tile(trellis: bool, rows: int, tokens: int, compiled: bool) -> Tile:
     if tokens <= 16:
         return Tile(64, 32, 16, 2, 4, 700)
     return Tile(128, 32, 32, 2, 8, 512)
+
+
+class PanelTile(NamedTuple):
+    """What one program decodes: ``rows`` of ``words``, of which ``step`` rows at a time; and its warps."""
+
+    rows: int
+    step: int
+    words: int
+    warps: int
+
+
+def panel_tile(trellis: bool) -> PanelTile:
+    """A word for each thread, so that its codes are one vector to store; two of a trellis, which decodes pairs."""
+    return PanelTile(16, 4, 64, 4) if trellis else PanelTile(16, 2, 64, 4)
+
+
+def panel_rows(rows: int, width: int, tokens: int) -> int:
+    """Rows of a panel, in whole tiles of cuBLAS.
+
+    Many tokens: whole rounds of tiles that stay in the cache. Fewer: all that is allowed, to have tiles enough.
+    """
+    most, cached = PANEL_BYTES // (2 * width), CACHED_BYTES // (2 * width)
+    if tokens >= ROUND_ROWS // 2 and cached >= ROUND_ROWS:
+        return min(rows, cached // ROUND_ROWS * ROUND_ROWS)
+    return min(rows, max(16, most // 256 * 256))
+
+
+def prompt_warps(sizes: list[int]) -> int:
+    """Warps of a program that makes a whole token: 64 float32 registers of each thread for the padded vector."""
+    first, second, third_in, third_out = sizes[4:]
+    return min(16, max(2, first * second * max(third_in, third_out) // 2048))

@@ -226,32 +226,3 @@ def product(
     acc *= scale[:, None]
     u_at = u_ptr + ((split * tokens + n).to(tl.int64) * rows)[None, :] + r[:, None]
     tl.store(u_at, acc.to(u_ptr.dtype.element_ty), mask=few & (r < rows)[:, None])
-
-
-@triton.jit
-def dequantize(
-    words_ptr, scale_ptr, panel_ptr, rows, words, stride, factor,
-    TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
-    ROW_SCALES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Write coefficients as halves (rows, 16 / BITS or 16, words), the order in which analysis writes z."""
-    codes: tl.constexpr = 16 if TRELLIS else 16 // BITS
-    r = tl.program_id(0) * BR + tl.arange(0, BR)
-    k = tl.program_id(1) * BK + tl.arange(0, BK)
-    inside = (r < rows)[:, None] & (k < words)[None, :]
-    w = tl.load(words_ptr + (r.to(tl.int64) * stride)[:, None] + k[None, :], mask=inside, other=0)
-    if TRELLIS:
-        above = ((r & -16) | ((r - 1) & 15)).to(tl.int64)
-        a = tl.load(words_ptr + (above * stride)[:, None] + k[None, :], mask=inside, other=0)
-    if ROW_SCALES:
-        scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) * factor
-    else:
-        scale = tl.load(scale_ptr + r * 0).to(tl.float32) * factor
-    for i in tl.static_range(codes):
-        if TRELLIS:
-            levels = trellis_levels(w, a, 30 - 2 * i, BITS, MULTIPLIER, ADDEND, True)
-        else:
-            levels = scalar_levels(w, i, BITS, True)
-        values = (levels.to(tl.float32) * scale[:, None]).to(panel_ptr.dtype.element_ty)
-        place = panel_ptr + ((r.to(tl.int64) * codes + i) * words)[:, None] + k[None, :]
-        tl.store(place, values, mask=inside)

@@ -67,7 +67,7 @@ def join(plans: Sequence[TritonPlan]) -> GroupPlan:
         replace(plan, words=part, scales=scale[: plan.spec.coefficient_shape[0]])
         for plan, part, scale in zip(plans, words.split(rows), scales.split(rows), strict=True)
     )
-    return GroupPlan(members, rows, replace(plans[0], words=words, scales=scales))
+    return GroupPlan(members, rows, replace(plans[0], words=words, scales=scales, top=triton_linear.largest(scales)))
 
 
 def _row_scales(plan: TritonPlan) -> Tensor:
@@ -92,13 +92,8 @@ def linears(group: GroupPlan, inputs: Float[Tensor, "*b n"]) -> tuple[Float[Tens
         return (triton_linear.linear(group.members[0], inputs),)
     x = inputs.reshape(-1, inputs.shape[-1])
     x = x if x.stride(-1) == 1 else x.contiguous()
-    u, unit = triton_linear.partial_sums(group.joined, x, len(group.joined.words))
-    outputs, start = [], 0
-    for member, rows in zip(group.members, group.rows, strict=True):
-        y = triton_linear.synthesise(member, u[:, :, start : start + rows], unit, inputs.dtype)
-        outputs.append(y.view(*inputs.shape[:-1], member.spec.out_features))
-        start += rows
-    return tuple(outputs)
+    outputs = triton_linear.products(group.joined, x, tuple(zip(group.members, group.rows, strict=True)))
+    return tuple(y.view(*inputs.shape[:-1], y.shape[-1]) for y in outputs)
 
 
 def plain(

@@ -10,22 +10,21 @@ Must not import layers. Only ``framequant.layers`` imports this module, and only
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from framequant.frames import FrameOperator
-from framequant.kernels import launches, reference
+from framequant.kernels import launches, prompt_ops, reference
 from framequant.kernels import triton_ops as operators
 from framequant.kernels.transform_plan import TransformPlan, transform_plan
 from framequant.kernels.words import WordLayout, to_words, word_layout
 from framequant.spec import LinearSpec
 
-#: More tokens than this take plain torch.
-MOST_TOKENS = 64
 #: Relative difference from plain torch in float32 above which a kernel counts as wrong.
 TOLERANCE = 0.02
 
@@ -43,6 +42,7 @@ class TritonPlan:
         layout: of its words.
         words: the codes, int32 for a trellis, else int16.
         scales: as stored, contiguous.
+        top: (1,) float32, the largest scale.
         into: plan of analysis.
         out: plan of synthesis.
         bias: (out_features,) or None.
@@ -52,6 +52,7 @@ class TritonPlan:
     layout: WordLayout
     words: Tensor
     scales: Tensor
+    top: Tensor
     into: TransformPlan
     out: TransformPlan
     bias: Tensor | None
@@ -95,15 +96,20 @@ def triton_plan(
     if scales.numel() not in (1, spec.coefficient_shape[0]):
         return None
     words = to_words(tensors["packed_codes"], spec, layout)
-    return TritonPlan(spec, layout, words, scales.contiguous(), into, out, bias)
+    return TritonPlan(spec, layout, words, scales.contiguous(), largest(scales), into, out, bias)
+
+
+def largest(scales: Tensor) -> Tensor:
+    """The largest modulus of some scales, (1,), float32, never 0."""
+    return scales.float().abs().amax().clamp(min=1e-30).view(1)
 
 
 def takes(inputs: Tensor, in_features: int) -> bool:
-    """Whether the kernels know these inputs: few tokens, a dtype of theirs, and no gradient asked for."""
+    """Whether the kernels know these inputs: some tokens, a dtype of theirs, and no gradient asked for."""
     return (
         inputs.dtype in (torch.float16, torch.bfloat16)  # coefficients are rounded to halves
         and inputs.shape[-1:] == (in_features,)
-        and 0 < inputs.numel() <= MOST_TOKENS * in_features
+        and inputs.numel() > 0
         and not (inputs.requires_grad and torch.is_grad_enabled())
     )
 
@@ -112,27 +118,52 @@ def linear(plan: TritonPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b
     """Apply the linear; ``takes(inputs)`` holds. A new tensor of the inputs' dtype."""
     x = inputs.reshape(-1, inputs.shape[-1])
     x = x if x.stride(-1) == 1 else x.contiguous()
-    u, unit = partial_sums(plan, x, plan.spec.coefficient_shape[0])
-    return synthesise(plan, u, unit, inputs.dtype).view(*inputs.shape[:-1], plan.spec.out_features)
+    (y,) = products(plan, x, ((plan, plan.spec.coefficient_shape[0]),))
+    return y.view(*inputs.shape[:-1], plan.spec.out_features)
 
 
-def partial_sums(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int) -> tuple[Tensor, Tensor]:
-    """Analysis and product: partial sums of ``rows`` coefficients (splits, tokens, rows), and the tokens' units."""
-    into, words = plan.into, plan.codes(x.shape[0])
+def products(
+    plan: TritonPlan, x: Float[Tensor, "t n"], members: Sequence[tuple[TritonPlan, int]]
+) -> tuple[Float[Tensor, "t o"], ...]:
+    """Outputs of linears whose rows, so many of each, lie one below the other in the words of ``plan``."""
+    starts = list(accumulate((rows for _, rows in members), initial=0))
+    u, unit = _multiply(plan, x, starts[-1])
+    return tuple(
+        _synthesise(member, plan, u[..., start : start + rows], unit, x.dtype)
+        for start, (member, rows) in zip(starts, members, strict=False)
+    )
+
+
+def _multiply(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int) -> tuple[Tensor, Tensor]:
+    """Analysis and product, and the tokens' units.
+
+    Few tokens: float32 partial sums of ``rows`` coefficients (splits, tokens, rows). A prompt: halves (tokens, rows).
+    """
+    into, lay = plan.into, plan.layout
+    sizes = [*into.sizes, *into.padded]
+    if x.shape[0] > launches.FEW_TOKENS:
+        columns = plan.spec.coefficient_shape[1]
+        z, unit = prompt_ops.analysis(x, into.signs, list(into.matrices), sizes, into.norm, columns)
+        numbers = [int(lay.trellis), lay.bits, lay.multiplier, lay.addend]
+        return prompt_ops.product(plan.words, z, plan.scales, plan.top, rows, numbers), unit
+    words = plan.codes(x.shape[0])
     z, unit, sums = operators.analysis(
-        x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, plan.interleave(words),
-        plan.count(words), words.dtype == torch.int8,
+        x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
+        words.dtype == torch.int8,
     )  # fmt: skip
-    return operators.product(words, z, sums, plan.scales, rows, plan.numbers(words), plan.layout.factor), unit
+    return operators.product(words, z, sums, plan.scales, rows, plan.numbers(words), lay.factor), unit
 
 
-def synthesise(plan: TritonPlan, u: Tensor, unit: Tensor, dtype: torch.dtype) -> Float[Tensor, "t o"]:
-    """Outputs of a linear from its partial sums, bias added."""
-    out = plan.out
-    return operators.synthesis(
-        u, unit, out.signs, list(out.matrices), [*out.sizes, *out.padded], out.norm, plan.spec.out_features, plan.bias,
-        dtype,
-    )  # fmt: skip
+def _synthesise(
+    plan: TritonPlan, joined: TritonPlan, u: Tensor, unit: Tensor, dtype: torch.dtype
+) -> Float[Tensor, "t o"]:
+    """Outputs of a linear from its products with the words of ``joined``, bias added."""
+    out, dim = plan.out, plan.spec.out_features
+    matrices, sizes = list(out.matrices), [*out.sizes, *out.padded]
+    if u.dim() == 2:
+        norm = out.norm * prompt_ops.gain(plan.layout.trellis, plan.layout.factor)
+        return prompt_ops.synthesis(u, unit, joined.top, out.signs, matrices, sizes, norm, dim, plan.bias, dtype)
+    return operators.synthesis(u, unit, out.signs, matrices, sizes, out.norm, dim, plan.bias, dtype)
 
 
 def problem_with(found: Callable[[], Tensor], exact: Callable[[], Tensor]) -> str:

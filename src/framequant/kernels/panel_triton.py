@@ -1,0 +1,94 @@
+"""A panel of D̃ for cuBLAS: some rows decoded to halves, in the order of their columns.
+
+A prompt has so many tokens that multiplying takes longer than writing the decoded weights, and no loop of ours
+multiplies as fast as cuBLAS: so rows are decoded into a bounded buffer that mostly stays in the L2 cache, and
+multiplied from there. Bound by the two bytes written for a weight, so codes are read once and stores are vectors:
+a thread holds adjacent words, all codes of which it makes itself.
+
+Levels are scaled to at most 1/2 and a row by its scale relative to the largest one, so no product of a panel with
+coefficients of ``prompt_transform_triton`` leaves the range of halves; what is left is one factor for all rows.
+
+Only ``framequant.kernels.prompt_ops`` imports this module. Imports torch and triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from framequant.kernels.product_triton import trellis_levels
+
+#: Value of a unit of a trellis level in a panel: levels are -510 ... 510.
+TRELLIS_UNIT = 2.0**-10
+
+
+@triton.jit
+def _scalar_values(words, ratio, INDEX: tl.constexpr, BITS: tl.constexpr):
+    """The INDEX-th codes as ``(code - (2**BITS - 1) / 2) / 2**BITS * ratio`` in float32, by one multiply-add."""
+    code = (words.to(tl.int32) >> (BITS * INDEX)) & ((1 << BITS) - 1)
+    one_and_code = ((code << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)  # 1 + code / 2**BITS
+    centre: tl.constexpr = 1.0 + ((1 << BITS) - 1) / (2 << BITS)
+    return one_and_code * ratio - centre * ratio
+
+
+@triton.jit
+def _values(
+    words, above, ratio, INDEX: tl.constexpr, TRELLIS: tl.constexpr, BITS: tl.constexpr,
+    MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
+):  # fmt: skip
+    if TRELLIS:
+        levels = trellis_levels(words, above, 30 - 2 * INDEX, BITS, MULTIPLIER, ADDEND, True)
+        return (levels.to(tl.float32) * (ratio * 0.0009765625)).to(tl.float16)
+    return _scalar_values(words, ratio, INDEX, BITS).to(tl.float16)
+
+
+@triton.jit
+def _halved(values, COUNT: tl.constexpr):
+    """Interleave the i-th tensor with the one half the list further on: half as many, twice as wide."""
+    found = ()
+    for i in tl.static_range(COUNT // 2):
+        found += (tl.interleave(values[i], values[i + COUNT // 2]),)
+    return found
+
+
+@triton.jit
+def decode_panel(
+    words_ptr, scale_ptr, top_ptr, panel_ptr, rows, stride, width,
+    TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
+    ROW_SCALES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Decode BR * STEPS rows by BK words; see the module's text.
+
+    Args:
+        words_ptr: int16 (or int32, trellis) (rows, stride), the first row one of a tile's sixteen.
+        scale_ptr: scales, (rows,) or one.
+        top_ptr: the largest scale, float32.
+        panel_ptr: halves (rows, width).
+        width: coefficients of a row and what fills it up to a multiple of 16; the filling is finite.
+    """
+    codes: tl.constexpr = 16 if TRELLIS else 16 // BITS
+    k = tl.program_id(0) * BK + tl.arange(0, BK)
+    column = tl.program_id(0) * (BK * codes) + tl.arange(0, BK * codes)
+    top = tl.load(top_ptr)
+    for step in tl.static_range(STEPS):
+        r = (tl.program_id(1) * STEPS + step) * BR + tl.arange(0, BR)
+        there = (r < rows)[:, None] & (k < stride)[None, :]
+        w = tl.load(words_ptr + (r.to(tl.int64) * stride)[:, None] + k[None, :], mask=there, other=0)
+        above = w
+        if TRELLIS:
+            other = ((r & -16) | ((r - 1) & 15)).to(tl.int64)
+            above = tl.load(words_ptr + (other * stride)[:, None] + k[None, :], mask=there, other=0)
+        if ROW_SCALES:
+            ratio = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) / top
+        else:
+            ratio = tl.full([BR], 1.0, tl.float32)
+        values = ()
+        for i in tl.static_range(codes):
+            values += (_values(w, above, ratio[:, None], i, TRELLIS, BITS, MULTIPLIER, ADDEND),)
+        if codes > 8:
+            values = _halved(values, codes)
+        if codes > 4:
+            values = _halved(values, 8)
+        tile = _halved(_halved(values, 4), 2)[0]
+        place = panel_ptr + (r.to(tl.int64) * width)[:, None] + column[None, :]
+        tl.store(place, tile, mask=(r < rows)[:, None] & (column < width)[None, :])
