@@ -11,7 +11,7 @@ from framequant.codes.grid import GridSpec
 from framequant.codes.trellis import TrellisSpec
 from framequant.frames import build_frame, choose_frame
 from framequant.kernels.product_bytes_triton import byte_product
-from framequant.kernels.product_triton import dequantize, product
+from framequant.kernels.product_triton import product
 from framequant.kernels.transform_plan import transform_plan
 from framequant.kernels.transform_triton import LAST_BIT, transform
 from framequant.kernels.vector_triton import vector_transform
@@ -75,8 +75,7 @@ class Case:
         self.unit = torch.ones(tokens, device=DEVICE)
         self.sums = torch.zeros(tokens, self.into.num_rows, device=DEVICE)
         self.vector_sums = torch.zeros(tokens, self.into.sizes[0], device=DEVICE)
-        kind = torch.float16 if tokens > 64 else torch.float32
-        self.u = torch.full((splits, tokens, self.rows), float("nan"), device=DEVICE, dtype=kind)
+        self.u = torch.full((splits, tokens, self.rows), float("nan"), device=DEVICE, dtype=torch.float32)
         self.y = torch.full(
             (tokens, self.spec.out_features), float("nan"), device=DEVICE, dtype=torch.float16
         )
@@ -133,16 +132,6 @@ class Case:
             source.stride(-2), source.stride(0) if parts > 1 else 0, self.count, plan.norm, *plan.sizes, *plan.padded,
             PARTS=parts, ANALYSIS=analysis, INTERLEAVE=self.interleave if analysis else 1,
             PLANES=analysis and self.as_bytes, BIAS=False, PDL=pdl, num_warps=warps, launch_pdl=pdl,
-        )  # fmt: skip
-
-    def panel(self, copy: int, start: int, stop: int, panel: torch.Tensor, rows: int, step: int) -> None:
-        """Decode some rows to halves."""
-        lay = self.layout
-        scales = self.scales[start:stop] if self.scales.numel() > 1 else self.scales
-        dequantize[(-(-(stop - start) // rows), -(-lay.words // step))](
-            self.words[copy][start:stop], scales, panel, stop - start, lay.words, lay.stride, lay.factor,
-            TRELLIS=lay.trellis, BITS=lay.bits, MULTIPLIER=lay.multiplier, ADDEND=lay.addend,
-            ROW_SCALES=self.scales.numel() > 1, BR=rows, BK=step,
         )  # fmt: skip
 
     def coefficients(self) -> torch.Tensor:

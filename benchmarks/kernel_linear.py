@@ -1,6 +1,7 @@
 """The linear as ``FrameLinear`` runs it on a GPU, transforms included, against fp16 cuBLAS.
 
-    PYTHONPATH=src:. python benchmarks/kernel_linear.py --csv $OUT/linear.csv       # about 60 s on an H100
+    PYTHONPATH=src:. python benchmarks/kernel_linear.py --csv $OUT/linear.csv
+    PYTHONPATH=src:. python benchmarks/kernel_linear.py --tokens 128 512 2048 --shapes 0 1 3        # prompts alone
 
 Random codes and inputs; the operators of ``framequant.kernels.triton_ops`` in a CUDA graph over enough copies of the
 codes to make them cold; medians. Each result is compared with the same linear in plain torch, in float32.
@@ -23,11 +24,12 @@ import torch
 from kernel_cases import COLD, DEVICE, SCALAR, TRELLIS, Case, graph_us
 from measure import commit
 
-from framequant.kernels import launches, reference, triton_linear, triton_ops
-from framequant.kernels.launches import Tile
+from framequant.kernels import launches, prompt_ops, reference, triton_linear, triton_ops
+from framequant.kernels.launches import PanelTile, Tile
 
 SHAPES = ((4096, 4096), (11008, 4096), (22016, 4096), (28672, 8192))
 CODES = {"scalar": (SCALAR, 1.125), "trellis": (TRELLIS, 1.0)}
+PARTS_OF_PROMPT = 2048  # tokens of the prompt whose operators are timed one by one, and with other launches
 Patch = dict[tuple[Any, str], Any]  # module, name and value for the while
 Found = tuple[str, Patch]
 
@@ -36,7 +38,7 @@ def fixed(value: object) -> Callable[..., object]:
     return lambda *_: value
 
 
-def tiles(name: str, *found: Tile) -> list[tuple[str, dict[tuple[Any, str], Any]]]:
+def tiles(name: str, *found: Tile | PanelTile) -> list[tuple[str, dict[tuple[Any, str], Any]]]:
     return [("x".join(map(str, tile)), {(launches, name): fixed(tile)}) for tile in found]
 
 
@@ -57,8 +59,22 @@ def one_token(code: str, shape: tuple[int, int]) -> list[Found]:
     )
 
 
+def prompt(tokens: int) -> list[Found]:
+    """Sizes of panels, tiles of their decoding, warps of the transforms."""
+    if tokens != PARTS_OF_PROMPT:
+        return []
+    found: list[Found] = [("panels of 64 MiB", {(launches, "ROUND_ROWS"): 1 << 20})]
+    found += tiles("panel_tile", PanelTile(16, 4, 64, 4), PanelTile(16, 2, 128, 8), PanelTile(32, 2, 64, 4))
+    for factor in (0.5, 2):
+        warps = {(launches, "prompt_warps"): lambda sizes, f=factor, g=launches.prompt_warps: int(f * g(sizes)) or 1}
+        found.append((f"{factor} of the warps", warps))
+    return found
+
+
 def variants(code: str, shape: tuple[int, int], tokens: int) -> list[Found]:
     """What is tried beside the default."""
+    if tokens > launches.FEW_TOKENS:
+        return prompt(tokens)
     if tokens == 1:
         return one_token(code, shape)
     if code == "trellis":
@@ -93,23 +109,29 @@ def patched(how: Patch) -> Iterator[None]:
 
 def make(code: str, shape: tuple[int, int], cold: float) -> tuple[Case, list[triton_linear.TritonPlan]]:
     case = Case(shape, CODES[code][0], CODES[code][1], cold=cold)
-    plans = [triton_linear.TritonPlan(case.spec, case.layout, words, case.scales, case.into, case.out, None,
-                                      {-1: torch.zeros(3, dtype=torch.int32, device=DEVICE)})
-             for words in case.words]  # fmt: skip
+    top = triton_linear.largest(case.scales)
+    plans = [
+        triton_linear.TritonPlan(case.spec, case.layout, words, case.scales, top, case.into, case.out, None)
+        for words in case.words
+    ]
     return case, plans
 
 
-def jobs(shapes: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, tuple[int, int], int]]:
-    for shape in shapes:
+Job = tuple[str, tuple[int, int], int]
+
+
+def jobs(shapes: list[int], only: list[int]) -> Iterator[Job]:
+    """Code, shape and tokens of the rows of the table; ``only`` chooses tokens."""
+    for shape in (SHAPES[i] for i in shapes):
         for code in CODES:
             large = shape in SHAPES[2:]
-            for tokens in (1, 16) if large and code == "trellis" else (1, 4, 16, 64) if large else (1,):
-                yield code, shape, tokens
+            few = (1, 16) if large and code == "trellis" else (1, 4, 16, 64) if large else (1,)
+            yield from ((code, shape, tokens) for tokens in only or (*few, 512, PARTS_OF_PROMPT))
 
 
-def compile_part(part: str, shapes: tuple[tuple[int, int], ...]) -> None:
+def compile_part(part: str, todo: list[Job]) -> None:
     """Launch a share of what will be timed, each kernel once."""
-    found = [(job, how) for job in jobs(shapes) for how in (("default", {}), *variants(*job))]
+    found = [(job, how) for job in todo for how in (("default", {}), *variants(*job))]
     index, count = map(int, part.split("/"))
     found = found[index::count]
     made: dict[tuple[str, tuple[int, int]], triton_linear.TritonPlan] = {}
@@ -188,7 +210,7 @@ class Table:
 
 
 def measure(table: Table, code: str, shape: tuple[int, int], tokens: int, base: float) -> None:
-    case, plans = make(code, shape, COLD)
+    case, plans = make(code, shape, COLD if tokens <= launches.FEW_TOKENS else 1.0)
     x = torch.randn(tokens, shape[1], device=DEVICE, dtype=torch.float16)
     found, first = [], None
     for name, how in (("default", {}), *variants(code, shape, tokens)):
@@ -202,7 +224,7 @@ def measure(table: Table, code: str, shape: tuple[int, int], tokens: int, base: 
             off = float((y - first).norm() / first.norm())
             if not off < 2e-3:
                 print(f"    {name}: !! differs from the default by {off:.1e}", flush=True)
-            runs = [lambda p=plan: triton_linear.linear(p, x) for plan in plans]
+            runs = [lambda p=plan: triton_linear.linear(p, x) for plan in plans] * (2 if len(plans) == 1 else 1)
             us = table.add(shape, tokens, code, name, lambda r=runs: graph_us(r))
             found.append((us if us == us else 1e9, name))
     default, best = found[0][0], sorted(found)[:4]
@@ -213,6 +235,38 @@ def measure(table: Table, code: str, shape: tuple[int, int], tokens: int, base: 
           f"error {mine:.1e}, torch {torchs:.1e}{mark}; best {others}", flush=True)  # fmt: skip
     if tokens == 1 or tokens == 16:
         parts(table, plans, shape, tokens, code, x)
+    if tokens == PARTS_OF_PROMPT:
+        prompt_parts(table, plans[0], shape, code, x)
+
+
+def prompt_parts(
+    table: Table, plan: triton_linear.TritonPlan, shape: tuple[int, int], code: str, x: torch.Tensor
+) -> None:
+    """The three operators of a prompt one by one, and cuBLAS on a matrix that was decoded before."""
+    into, out, rows, ops = plan.into, plan.out, plan.spec.coefficient_shape[0], prompt_ops
+
+    def first() -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.analysis(x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
+                            plan.spec.coefficient_shape[1])  # fmt: skip
+
+    z, unit = first()
+
+    def middle() -> torch.Tensor:
+        return ops.product(plan.words, z, plan.scales, plan.top, rows, plan.code)
+
+    u = middle()
+
+    def last() -> torch.Tensor:
+        return ops.synthesis(u, unit, plan.top, out.signs, list(out.matrices), [*out.sizes, *out.padded], out.norm,
+                             shape[0], None, x.dtype)  # fmt: skip
+
+    dense = torch.randn(rows, z.shape[1], device=DEVICE, dtype=torch.float16)
+    found = {
+        name: table.add(shape, len(x), code, f"{name} alone", lambda run=run: graph_us([run] * 2))
+        for name, run in (("analysis", first), ("product", middle), ("synthesis", last),
+                          ("cuBLAS on decoded rows", lambda: z @ dense.t()))
+    }  # fmt: skip
+    print("      alone: " + ", ".join(f"{name} {us:.1f}" for name, us in found.items()) + " us", flush=True)
 
 
 def parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple[int, int], tokens: int, code: str,
@@ -260,18 +314,19 @@ def main() -> None:
     )
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--shapes", type=int, nargs="*", default=[0, 1, 2, 3], help="which of the four")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[], help="these only, for every code and shape")
     parser.add_argument("--limit", type=float, default=90, help="seconds for compiling")
     parser.add_argument("--worker")
     arguments = parser.parse_args()
-    shapes = tuple(SHAPES[i] for i in arguments.shapes)
+    todo = list(jobs(arguments.shapes, arguments.tokens))
     torch.manual_seed(0)
     if arguments.worker:
-        compile_part(arguments.worker, shapes)
+        compile_part(arguments.worker, todo)
         return
     begin, bases = time.time(), {}
     workers(arguments.limit)
     table = Table(arguments.csv)
-    for code, shape, tokens in jobs(shapes):
+    for code, shape, tokens in todo:
         if (shape, tokens) not in bases:
             bases[shape, tokens] = cublas(table, shape, tokens)
         measure(table, code, shape, tokens, bases[shape, tokens])

@@ -136,30 +136,6 @@ def linear(table: Table, case: Case, tokens: int, best: tuple, base: float) -> N
             )
 
 
-def prompt(table: Table, case: Case, tokens: int, base: float) -> None:
-    """Panels of decoded rows and cuBLAS."""
-    shape = f"{case.shape[0]}x{case.shape[1]}"
-    case.tensors(tokens, 1)
-    for what, analysis in (("analysis", True), ("synthesis", False)):
-        table.add("prompt", shape, tokens, what, lambda a=analysis: graph_us([lambda: case.transform(a)] * 3))
-    z, u = case.z.view(tokens, -1), case.u[0]
-    for rows in (2048, 4096, case.rows):
-        panel = torch.empty(rows, z.shape[1], device=DEVICE, dtype=torch.float16)
-
-        def both(panel: torch.Tensor = panel, rows: int = rows) -> None:
-            for start in range(0, case.rows, rows):
-                stop = min(start + rows, case.rows)
-                case.panel(0, start, stop, panel[: stop - start], 32, 64)
-                torch.mm(z, panel[: stop - start].t(), out=u[:, start:stop])
-
-        us = table.add(
-            "prompt", shape, tokens, f"panels of {rows} and cuBLAS", lambda f=both: graph_us([f] * 2)
-        )
-        print(f"         {base / us:.2f}x cuBLAS without transforms")
-    table.add("prompt", shape, tokens, "panel of all rows alone", lambda: graph_us(
-        [lambda: case.panel(0, 0, case.rows, panel, 32, 64)] * 3))  # fmt: skip
-
-
 def workers(sections: list[str]) -> None:
     start, count = time.time(), max(2, min(14, (os.cpu_count() or 2) - 2))
     args = [sys.executable, __file__, "--sections", *sections, "--worker"]
@@ -206,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    everything = ["one", "linear", "few", "trellis", "prompt"]
+    everything = ["one", "linear", "few", "trellis"]
     parser.add_argument("--sections", nargs="+", default=everything, choices=everything)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--worker")
@@ -236,8 +212,6 @@ def main() -> None:
                 best = variants(table, case, kind, tokens, base)
                 if "linear" in sections and kind == "bytes":
                     linear(table, case, tokens, best, base)
-            if kind == "halves" and "prompt" in sections and shape == SHAPES[1]:
-                prompt(table, case, 2048, cublas(table, shape, 2048))
             del case
             torch.cuda.empty_cache()
     print(

@@ -96,9 +96,9 @@ class FusedLinears(nn.Module):
         from framequant.kernels import triton_group, triton_linear
 
         size = self.specs[0].in_features
-        if triton_linear.takes(inputs, size):
-            if self.serves(inputs.dtype, launches.tokens_to_check(inputs.numel() // size)):
-                return triton_group.linears(self._group, inputs)
+        kind = launches.tokens_to_check(inputs.numel() // size)
+        if triton_linear.takes(inputs, size) and self.serves(inputs.dtype, kind):
+            return triton_group.linears(self._group, inputs)
         return triton_group.plain(self._group, self._frames, inputs)
 
     def output(self, number: int, inputs: Tensor) -> Tensor:

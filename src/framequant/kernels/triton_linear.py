@@ -72,10 +72,14 @@ class TritonPlan:
             return self.layout.words
         return -(-self.spec.coefficient_shape[1] * self.layout.bits // 8)
 
+    @property
+    def code(self) -> list[int]:
+        """The ``layout`` of a prompt's product."""
+        return [int(self.layout.trellis), self.layout.bits, self.layout.multiplier, self.layout.addend]
+
     def numbers(self, words: Tensor) -> list[int]:
-        """The operator's ``layout``."""
-        lay = self.layout
-        return [int(lay.trellis), lay.bits, lay.multiplier, lay.addend, self.count(words), words.shape[1]]
+        """The ``layout`` of the product of few tokens."""
+        return [*self.code, self.count(words), words.shape[1]]
 
 
 def triton_plan(
@@ -139,19 +143,17 @@ def _multiply(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int) -> tuple[Ten
 
     Few tokens: float32 partial sums of ``rows`` coefficients (splits, tokens, rows). A prompt: halves (tokens, rows).
     """
-    into, lay = plan.into, plan.layout
-    sizes = [*into.sizes, *into.padded]
+    into, sizes = plan.into, [*plan.into.sizes, *plan.into.padded]
     if x.shape[0] > launches.FEW_TOKENS:
         columns = plan.spec.coefficient_shape[1]
         z, unit = prompt_ops.analysis(x, into.signs, list(into.matrices), sizes, into.norm, columns)
-        numbers = [int(lay.trellis), lay.bits, lay.multiplier, lay.addend]
-        return prompt_ops.product(plan.words, z, plan.scales, plan.top, rows, numbers), unit
+        return prompt_ops.product(plan.words, z, plan.scales, plan.top, rows, plan.code), unit
     words = plan.codes(x.shape[0])
     z, unit, sums = operators.analysis(
         x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
         words.dtype == torch.int8,
     )  # fmt: skip
-    return operators.product(words, z, sums, plan.scales, rows, plan.numbers(words), lay.factor), unit
+    return operators.product(words, z, sums, plan.scales, rows, plan.numbers(words), plan.layout.factor), unit
 
 
 def _synthesise(

@@ -1,0 +1,163 @@
+"""Prompts and ``torch.compile`` on Triton: interpreted in a subprocess, and compiled without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from framequant.kernels import launches
+
+pytest.importorskip("triton")
+
+PROMPTS = """
+import torch
+from framequant.codes.grid import GridSpec
+from framequant.codes.trellis import TrellisSpec
+from framequant.kernels import launches, triton_linear
+from tests.kernels.test_cpu import make_layer
+torch.manual_seed(0)
+launches.PANEL_BYTES = 4096  # several panels, the last of them smaller
+cases = (
+    (GridSpec("sigma_clip", 4, "symmetric"), (192, 70), (1.125, 1.0), torch.bfloat16),
+    (GridSpec("uniform", 16, "symmetric", per_tensor=True), (100, 70), (1.0, 1.125), torch.float16),
+    (GridSpec("sigma_clip", 2, "symmetric"), (192, 36), (1.125, 1.0), torch.float16),
+    (GridSpec("sigma_clip", 4, "symmetric"), (1001, 20), (1.0, 1.0), torch.float16),  # three factors
+    (GridSpec("sigma_clip", 4, "symmetric"), (20, 1001), (1.0, 1.0), torch.float16),
+    (TrellisSpec(12, (2,)), (192, 48), (1.125, 1.0), torch.float16),
+    (TrellisSpec(16, (2,)), (64, 40), (1.0, 1.0), torch.bfloat16),
+)
+for code, features, redundancy, dtype in cases:
+    layer = make_layer(code, features, redundancy)
+    x = torch.randn(launches.FEW_TOKENS + 2, features[0]).to(dtype)
+    x[1] *= 1e-3
+    x[2, 5] = 1e4 * x[2].abs().max()  # an outlier
+    x[3] = 0
+    layer.backend = "reference"
+    exact, torchs = layer(x.double()), layer(x).double()
+    layer.backend = "triton"
+    mine = layer(x)
+    plan = layer._prepared[2]
+    assert mine.dtype == dtype and mine.isfinite().all()
+    assert isinstance(plan, triton_linear.TritonPlan) and list(triton_linear._verdicts.values())[-1]
+    for rows in (slice(1, 2), slice(2, 3), slice(3, None)):
+        size = exact[rows].norm()
+        error, allowed = ((y[rows].double() - exact[rows]).norm() / size for y in (mine, torchs))
+        assert error <= 2 * allowed, (code, features, rows, float(error), float(allowed))
+    assert torch.equal(layer(x.view(2, -1, features[0])), mine.view(2, -1, features[1]))
+    assert torch.equal(layer(torch.stack([x, x], 1)[:, 1]), mine)  # rows apart
+    ops, into, out = torch.ops.framequant, plan.into, plan.out
+    z, unit = torch.zeros(2, -(-plan.spec.coefficient_shape[1] // 16) * 16).half(), torch.ones(2)
+    u = torch.zeros(2, plan.spec.coefficient_shape[0]).half()
+    for op, arguments in (
+        (ops.prompt_analysis, (x[:2], into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
+                               plan.spec.coefficient_shape[1])),
+        (ops.prompt_product, (plan.words, z, plan.scales, plan.top, u.shape[1], plan.code)),
+        (ops.prompt_synthesis, (u, unit, plan.top, out.signs, list(out.matrices), [*out.sizes, *out.padded],
+                                out.norm, features[1], plan.bias, dtype)),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+"""
+
+TRACED = """
+import warnings
+import torch
+from framequant.codes.grid import GridSpec
+from framequant.kernels import launches, prompt_ops, triton_linear, triton_ops
+from tests.kernels.test_cpu import CODES, make_layer
+torch.manual_seed(0)
+inputs = [torch.randn(tokens, 192).half() for tokens in (1, launches.FEW_TOKENS + 2)]
+for code in (CODES[0], CODES[5]):
+    for x in inputs:
+        layer = make_layer(code, (192, 48))
+        layer.backend = "triton"
+        graphs = []
+        def seen(graph, _):
+            graphs.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+            return graph.forward
+        torch.compile(layer, fullgraph=True, backend=seen)(x)
+        assert any("product" in name for name in graphs[0]), graphs
+        torch._dynamo.reset()
+        layer.forget_prepared()
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        first = compiled(x)  # not run before
+        assert torch.equal(first, layer(x))
+        layer.load_state_dict({name: t * 2 if name == "scales" else t for name, t in layer.state_dict().items()})
+        torch.testing.assert_close(compiled(x) - layer.bias, 2 * (first - layer.bias), rtol=0.02, atol=0.02)
+        torch._dynamo.reset()
+triton_linear._verdicts.clear()
+layer = make_layer(CODES[0], (192, 48))
+layer.backend, prompt_ops.decode_panel, triton_ops.byte_product = "triton", None, None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    found = [torch.compile(layer, fullgraph=True, backend="aot_eager")(x) for x in inputs]
+assert sum("plain torch is used" in str(w.message) for w in caught) == 2, [str(w.message) for w in caught]
+layer.backend = "reference"
+assert all(torch.equal(y, layer(x)) for x, y in zip(inputs, found))
+"""
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from framequant.codes.trellis_codebook import codebook
+from framequant.kernels import launches, panel_triton, prompt_transform_triton
+def ptx(kernel, types, constants, warps):
+    names = list(types)
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t != "fp32" and n != "rows"}
+    source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
+for trellis in (False, True):
+    tile, book = launches.panel_tile(trellis), codebook(12)
+    types = {"words_ptr": "*i32" if trellis else "*i16", "scale_ptr": "*bf16", "top_ptr": "*fp32",
+             "panel_ptr": "*fp16", "rows": "i32", "stride": "i32", "width": "i32"}
+    constants = {"TRELLIS": trellis, "BITS": 12 if trellis else 2, "MULTIPLIER": book.multiplier,
+                 "ADDEND": book.addend, "ROW_SCALES": True, "BR": tile.step, "BK": tile.words,
+                 "STEPS": tile.rows // tile.step}
+    text = ptx(panel_triton.decode_panel, types, constants, tile.warps)
+    assert "st.global.v4.b32" in text and "st.global.b16" not in text
+types = dict.fromkeys("x_ptr signs_ptr m0_ptr m1_ptr m2_ptr bias_ptr top_ptr out_ptr unit_ptr".split(), "*fp16")
+types |= {"signs_ptr": "*i8", "top_ptr": "*fp32", "unit_ptr": "*fp32", "x_stride": "i32", "out_stride": "i32",
+          "norm": "fp32"}
+for sizes in ([64, 1, 64, 72, 64, 1, 64, 128], [43, 16, 16, 16, 64, 16, 16, 16]):
+    constants = dict(zip("F0 F1 F2_IN F2_OUT P0 P1 P2_IN P2_OUT".split(), sizes))
+    for analysis in (True, False):
+        constants |= {"ANALYSIS": analysis, "BIAS": not analysis}
+        text = ptx(prompt_transform_triton.prompt_transform, types, constants, launches.prompt_warps(sizes))
+        assert "st.global.v4.b32" in text or "st.global.v2.b32" in text
+"""
+
+
+def run(code: str, tmp_path: Path, *options: str, **environment: str) -> None:
+    env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, *options, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_prompts_through_the_interpreter(tmp_path: Path) -> None:
+    run(PROMPTS, tmp_path, TRITON_INTERPRET="1")
+
+
+def test_compiled_layers_take_the_operators(tmp_path: Path) -> None:
+    run(TRACED, tmp_path, TRITON_INTERPRET="1")
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    run(COMPILED, tmp_path, "-W", "error", TRITON_INTERPRET="0")
+
+
+@pytest.mark.parametrize("rows", [1, 300, 4096, 11008, 28672, 152064])
+@pytest.mark.parametrize("width", [16, 4608, 9216, 32768])
+@pytest.mark.parametrize("tokens", [65, 512, 2048, 8192])
+def test_panels_are_bounded_and_start_at_tiles(rows: int, width: int, tokens: int) -> None:
+    found = launches.panel_rows(rows, width, tokens)
+    assert 1 <= found <= rows and 2 * found * width <= launches.PANEL_BYTES
+    assert found == rows or found % 256 == 0
+
+
+def test_a_number_of_tokens_is_checked_as_its_kind() -> None:
+    kinds = [launches.tokens_to_check(tokens) for tokens in range(1, 200)]
+    assert kinds == [launches.tokens_to_check(kind) for kind in kinds] and len(set(kinds)) == 4
