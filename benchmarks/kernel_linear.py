@@ -38,7 +38,7 @@ def fixed(value: object) -> Callable[..., object]:
     return lambda *_: value
 
 
-def tiles(name: str, *found: Tile | PanelTile) -> list[tuple[str, dict[tuple[Any, str], Any]]]:
+def tiles(name: str, *found: Tile) -> list[tuple[str, dict[tuple[Any, str], Any]]]:
     return [("x".join(map(str, tile)), {(launches, name): fixed(tile)}) for tile in found]
 
 
@@ -64,7 +64,8 @@ def prompt(tokens: int) -> list[Found]:
     if tokens != PARTS_OF_PROMPT:
         return []
     found: list[Found] = [("panels of 64 MiB", {(launches, "ROUND_ROWS"): 1 << 20})]
-    found += tiles("panel_tile", PanelTile(16, 4, 64, 4), PanelTile(16, 2, 128, 8), PanelTile(32, 2, 64, 4))
+    for tile in (PanelTile(16, 4, 64, 4), PanelTile(16, 2, 128, 8), PanelTile(32, 2, 64, 4)):
+        found.append(("x".join(map(str, tile)), {(launches, "PANEL_TILE"): tile}))
     for factor in (0.5, 2):
         warps = {(launches, "prompt_warps"): lambda sizes, f=factor, g=launches.prompt_warps: int(f * g(sizes)) or 1}
         found.append((f"{factor} of the warps", warps))

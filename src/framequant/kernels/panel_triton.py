@@ -16,30 +16,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from framequant.kernels.product_triton import trellis_levels
+from framequant.kernels.triton_support import COMPILED
 
 #: Value of a unit of a trellis level in a panel: levels are -510 ... 510.
 TRELLIS_UNIT = 2.0**-10
 
 
 @triton.jit
-def _scalar_values(words, ratio, INDEX: tl.constexpr, BITS: tl.constexpr):
-    """The INDEX-th codes as ``(code - (2**BITS - 1) / 2) / 2**BITS * ratio`` in float32, by one multiply-add."""
-    code = (words.to(tl.int32) >> (BITS * INDEX)) & ((1 << BITS) - 1)
-    one_and_code = ((code << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)  # 1 + code / 2**BITS
-    centre: tl.constexpr = 1.0 + ((1 << BITS) - 1) / (2 << BITS)
-    return one_and_code * ratio - centre * ratio
+def _trellis_level(h):
+    """The sum of the four bytes of uint32, less 510, as float32."""
+    if COMPILED:  # onto the float32 2**23, whose last bit is 1
+        text: tl.constexpr = "dp4a.u32.u32 $0, $1, 0x01010101, 0x4b000000;"
+        bits = tl.inline_asm_elementwise(text, "=r,r", [h], dtype=tl.int32, is_pure=True, pack=1)
+        level = bits.to(tl.float32, bitcast=True) - 8389118.0
+    else:
+        level = ((h & 255) + ((h >> 8) & 255) + ((h >> 16) & 255) + (h >> 24)).to(tl.float32) - 510.0
+    return level
 
 
 @triton.jit
 def _values(
-    words, above, ratio, INDEX: tl.constexpr, TRELLIS: tl.constexpr, BITS: tl.constexpr,
-    MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
+    w, ratio, INDEX: tl.constexpr, TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr,
+    ADDEND: tl.constexpr,
 ):  # fmt: skip
+    """The INDEX-th levels of words times their row's ratio: of 8 states, or of all scalar codes, halves."""
     if TRELLIS:
-        levels = trellis_levels(words, above, 30 - 2 * INDEX, BITS, MULTIPLIER, ADDEND, True)
-        return (levels.to(tl.float32) * (ratio * 0.0009765625)).to(tl.float16)
-    return _scalar_values(words, ratio, INDEX, BITS).to(tl.float16)
+        state = (w >> (14 - 2 * INDEX)) & ((1 << BITS) - 1)
+        values = _trellis_level(state * MULTIPLIER + ADDEND) * (ratio * 0.0009765625)
+    else:
+        code = (w >> (BITS * INDEX)) & ((1 << BITS) - 1)
+        one_and_code = ((code << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)  # 1 + code / 2**BITS
+        values = one_and_code * ratio - (1.0 + ((1 << BITS) - 1) / (2 << BITS)) * ratio
+    return values.to(tl.float16)
 
 
 @triton.jit
@@ -57,7 +65,7 @@ def decode_panel(
     TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
     ROW_SCALES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Decode BR * STEPS rows by BK words; see the module's text.
+    """Decode BR * STEPS rows by BK words (or half words, trellis); see the module's text.
 
     Args:
         words_ptr: int16 (or int32, trellis) (rows, stride), the first row one of a tile's sixteen.
@@ -66,25 +74,26 @@ def decode_panel(
         panel_ptr: halves (rows, width).
         width: coefficients of a row and what fills it up to a multiple of 16; the filling is finite.
     """
-    codes: tl.constexpr = 16 if TRELLIS else 16 // BITS
+    codes: tl.constexpr = 8 if TRELLIS else 16 // BITS
     k = tl.program_id(0) * BK + tl.arange(0, BK)
     column = tl.program_id(0) * (BK * codes) + tl.arange(0, BK * codes)
+    word = k // 2 if TRELLIS else k
     top = tl.load(top_ptr)
     for step in tl.static_range(STEPS):
         r = (tl.program_id(1) * STEPS + step) * BR + tl.arange(0, BR)
-        there = (r < rows)[:, None] & (k < stride)[None, :]
-        w = tl.load(words_ptr + (r.to(tl.int64) * stride)[:, None] + k[None, :], mask=there, other=0)
-        above = w
-        if TRELLIS:
+        there = (r < rows)[:, None] & (word < stride)[None, :]
+        w = tl.load(words_ptr + (r.to(tl.int64) * stride)[:, None] + word[None, :], mask=there, other=0).to(tl.uint32)
+        if TRELLIS:  # 32 bits hold eight states: the later eight of a word, or the earlier ones
             other = ((r & -16) | ((r - 1) & 15)).to(tl.int64)
-            above = tl.load(words_ptr + (other * stride)[:, None] + k[None, :], mask=there, other=0)
+            above = tl.load(words_ptr + (other * stride)[:, None] + word[None, :], mask=there, other=0).to(tl.uint32)
+            w = tl.where((k % 2 == 0)[None, :], (above << 16) | (w >> 16), w)
         if ROW_SCALES:
             ratio = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) / top
         else:
             ratio = tl.full([BR], 1.0, tl.float32)
         values = ()
         for i in tl.static_range(codes):
-            values += (_values(w, above, ratio[:, None], i, TRELLIS, BITS, MULTIPLIER, ADDEND),)
+            values += (_values(w, ratio[:, None], i, TRELLIS, BITS, MULTIPLIER, ADDEND),)
         if codes > 8:
             values = _halved(values, codes)
         if codes > 4:

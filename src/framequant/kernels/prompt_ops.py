@@ -54,11 +54,11 @@ def product(words: Tensor, z: Tensor, scales: Tensor, top: Tensor, rows: int, la
     u = torch.empty((tokens, rows), dtype=torch.float16, device=z.device)
     most = launches.panel_rows(rows, wide, tokens)
     panel = torch.empty((most, wide), dtype=torch.float16, device=z.device)
-    tile = launches.panel_tile(bool(trellis))
+    tile, codes = launches.PANEL_TILE, 8 if trellis else 16 // bits
     for start in range(0, rows, most):
         count = min(most, rows - start)
         row_scales = scales[start : start + count] if scales.numel() > 1 else scales
-        decode_panel[(-(-wide // (tile.words * (16 if trellis else 16 // bits))), -(-count // tile.rows))](
+        decode_panel[(-(-wide // (tile.words * codes)), -(-count // tile.rows))](
             words[start:], row_scales, top, panel, count, words.shape[1], wide, TRELLIS=bool(trellis), BITS=bits,
             MULTIPLIER=multiplier, ADDEND=addend, ROW_SCALES=scales.numel() > 1, BR=tile.step, BK=tile.words,
             STEPS=tile.rows // tile.step, num_warps=tile.warps,
