@@ -67,7 +67,11 @@ def prompt(tokens: int) -> list[Found]:
     for tile in (PanelTile(16, 4, 64, 4), PanelTile(16, 2, 128, 8), PanelTile(32, 2, 64, 4)):
         found.append(("x".join(map(str, tile)), {(launches, "PANEL_TILE"): tile}))
     for factor in (0.5, 2):
-        warps = {(launches, "prompt_warps"): lambda sizes, f=factor, g=launches.prompt_warps: int(f * g(sizes)) or 1}
+        warps = {
+            (launches, "prompt_warps"): lambda sizes, f=factor, g=launches.prompt_warps: (
+                int(f * g(sizes)) or 1
+            )
+        }
         found.append((f"{factor} of the warps", warps))
     return found
 
@@ -225,7 +229,9 @@ def measure(table: Table, code: str, shape: tuple[int, int], tokens: int, base: 
             off = float((y - first).norm() / first.norm())
             if not off < 2e-3:
                 print(f"    {name}: !! differs from the default by {off:.1e}", flush=True)
-            runs = [lambda p=plan: triton_linear.linear(p, x) for plan in plans] * (2 if len(plans) == 1 else 1)
+            runs = [lambda p=plan: triton_linear.linear(p, x) for plan in plans] * (
+                2 if len(plans) == 1 else 1
+            )
             us = table.add(shape, tokens, code, name, lambda r=runs: graph_us(r))
             found.append((us if us == us else 1e9, name))
     default, best = found[0][0], sorted(found)[:4]
@@ -315,7 +321,9 @@ def main() -> None:
     )
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--shapes", type=int, nargs="*", default=[0, 1, 2, 3], help="which of the four")
-    parser.add_argument("--tokens", type=int, nargs="*", default=[], help="these only, for every code and shape")
+    parser.add_argument(
+        "--tokens", type=int, nargs="*", default=[], help="these only, for every code and shape"
+    )
     parser.add_argument("--limit", type=float, default=90, help="seconds for compiling")
     parser.add_argument("--worker")
     arguments = parser.parse_args()

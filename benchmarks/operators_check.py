@@ -60,9 +60,7 @@ def graph() -> None:
 
 def jobs() -> list[tuple[object, tuple[int, int], int, torch.dtype]]:
     both = (torch.bfloat16, torch.float16)
-    found = [
-        (CODES[0], shape, tokens, dtype) for shape in SHAPES for tokens in TOKENS for dtype in both
-    ]
+    found = [(CODES[0], shape, tokens, dtype) for shape in SHAPES for tokens in TOKENS for dtype in both]
     return found + [
         (CODES[5], shape, tokens, dtype) for shape in SHAPES for tokens in TOKENS for dtype in both
     ]

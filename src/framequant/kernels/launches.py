@@ -137,6 +137,10 @@ def panel_rows(rows: int, width: int, tokens: int) -> int:
     return min(rows, max(16, most // 256 * 256))
 
 
+#: Registers of a thread of a prompt's transforms: two programs of eight warps share a multiprocessor.
+PROMPT_REGISTERS = 128
+
+
 def prompt_warps(sizes: list[int]) -> int:
     """Warps of a program that makes a whole token: 64 float32 registers of each thread for the padded vector."""
     first, second, third_in, third_out = sizes[4:]

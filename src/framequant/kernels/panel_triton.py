@@ -82,10 +82,14 @@ def decode_panel(
     for step in tl.static_range(STEPS):
         r = (tl.program_id(1) * STEPS + step) * BR + tl.arange(0, BR)
         there = (r < rows)[:, None] & (word < stride)[None, :]
-        w = tl.load(words_ptr + (r.to(tl.int64) * stride)[:, None] + word[None, :], mask=there, other=0).to(tl.uint32)
+        w = tl.load(words_ptr + (r.to(tl.int64) * stride)[:, None] + word[None, :], mask=there, other=0).to(
+            tl.uint32
+        )
         if TRELLIS:  # 32 bits hold eight states: the later eight of a word, or the earlier ones
             other = ((r & -16) | ((r - 1) & 15)).to(tl.int64)
-            above = tl.load(words_ptr + (other * stride)[:, None] + word[None, :], mask=there, other=0).to(tl.uint32)
+            above = tl.load(words_ptr + (other * stride)[:, None] + word[None, :], mask=there, other=0).to(
+                tl.uint32
+            )
             w = tl.where((k % 2 == 0)[None, :], (above << 16) | (w >> 16), w)
         if ROW_SCALES:
             ratio = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) / top

@@ -67,7 +67,9 @@ def join(plans: Sequence[TritonPlan]) -> GroupPlan:
         replace(plan, words=part, scales=scale[: plan.spec.coefficient_shape[0]])
         for plan, part, scale in zip(plans, words.split(rows), scales.split(rows), strict=True)
     )
-    return GroupPlan(members, rows, replace(plans[0], words=words, scales=scales, top=triton_linear.largest(scales)))
+    return GroupPlan(
+        members, rows, replace(plans[0], words=words, scales=scales, top=triton_linear.largest(scales))
+    )
 
 
 def _row_scales(plan: TritonPlan) -> Tensor:

@@ -164,7 +164,9 @@ def _synthesise(
     matrices, sizes = list(out.matrices), [*out.sizes, *out.padded]
     if u.dim() == 2:
         norm = out.norm * prompt_ops.gain(plan.layout.trellis, plan.layout.factor)
-        return prompt_ops.synthesis(u, unit, joined.top, out.signs, matrices, sizes, norm, dim, plan.bias, dtype)
+        return prompt_ops.synthesis(
+            u, unit, joined.top, out.signs, matrices, sizes, norm, dim, plan.bias, dtype
+        )
     return operators.synthesis(u, unit, out.signs, matrices, sizes, out.norm, dim, plan.bias, dtype)
 
 
