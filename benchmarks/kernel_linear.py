@@ -114,7 +114,7 @@ def patched(how: Patch) -> Iterator[None]:
 
 def make(code: str, shape: tuple[int, int], cold: float) -> tuple[Case, list[triton_linear.TritonPlan]]:
     case = Case(shape, CODES[code][0], CODES[code][1], cold=cold)
-    top = triton_linear.largest(case.scales)
+    top = triton_linear.power_above(case.scales)
     plans = [
         triton_linear.TritonPlan(case.spec, case.layout, words, case.scales, top, case.into, case.out, None)
         for words in case.words
@@ -234,6 +234,8 @@ def measure(table: Table, code: str, shape: tuple[int, int], tokens: int, base: 
             )
             us = table.add(shape, tokens, code, name, lambda r=runs: graph_us(r))
             found.append((us if us == us else 1e9, name))
+    if not found:
+        return
     default, best = found[0][0], sorted(found)[:4]
     mine, torchs = error(case, plans[0], x)
     mark = "" if mine <= 2 * torchs else " !!"

@@ -5,8 +5,9 @@ multiplies as fast as cuBLAS: so rows are decoded into a bounded buffer that mos
 multiplied from there. Bound by the two bytes written for a weight, so codes are read once and stores are vectors:
 a thread holds adjacent words, all codes of which it makes itself.
 
-Levels are scaled to at most 1/2 and a row by its scale relative to the largest one, so no product of a panel with
-coefficients of ``prompt_transform_triton`` leaves the range of halves; what is left is one factor for all rows.
+Levels are scaled to at most 1/2 and a row by its scale over a power of two above all scales, so no product of a panel
+with coefficients of ``prompt_transform_triton`` leaves the range of halves. Two-bit codes stay exact (scales have
+eight bits).
 
 Only ``framequant.kernels.prompt_ops`` imports this module. Imports torch and triton.
 """
@@ -70,7 +71,7 @@ def decode_panel(
     Args:
         words_ptr: int16 (or int32, trellis) (rows, stride), the first row one of a tile's sixteen.
         scale_ptr: scales, (rows,) or one.
-        top_ptr: the largest scale, float32.
+        top_ptr: a power of two above all scales, float32.
         panel_ptr: halves (rows, width).
         width: coefficients of a row and what fills it up to a multiple of 16; the filling is finite.
     """
@@ -78,23 +79,22 @@ def decode_panel(
     k = tl.program_id(0) * BK + tl.arange(0, BK)
     column = tl.program_id(0) * (BK * codes) + tl.arange(0, BK * codes)
     word = k // 2 if TRELLIS else k
-    top = tl.load(top_ptr)
+    over_top = (0x7F000000 - tl.load(top_ptr).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     for step in tl.static_range(STEPS):
         r = (tl.program_id(1) * STEPS + step) * BR + tl.arange(0, BR)
         there = (r < rows)[:, None] & (word < stride)[None, :]
-        w = tl.load(words_ptr + (r.to(tl.int64) * stride)[:, None] + word[None, :], mask=there, other=0).to(
-            tl.uint32
-        )
+        w = tl.load(words_ptr + (r.to(tl.int64) * stride)[:, None] + word[None, :], mask=there, other=0)
+        w = w.to(tl.uint32)
         if TRELLIS:  # 32 bits hold eight states: the later eight of a word, or the earlier ones
-            other = ((r & -16) | ((r - 1) & 15)).to(tl.int64)
-            above = tl.load(words_ptr + (other * stride)[:, None] + word[None, :], mask=there, other=0).to(
+            up = ((r & -16) | ((r - 1) & 15)).to(tl.int64)
+            above = tl.load(words_ptr + (up * stride)[:, None] + word[None, :], mask=there, other=0).to(
                 tl.uint32
             )
             w = tl.where((k % 2 == 0)[None, :], (above << 16) | (w >> 16), w)
         if ROW_SCALES:
-            ratio = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) / top
+            ratio = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) * over_top
         else:
-            ratio = tl.full([BR], 1.0, tl.float32)
+            ratio = tl.load(scale_ptr + r * 0).to(tl.float32) * over_top
         values = ()
         for i in tl.static_range(codes):
             values += (_values(w, ratio[:, None], i, TRELLIS, BITS, MULTIPLIER, ADDEND),)

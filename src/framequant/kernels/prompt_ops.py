@@ -90,12 +90,13 @@ def synthesis(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Outputs (tokens, dim) of ``dtype`` from products (tokens, coefficients) times ``norm * unit * top``, and bias."""
+    """Outputs (tokens, dim) of ``dtype`` from products (tokens, coefficients), scaled by all units; bias added."""
     tokens = u.shape[0]
     y = torch.empty((tokens, dim), dtype=dtype, device=u.device)
     prompt_transform[(tokens,)](
         u, signs, *matrices, unit if bias is None else bias, top, y, unit, u.stride(0), dim, norm, *sizes,
-        ANALYSIS=False, BIAS=bias is not None, num_warps=launches.prompt_warps(sizes), maxnreg=launches.PROMPT_REGISTERS,
+        ANALYSIS=False, BIAS=bias is not None, num_warps=launches.prompt_warps(sizes),
+        maxnreg=launches.PROMPT_REGISTERS,
     )  # fmt: skip
     return y
 

@@ -68,7 +68,7 @@ def join(plans: Sequence[TritonPlan]) -> GroupPlan:
         for plan, part, scale in zip(plans, words.split(rows), scales.split(rows), strict=True)
     )
     return GroupPlan(
-        members, rows, replace(plans[0], words=words, scales=scales, top=triton_linear.largest(scales))
+        members, rows, replace(plans[0], words=words, scales=scales, top=triton_linear.power_above(scales))
     )
 
 

@@ -42,7 +42,7 @@ class TritonPlan:
         layout: of its words.
         words: the codes, int32 for a trellis, else int16.
         scales: as stored, contiguous.
-        top: (1,) float32, the largest scale.
+        top: (1,) float32, a power of two above all scales.
         into: plan of analysis.
         out: plan of synthesis.
         bias: (out_features,) or None.
@@ -100,12 +100,13 @@ def triton_plan(
     if scales.numel() not in (1, spec.coefficient_shape[0]):
         return None
     words = to_words(tensors["packed_codes"], spec, layout)
-    return TritonPlan(spec, layout, words, scales.contiguous(), largest(scales), into, out, bias)
+    return TritonPlan(spec, layout, words, scales.contiguous(), power_above(scales), into, out, bias)
 
 
-def largest(scales: Tensor) -> Tensor:
-    """The largest modulus of some scales, (1,), float32, never 0."""
-    return scales.float().abs().amax().clamp(min=1e-30).view(1)
+def power_above(scales: Tensor) -> Tensor:
+    """A power of two above the modulus of all scales, at most twice the largest; (1,), float32."""
+    exponent = torch.frexp(scales.float().abs().amax().clamp(min=1e-30)).exponent
+    return torch.ldexp(torch.ones(1, device=scales.device), exponent)
 
 
 def takes(inputs: Tensor, in_features: int) -> bool:
