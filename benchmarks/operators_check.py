@@ -1,4 +1,4 @@
-"""The Triton operators through ``FrameLinear`` on a GPU: error against float64 beside plain torch's, then a graph.
+"""The Triton operators through ``FrameLinear`` on a GPU: error against float64 beside plain torch's; graphs, compiled.
 
     PYTHONPATH=src:. python benchmarks/operators_check.py          # or --part 0/8 ... 7/8, side by side
 
@@ -8,12 +8,12 @@ Every line that ends in !! is a failure.
 from __future__ import annotations
 
 import argparse
+from itertools import product
 
 import torch
 from tests.kernels.test_cpu import CODES, make_layer
 
 SHAPES = ((576, 192), (4096, 4096), (4096, 11008), (11008, 4096))
-TOKENS = (1, 3, 16, 64, 130)
 
 
 def check(code: object, shape: tuple[int, int], tokens: int, dtype: torch.dtype) -> None:
@@ -58,12 +58,20 @@ def graph() -> None:
     print("graph:", "same bits" if torch.equal(y, expected) and y.isfinite().all() else "!! differs")
 
 
-def jobs() -> list[tuple[object, tuple[int, int], int, torch.dtype]]:
-    both = (torch.bfloat16, torch.float16)
-    found = [(CODES[0], shape, tokens, dtype) for shape in SHAPES for tokens in TOKENS for dtype in both]
-    return found + [
-        (CODES[5], shape, tokens, dtype) for shape in SHAPES for tokens in TOKENS for dtype in both
-    ]
+def compiled() -> None:
+    """A linear that was never run, through ``torch.compile`` with CUDA graphs, against the eager one."""
+    for tokens in (1, 130):
+        layer = make_layer(CODES[0], (4096, 4096), (1.125, 1.0)).to("cuda")
+        x = torch.randn(tokens, 4096, device="cuda", dtype=torch.float16)
+        with torch.no_grad():
+            fast = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+            found = [fast(x).clone() for _ in range(4)]
+            same = all(torch.equal(y, layer(x)) for y in found)
+        print(f"compiled, {tokens} tokens:", "same bits" if same else "!! differs", flush=True)
+
+
+def jobs(tokens: list[int]) -> list[tuple[object, tuple[int, int], int, torch.dtype]]:
+    return list(product((CODES[0], CODES[5]), SHAPES, tokens, (torch.bfloat16, torch.float16)))
 
 
 def main() -> None:
@@ -71,15 +79,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", default="0/1")
-    index, count = map(int, parser.parse_args().part.split("/"))
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 3, 16, 64, 130])
+    arguments = parser.parse_args()
+    index, count = map(int, arguments.part.split("/"))
     torch.manual_seed(0)
-    for job in jobs()[index::count]:
+    for job in jobs(arguments.tokens)[index::count]:
         try:
             check(*job)
         except Exception as error:
             print(job, "!!", type(error).__name__, str(error)[:200], flush=True)
     if index == 0:
         graph()
+    if index == count - 1:
+        compiled()
 
 
 if __name__ == "__main__":
