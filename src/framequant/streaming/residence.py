@@ -88,7 +88,7 @@ class StreamedResidence(Residence):
     def outside_keys(self) -> list[str]:
         """Keys of the float model's state that lie in no block."""
         prefixes = tuple(f"{name}." for name in self._blocks)
-        return [key for key in self._skeleton.keys if not key.startswith(prefixes)]
+        return [key for key in self.model.state_dict() if not key.startswith(prefixes)]
 
     def load_outside(self) -> None:
         """Bring what the model runs before its blocks; an output head of its own stays where it is."""
@@ -114,7 +114,7 @@ class StreamedResidence(Residence):
         """Bring the weight of a linear outside the blocks, if it is not there."""
         module = self.model.get_submodule(name)
         if any(parameter.is_meta for parameter in module.parameters()):
-            self._install([key for key in self._skeleton.keys if key.startswith(f"{name}.")])
+            self._install([f"{name}.{key}" for key in module.state_dict()])
 
     def _install(self, keys: Iterable[str]) -> None:
         """Put float tensors in their places, in the dtype that the skeleton has now (``walk_dtype``)."""
@@ -137,7 +137,7 @@ class StreamedResidence(Residence):
 
     def enter(self, name: str) -> None:
         """Bring a block's float weights, and the moments of its output gradients."""
-        self._install([key for key in self._skeleton.keys if key.startswith(f"{name}.")])
+        self._install([f"{name}.{key}" for key in self.model.get_submodule(name).state_dict()])
         self._bring_moments(name)
 
     def evict(self, name: str) -> None:

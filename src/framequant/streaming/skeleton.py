@@ -1,8 +1,8 @@
 """A transformers model without weights, and the safetensors files that hold them.
 
 Parameters are on the meta device; buffers that no file holds (rotary frequencies, masks) are real. Every key of the
-model's state is matched with a key of the files; keys that transformers would convert or fuse on loading have no
-counterpart, and such a model is refused: it is quantized in memory.
+model's state, and of its fused experts taken apart, is known as pieces of tensors in the files
+(``streaming/conversion.py``). A model some of whose tensors are not is refused: it is quantized in memory.
 
 Must not import evaluation or the command line.
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 
 from framequant import checkpoint
 from framequant.errors import CheckpointError, ModelSourceError
+from framequant.model.experts import find_fused
+from framequant.streaming import pieces
+from framequant.streaming.conversion import convert
+from framequant.streaming.pieces import Piece, Stored
 
 #: Bytes read from the beginning of each tensor for the fingerprint.
 SAMPLE_BYTES = 4096
@@ -58,24 +63,29 @@ class WeightFiles:
             raise ModelSourceError(f"{directory} cannot be streamed: {error}") from error
         return cls(directory, header, homes)
 
-    def read(self, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors by key, file by file; each is a view of the mapped file.
+    def read(self, wanted: Iterable[Piece], place: torch.device | str) -> Iterator[tuple[Piece, Tensor]]:
+        """Tensors on a device, in the order of the files; on a CPU those stored whole are views of the mapped file.
 
         Raises:
             ModelSourceError: a file is damaged.
         """
-        by_file: dict[Path, list[str]] = {}
-        for key in keys:
-            by_file.setdefault(self.homes[key], []).append(key)
+        by_files: dict[tuple[Path, ...], list[Piece]] = {}
+        for piece in wanted:
+            by_files.setdefault(tuple(sorted({self.homes[key] for key in pieces.keys(piece)})), []).append(piece)
         try:
-            for path, some in by_file.items():
-                with checkpoint.open_tensors(path) as file:
-                    for key in some:
-                        yield key, file.get_tensor(key)
+            for paths in sorted(by_files):
+                with ExitStack() as stack:
+                    files = {path: stack.enter_context(checkpoint.open_tensors(path)) for path in paths}
+                    for piece in by_files[paths]:
+                        yield piece, pieces.read(piece, lambda part, files=files: self._part(files, part).to(place))
         except CheckpointError as error:
             raise ModelSourceError(
                 f"{error} Fetch this file of the float model again and run the same command: finished blocks are kept."
             ) from error
+
+    def _part(self, files: Mapping[Path, Any], part: Stored) -> Tensor:
+        file = files[self.homes[part.key]]
+        return file.get_tensor(part.key) if part.is_whole else file.get_slice(part.key)[part.index]
 
     def fingerprint(self) -> str:
         """SHA-256 over all shapes, dtypes and the first bytes of every tensor: milliseconds, whatever the size."""
@@ -86,9 +96,12 @@ class WeightFiles:
                 part = file.get_slice(key)
                 shape = part.get_shape()
                 width = max(SAMPLE_BYTES // 4, 1)
-                sample = (
-                    part[:1, :width] if len(shape) > 1 else part[:width] if shape else file.get_tensor(key)
-                )
+                if len(shape) == 3:  # a stack: something of every matrix
+                    sample = part[:, :1, :width]
+                elif shape:
+                    sample = part[:1, :width] if len(shape) > 1 else part[:width]
+                else:
+                    sample = file.get_tensor(key)
                 digest.update(sample.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
@@ -100,7 +113,7 @@ class Skeleton:
     Attributes:
         model: in evaluation mode.
         files: its weights.
-        keys: key in the files of every key of the model's state.
+        pieces: what every key of the model's state is made of, with its experts fused and with them taken apart.
         dtypes: dtype in which each of them is computed and saved.
         aliases: keys of tied tensors, each with the first key that has the tensor.
         name: as the user gave it.
@@ -108,7 +121,7 @@ class Skeleton:
 
     model: nn.Module
     files: WeightFiles
-    keys: dict[str, str] = field(default_factory=dict)
+    pieces: dict[str, Piece] = field(default_factory=dict)
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     name: str = ""
@@ -117,18 +130,15 @@ class Skeleton:
     def num_bytes(self) -> int:
         """Bytes of the whole model in the dtype that it is computed in."""
         state = self.model.state_dict()
-        return sum(
-            state[key].numel() * dtype.itemsize for key, dtype in self.dtypes.items() if key in self.keys
-        )
+        return sum(state[key].numel() * self.dtypes[key].itemsize for key in state if key in self.pieces)
 
     def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
         """Tensors by their key in the model's state, in their saved dtype, on a device, which casts them."""
-        wanted: dict[str, list[str]] = {}
+        wanted: dict[Piece, list[str]] = {}
         for name in names:
-            wanted.setdefault(self.keys[name], []).append(name)
-        for key, tensor in self.files.read(wanted):
-            placed = tensor.to(device)
-            for name in wanted[key]:
+            wanted.setdefault(self.pieces[name], []).append(name)
+        for piece, placed in self.files.read(wanted, device):
+            for name in wanted[piece]:
                 yield name, placed.to(self.dtypes[name]) if placed.is_floating_point() else placed
 
 
@@ -141,7 +151,8 @@ def build_skeleton(directory: Path, dtype: torch.dtype, name: str | None = None)
         name: as the user gave it; the directory if not given.
 
     Raises:
-        ModelSourceError: no safetensors, an unknown class, or tensors that the files hold under other names.
+        ModelSourceError: no safetensors, an unknown class, tensors that are missing, of another shape, or made in a way
+            that is not understood.
     """
     files = WeightFiles.open(directory)
     model = _empty_model(directory, dtype)
@@ -153,7 +164,8 @@ def build_skeleton(directory: Path, dtype: torch.dtype, name: str | None = None)
             aliases[key] = first[id(tensor)]
     skeleton = Skeleton(model, files, aliases=aliases, name=name or str(directory))
     skeleton.dtypes = {key: tensor.dtype for key, tensor in state.items()}
-    skeleton.keys = _matched(model, state, aliases, files)
+    skeleton.pieces = _matched(model, state, aliases, files)
+    _add_experts(skeleton)
     return skeleton
 
 
@@ -185,42 +197,39 @@ def _empty_model(directory: Path, dtype: torch.dtype) -> nn.Module:
 
 def _matched(
     model: nn.Module, state: dict[str, Any], aliases: dict[str, str], files: WeightFiles
-) -> dict[str, str]:
-    """The key in the files of every key of a model's state."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    renamed = {**_renamed(model, files), **{key: key for key in files.header}}
-    found: dict[str, str] = {}
-    for key, tensor in state.items():
-        for candidate in (key, prefix + key, key.removeprefix(prefix)):
-            original = renamed.get(candidate)
-            if original is not None and files.header[original][0] == tuple(tensor.shape):
-                found[key] = original
-                break
+) -> dict[str, Piece]:
+    """What every key of a model's state is made of."""
+    made = convert(model, state, files.header)
+    found = {key: made.pieces[key] for key in state if key in made.pieces}
     for key, original in aliases.items():  # files hold a tied tensor under one of its names
         both = found.get(original) or found.get(key)
         if both is not None:
             found[key] = found[original] = both
     missing = sorted(set(state) - set(found))
     if missing:
+        unknown = sorted({how for key in missing if (how := made.unknown.get(key))})
         raise ModelSourceError(
             f"{files.directory} holds no tensors for {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''} of "
-            f"{type(model).__name__}: they are missing, or fused on loading. Quantize it in memory: --no-stream."
+            f"{type(model).__name__}: they are missing, or made on loading"
+            f"{' by ' + '; '.join(unknown) if unknown else ''} in a way that is not known here. Quantize it in "
+            "memory: --no-stream."
         )
+    for key, piece in found.items():
+        if piece.shape != tuple(state[key].shape):
+            raise ModelSourceError(
+                f"{files.directory}: {next(pieces.keys(piece))} is there for a {key} of shape {piece.shape}, and the "
+                f"{type(model).__name__} of config.json has {tuple(state[key].shape)}. Fetch the float model again."
+            )
     return found
 
 
-def _renamed(model: nn.Module, files: WeightFiles) -> dict[str, str]:
-    """Keys of the files by the names that transformers gives them on loading, where it only renames."""
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        changes = [c for c in get_model_conversion_mapping(model) if not getattr(c, "operations", None)]
-        names = {}
-        for key in files.header:
-            name = key
-            for change in changes:
-                name = change.rename_source_key(name)[0]
-            names[name] = key
-    except (ImportError, TypeError, AttributeError):
-        return {}  # another version of transformers: names are taken as they are
-    return names
+def _add_experts(skeleton: Skeleton) -> None:
+    """Add the linears that fused experts are taken apart into, under the names that ``UnfusedExperts`` gives them."""
+    for path, layout in find_fused(skeleton.model).items():
+        for name, transposed in layout.items():
+            whole = skeleton.pieces[f"{path}.{name}"]
+            for number in range(whole.shape[0]):
+                one = pieces.select(whole, 0, number)
+                key = f"{path}.{number}.{name}.weight"
+                skeleton.pieces[key] = pieces.transpose(one, 0, 1) if transposed else one
+                skeleton.dtypes[key] = skeleton.dtypes[f"{path}.{name}"]
