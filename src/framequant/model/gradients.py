@@ -33,6 +33,10 @@ TOKENS_PER_PIECE = 4096
 SAMPLES_PER_PIECE = 32
 #: Tokens whose second moments are summed without leaving any out, on a CPU.
 TOKENS_IN_FULL = 8192
+NO_ROOM = (
+    "the second moments of all output gradients do not fit into memory: their sizes alone share the bits out, and "
+    "errors are not fed from row to row."
+)
 
 
 @dataclass
@@ -63,10 +67,10 @@ class OutputGradients:
             return 0.0
         return float(torch.cat(list(self.squares.values())).double().mean())
 
-    def gram(self) -> Float[Tensor, "o o"]:
-        """Mean of g gᵀ in float64."""
+    def gram(self, device: torch.device | None = None) -> Float[Tensor, "o o"]:
+        """Mean of g gᵀ in float64, on a device; where the sum is if none is given."""
         assert self.gram_sum is not None
-        return self.gram_sum.double() / max(self.count, 1)
+        return self.gram_sum.to(device or self.gram_sum.device).double() / max(self.count, 1)
 
     def hessian(self) -> Float[Tensor, "n n"]:
         """Mean of x xᵀ in float64."""
@@ -249,14 +253,7 @@ def gradients_or_inputs(
         Sums by name, without gradients in the second case, and then a note that says why.
     """
     fits = gram_bytes(model, names, inputs) <= free_bytes(next(model.parameters()).device) // 2
-    note = (
-        ""
-        if fits
-        else (
-            "the second moments of all output gradients do not fit into memory: their sizes alone share the bits out, "
-            "and errors are not fed from row to row."
-        )
-    )
+    note = "" if fits else NO_ROOM
     try:
         return output_gradients(model, batches, names, seed, inputs, fits), note
     except (RuntimeError, DiscoveryError) as error:

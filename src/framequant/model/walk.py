@@ -160,6 +160,7 @@ class _Walk:
             ledger = Ledger(self.report)
             self._quantize_block(name, block, original, calls)
             record = ledger.record()
+            record.few = {linear: few for linear, few in self.few.items() if linear.startswith(f"{name}.")}
         return_freed_memory()
         if onward:
             quantized.advance(index, (call.run(block) for call in calls))
@@ -171,6 +172,7 @@ class _Walk:
     def _restore_block(self, name: str) -> None:
         record = self.home.restore(name)
         record.add_to(self.report)
+        self.few |= record.few
         self.done += sum(entry.num_weights for entry in record.linears)
         for layer in quantized_linears(self.model.get_submodule(name)).values():
             layer.hold_decoded(True)
@@ -213,8 +215,10 @@ class _Walk:
         )
         if note:
             self.report.warnings.append(note)
-        use = mixture.fill_gradients(self.gradients, self.families)
+        seen = self.home.ranks.total_counts(mixture.tokens_seen(self.gradients))
+        self.gradients |= mixture.pooled_gradients(self.gradients, seen, self.families)
         if allocate:
+            use = mixture.expert_shares(seen, self.families)
             known = self.home.sensitivities()
             shares = allocate_bits(self.model, self.selected, self.gradients, self.config, use, known)
             self.choices, self.report.allocation = shares.choices, shares.to_dict()
@@ -235,6 +239,8 @@ class _Walk:
         power = self.config.token_weights
         weights: dict[str, list[Tensor]] = {}
         for group in stage if power else []:
+            if group.family:
+                continue  # a token of an expert counts as it is, see ``mixture``
             found = [
                 self.gradients[prefix + name] for name in group.linears if prefix + name in self.gradients
             ]
@@ -301,11 +307,12 @@ class _Walk:
     ) -> None:
         prefix = f"{name}."
         inner = [full.removeprefix(prefix) for full in self.selected if full.startswith(prefix)]
-        groups = trace_block(block, calls[0], inner)
+        traced = trace_block(block, calls[0], inner), calls[0].hidden[..., 0].numel()
+        groups, tokens = self.home.ranks.share(traced, 0)  # each rank's tokens go to experts of their own
         families = {
             linear: self.families[prefix + linear] for linear in inner if prefix + linear in self.families
         }
-        groups = mixture.with_experts(groups, inner, families, calls[0].hidden[..., 0].numel())
+        groups = mixture.with_experts(groups, inner, families, tokens)
         called = {linear for group in groups for linear in group.linears}
         for linear in inner:
             if linear not in called:
@@ -369,7 +376,7 @@ class _Walk:
         configs = {name: self._config_of(name) for name in modules}
         if self.config.output_feedback:
             moments.output_gram = {
-                name: self.gradients[name].gram()
+                name: self.gradients[name].gram(self.device)
                 for name in modules
                 if name in self.gradients and self.gradients[name].gram_sum is not None
             }

@@ -77,7 +77,11 @@ def _targets(model: nn.Module, state: Mapping[str, Any], header: Header) -> dict
         )
 
         changes = get_model_conversion_mapping(model)
-    except (ImportError, TypeError, AttributeError):  # a transformers that does this otherwise: names as they are
+    except (
+        ImportError,
+        TypeError,
+        AttributeError,
+    ):  # a transformers that does this otherwise: names as they are
         return {key: _Target(sources={key: [key]}) for key in header if key in state}
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
     converters = [change for change in changes if isinstance(change, WeightConverter)]

@@ -71,13 +71,18 @@ class WeightFiles:
         """
         by_files: dict[tuple[Path, ...], list[Piece]] = {}
         for piece in wanted:
-            by_files.setdefault(tuple(sorted({self.homes[key] for key in pieces.keys(piece)})), []).append(piece)
+            by_files.setdefault(tuple(sorted({self.homes[key] for key in pieces.keys(piece)})), []).append(
+                piece
+            )
         try:
             for paths in sorted(by_files):
                 with ExitStack() as stack:
                     files = {path: stack.enter_context(checkpoint.open_tensors(path)) for path in paths}
                     for piece in by_files[paths]:
-                        yield piece, pieces.read(piece, lambda part, files=files: self._part(files, part).to(place))
+                        yield (
+                            piece,
+                            pieces.read(piece, lambda part, files=files: self._part(files, part).to(place)),
+                        )
         except CheckpointError as error:
             raise ModelSourceError(
                 f"{error} Fetch this file of the float model again and run the same command: finished blocks are kept."
