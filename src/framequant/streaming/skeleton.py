@@ -1,4 +1,4 @@
-"""A transformers model without weights, and the safetensors files that hold them.
+"""A transformers model without weights, and the files that hold them.
 
 Parameters are on the meta device; buffers that no file holds (rotary frequencies, masks) are real. Every key of the
 model's state, and of its fused experts taken apart, is known as pieces of tensors in the files
@@ -9,10 +9,7 @@ Must not import evaluation or the command line.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,95 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framequant import checkpoint
-from framequant.errors import CheckpointError, ModelSourceError
+from framequant.errors import ModelSourceError
+from framequant.integrations import gguf
 from framequant.model.experts import find_fused
 from framequant.streaming import pieces
 from framequant.streaming.conversion import convert
-from framequant.streaming.pieces import Piece, Stored
-
-#: Bytes read from the beginning of each tensor for the fingerprint.
-SAMPLE_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class WeightFiles:
-    """The safetensors files of a float model.
-
-    Attributes:
-        directory: where they lie.
-        header: shape and dtype of every tensor.
-        homes: the file of every tensor.
-    """
-
-    directory: Path
-    header: checkpoint.Header
-    homes: dict[str, Path]
-
-    @classmethod
-    def open(cls, directory: Path) -> WeightFiles:
-        """Read the headers.
-
-        Raises:
-            ModelSourceError: no safetensors here, or one is damaged.
-        """
-        try:
-            files = checkpoint.weight_files(directory)
-            header = checkpoint.read_header(files)
-            homes = {}
-            for path in files:
-                with checkpoint.open_tensors(path) as file:
-                    homes.update(dict.fromkeys(file.keys(), path))
-        except CheckpointError as error:
-            raise ModelSourceError(f"{directory} cannot be streamed: {error}") from error
-        return cls(directory, header, homes)
-
-    def read(self, wanted: Iterable[Piece], place: torch.device | str) -> Iterator[tuple[Piece, Tensor]]:
-        """Tensors on a device, in the order of the files; on a CPU those stored whole are views of the mapped file.
-
-        Raises:
-            ModelSourceError: a file is damaged.
-        """
-        by_files: dict[tuple[Path, ...], list[Piece]] = {}
-        for piece in wanted:
-            by_files.setdefault(tuple(sorted({self.homes[key] for key in pieces.keys(piece)})), []).append(
-                piece
-            )
-        try:
-            for paths in sorted(by_files):
-                with ExitStack() as stack:
-                    files = {path: stack.enter_context(checkpoint.open_tensors(path)) for path in paths}
-                    for piece in by_files[paths]:
-                        yield (
-                            piece,
-                            pieces.read(piece, lambda part, files=files: self._part(files, part).to(place)),
-                        )
-        except CheckpointError as error:
-            raise ModelSourceError(
-                f"{error} Fetch this file of the float model again and run the same command: finished blocks are kept."
-            ) from error
-
-    def _part(self, files: Mapping[Path, Any], part: Stored) -> Tensor:
-        file = files[self.homes[part.key]]
-        return file.get_tensor(part.key) if part.is_whole else file.get_slice(part.key)[part.index]
-
-    def fingerprint(self) -> str:
-        """SHA-256 over all shapes, dtypes and the first bytes of every tensor: milliseconds, whatever the size."""
-        digest = hashlib.sha256(json.dumps(sorted(self.header.items())).encode())
-        for key in sorted(self.homes):
-            path = self.homes[key]
-            with checkpoint.open_tensors(path) as file:
-                part = file.get_slice(key)
-                shape = part.get_shape()
-                width = max(SAMPLE_BYTES // 4, 1)
-                if len(shape) == 3:  # a stack: something of every matrix
-                    sample = part[:, :1, :width]
-                elif shape:
-                    sample = part[:1, :width] if len(shape) > 1 else part[:width]
-                else:
-                    sample = file.get_tensor(key)
-                digest.update(sample.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+from framequant.streaming.files import GgufFiles, SafetensorsFiles, WeightFiles
+from framequant.streaming.pieces import Piece
 
 
 @dataclass
@@ -147,36 +62,41 @@ class Skeleton:
                 yield name, placed.to(self.dtypes[name]) if placed.is_floating_point() else placed
 
 
-def build_skeleton(directory: Path, dtype: torch.dtype, name: str | None = None) -> Skeleton:
-    """Make the model that a transformers directory describes, without its weights.
+def build_skeleton(source: Path, dtype: torch.dtype, name: str | None = None) -> Skeleton:
+    """Make the model that a transformers directory or a GGUF file describes, without its weights.
 
     Args:
-        directory: with ``config.json`` and safetensors.
+        source: a directory with ``config.json`` and safetensors, or a GGUF file of a causal language model.
         dtype: to compute in and to save the rest in.
-        name: as the user gave it; the directory if not given.
+        name: as the user gave it; ``source`` if not given.
 
     Raises:
         ModelSourceError: no safetensors, an unknown class, tensors that are missing, of another shape, or made in a way
             that is not understood.
     """
-    files = WeightFiles.open(directory)
-    model = _empty_model(directory, dtype)
+    files: WeightFiles
+    if source.suffix.lower() == ".gguf":
+        with gguf.reading(source) as place:
+            model = _model_of_gguf(place, dtype)
+            files = GgufFiles.open(source, model)
+    else:
+        files = SafetensorsFiles.open(source)
+        model = _model_of_directory(source, dtype)
     state = dict(model.state_dict(keep_vars=True))
     first: dict[int, str] = {}
     aliases = {}
     for key, tensor in state.items():
         if first.setdefault(id(tensor), key) != key:
             aliases[key] = first[id(tensor)]
-    skeleton = Skeleton(model, files, aliases=aliases, name=name or str(directory))
+    skeleton = Skeleton(model, files, aliases=aliases, name=name or str(source))
     skeleton.dtypes = {key: tensor.dtype for key, tensor in state.items()}
     skeleton.pieces = _matched(model, state, aliases, files)
     _add_experts(skeleton)
     return skeleton
 
 
-def _empty_model(directory: Path, dtype: torch.dtype) -> nn.Module:
+def _model_of_directory(directory: Path, dtype: torch.dtype) -> nn.Module:
     import transformers
-    from accelerate import init_empty_weights
 
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
@@ -190,11 +110,28 @@ def _empty_model(directory: Path, dtype: torch.dtype) -> nn.Module:
         )
     if getattr(config, "quantization_config", None) is not None:
         raise ModelSourceError(f"{directory} is already quantized; give the float model.")
+    model = _empty(kind, config, dtype)
+    if (directory / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    return model
+
+
+def _model_of_gguf(place: dict[str, str], dtype: torch.dtype) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(**place)
+    model = _empty(transformers.AutoModelForCausalLM._model_mapping[type(config)], config, dtype)
+    gguf.forget_quantization(model)
+    return model
+
+
+def _empty(kind: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model of a transformers class on the meta device; buffers are real."""
+    from accelerate import init_empty_weights
+
     with init_empty_weights(include_buffers=False):
         model = kind._from_config(config, dtype=dtype)
     model.tie_weights()
-    if (directory / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
@@ -214,7 +151,7 @@ def _matched(
     if missing:
         unknown = sorted({how for key in missing if (how := made.unknown.get(key))})
         raise ModelSourceError(
-            f"{files.directory} holds no tensors for {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''} of "
+            f"{files.path} holds no tensors for {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''} of "
             f"{type(model).__name__}: they are missing, or made on loading"
             f"{' by ' + '; '.join(unknown) if unknown else ''} in a way that is not known here. Quantize it in "
             "memory: --no-stream."
@@ -222,7 +159,7 @@ def _matched(
     for key, piece in found.items():
         if piece.shape != tuple(state[key].shape):
             raise ModelSourceError(
-                f"{files.directory}: {next(pieces.keys(piece))} is there for a {key} of shape {piece.shape}, and the "
+                f"{files.path}: {next(pieces.keys(piece))} is there for a {key} of shape {piece.shape}, and the "
                 f"{type(model).__name__} of config.json has {tuple(state[key].shape)}. Fetch the float model again."
             )
     return found
