@@ -174,6 +174,8 @@ def choose_streaming(
     if asked:
         reason = f"{many} processes" if many > 1 else "--stream"
         return Streaming(name, directory, dtype, device, max_memory, reason)
+    if fits_in_memory(_most_bytes(directory, dtype), limits, torch.device(device)):
+        return None
     size = float_bytes(directory, dtype)
     if size is None or fits_in_memory(size, limits, torch.device(device)):
         return None
@@ -237,6 +239,16 @@ def float_bytes(path: Path, dtype: str) -> int | None:
         header = SafetensorsFiles.open(path).header
         return sum(math.prod(shape) for shape, _ in header.values()) * size
     return None
+
+
+def _most_bytes(path: Path, dtype: str) -> int:
+    """More bytes than a GGUF file's tensors take in a dtype, from its size alone: parsing a header takes seconds."""
+    from framequant.integrations.sources import DTYPES
+
+    if path.suffix.lower() != ".gguf":
+        return 1 << 62
+    least_bits = 1.5  # of any code in use
+    return int(path.stat().st_size * 8 / least_bits) * DTYPES.get(dtype, DTYPES["auto"]).itemsize
 
 
 def _gguf_weights(path: Path) -> int:
