@@ -210,12 +210,12 @@ def _members(families: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _pooled(parts: Sequence[OutputGradients]) -> OutputGradients:
-    squares = torch.cat([values for part in parts for values in part.squares.values()])
+    squares = [values for part in parts for values in part.squares.values()]
     return OutputGradients(
         gram_sum=_sum(part.gram_sum for part in parts),
         input_sum=_sum(part.input_sum for part in parts),
         input_square=sum(part.input_square for part in parts),
-        squares={0: squares},
+        squares={0: torch.cat(squares)} if squares else {},
         count=sum(part.count for part in parts),
         inputs=sum(part.inputs for part in parts),
     )
