@@ -212,7 +212,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=["tiny", "mixture", "smollm2"], default="tiny")
     parser.add_argument("--presets", nargs="+", default=["framequant-scalar", "framequant"])
-    parser.add_argument("--blocks", type=int, help="12 of the tiny model, 3 of the mixture, or the first 2 of SmolLM2")
+    parser.add_argument(
+        "--blocks", type=int, help="12 of the tiny model, 3 of the mixture, or the first 2 of SmolLM2"
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--walk-dtype", choices=["float32", "float64"], help="to run the calibration in")
     parser.add_argument("--namespaces", action="store_true")

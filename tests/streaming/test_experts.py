@@ -81,7 +81,7 @@ def test_half_precision(tmp_path):
 
 
 def test_no_more_than_a_block_is_there(tmp_path):
-    skeleton = build_skeleton(save_mixture(tmp_path / "model", "gpt_oss", layers=3), torch.float32)
+    skeleton = build_skeleton(save_mixture(tmp_path / "model", "mixtral", layers=3), torch.float32)
     most = 0
 
     def watch(_):
@@ -140,7 +140,7 @@ def test_conversions_that_are_more_than_moves_are_refused_by_name(tmp_path, monk
     from transformers.core_model_loading import PermuteForRope, WeightConverter
 
     permuted = WeightConverter("q_proj.weight", "q_proj.weight", [PermuteForRope()])
-    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: [permuted])
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *_, **__: [permuted])
     with pytest.raises(ModelSourceError, match=r"q_proj.*made on loading by PermuteForRope.*--no-stream"):
         build_skeleton(save_llama(tmp_path / "model"), torch.float32)
 
@@ -157,7 +157,7 @@ def test_a_tensor_that_is_split_on_loading_is_streamed(tmp_path, monkeypatch):
         held[key.replace("gate_proj", "both")] = torch.cat(parts)
     save_file(held, source / "model.safetensors", metadata={"format": "pt"})
     split = WeightConverter("mlp.both.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(0)])
-    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: [split])
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *_, **__: [split])
     skeleton = build_skeleton(source, torch.float32)
     found = dict(skeleton.read(skeleton.pieces))
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())

@@ -35,6 +35,9 @@ def export(folder, kind):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**SETTINGS)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
     fq.quantize_(model, None, fq.preset("sigma-delta"))
     fq.save_pretrained(model, folder / "q", tokenizer=byte_level_tokenizer())
     fq.export(folder / "q", folder / "float.gguf", "gguf", dtype="float32")

@@ -82,8 +82,10 @@ class GradientFiles:
         """Write the second moments of a block's linears, and let go of them."""
         grams = {name: one.gram_sum for name, one in sums.items() if one.gram_sum is not None}
         if grams:
-            held = {name: gram.detach().to("cpu").contiguous() for name, gram in grams.items()}
-            save_file(held, str(self.directory / f"{block}.safetensors"))
+            first: dict[int, str] = {}  # experts that no token reached share one matrix
+            owners = {name: first.setdefault(id(gram), name) for name, gram in grams.items()}
+            held = {name: grams[name].detach().to("cpu").contiguous() for name in first.values()}
+            save_file(held, str(self.directory / f"{block}.safetensors"), metadata=owners)
         for one in sums.values():
             one.gram_sum = one.input_sum = None
 
@@ -93,7 +95,7 @@ class GradientFiles:
         if not path.is_file():
             return {}
         with checkpoint.open_tensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return {name: file.get_tensor(owner) for name, owner in file.metadata().items()}
 
     def finish(self, found: Gathered) -> None:
         """Write what is small, and the mark last."""
