@@ -58,12 +58,12 @@ def tiny_case(folder: Path, layers: int = 12) -> Case:
     return Case(save_llama(folder / "model", layers), IDS, config)
 
 
-def mixture_case(folder: Path, layers: int = 6) -> Case:
+def mixture_case(folder: Path, layers: int = 4) -> Case:
     """A mixture of more experts than its calibration tokens reach."""
     from tests.streaming.models import IDS, save_mixture
 
-    source = save_mixture(folder / "model", "mixtral", layers, num_local_experts=16, num_experts_per_tok=1)
-    return Case(source, IDS[:2, :12], fq.preset("framequant", state_bits=8))
+    source = save_mixture(folder / "model", "mixtral", layers, num_local_experts=8, num_experts_per_tok=1)
+    return Case(source, IDS[:2, :8], fq.preset("framequant", state_bits=8))
 
 
 def smollm2_case(folder: Path, preset: str = "framequant-scalar") -> Case:
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument(
         "--blocks",
         type=int,
-        help="12 of the tiny model, 6 of the mixture; the first so many of SmolLM2, or all",
+        help="12 of the tiny model, 4 of the mixture; the first so many of SmolLM2, or all",
     )
     parser.add_argument("--preset", default="framequant-scalar", help="of smollm2")
     parser.add_argument("--rounds", type=int, default=20)
@@ -200,7 +200,7 @@ def main() -> None:
         if arguments.model == "tiny":
             case = tiny_case(folder, arguments.blocks or 12)
         elif arguments.model == "mixture":
-            case = mixture_case(folder, arguments.blocks or 6)
+            case = mixture_case(folder, arguments.blocks or 4)
         else:
             case = smollm2_case(folder, arguments.preset)
             case = first_blocks(case, arguments.blocks) if arguments.blocks else case
