@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM
 
 import framequant as fq
 from framequant.errors import ModelSourceError
-from framequant.model import experts
+from framequant.model import experts, mixture
 from framequant.streaming.skeleton import build_skeleton
+from tests.model.architectures import make_family
 from tests.model.test_experts import MIXTURES
 from tests.streaming.models import IDS, in_memory, same_tensors, save_llama, save_mixture
 
@@ -94,6 +95,31 @@ def test_no_more_than_a_block_is_there(tmp_path):
     assert all(t.is_meta for block in skeleton.model.model.layers for t in block.state_dict().values())
 
 
+def test_gradients_of_experts_that_do_not_fit_share_the_bits_out_by_size_alone(tmp_path):
+    source = save_mixture(tmp_path / "model")
+    run = fq.quantize_streaming(source, tmp_path / "out", IDS, TRELLIS, max_memory="1MB")
+    assert any("second moments of all output gradients do not fit" in text for text in run.report.warnings)
+    assert len({choice["bits"] for choice in run.report.allocation["choices"].values()}) > 1
+    dense = fq.quantize_streaming(
+        save_llama(tmp_path / "llama"), tmp_path / "dense", IDS, TRELLIS, max_memory="1MB"
+    )
+    assert not any("do not fit" in text for text in dense.report.warnings)
+
+
+def test_second_moments_of_experts_are_planned_for():
+    model, _ = make_family("mixtral")
+    experts.unfuse_(model)
+    block = model.model.layers[0]
+    found = {
+        name.removeprefix("model.layers.0."): f
+        for name, f in experts.families(model, ["model.layers.0"]).items()
+    }
+    assert (
+        mixture.moment_bytes(block, found, torch.device("cpu")) == 5 * 4 * 80**2
+    )  # four experts and their pool
+    assert mixture.moment_bytes(block, {}, torch.device("cpu")) == 0
+
+
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
 
 
@@ -139,10 +165,12 @@ def test_conversions_that_are_more_than_moves_are_refused_by_name(tmp_path, monk
     from transformers import conversion_mapping
     from transformers.core_model_loading import PermuteForRope, WeightConverter
 
-    permuted = WeightConverter("q_proj.weight", "q_proj.weight", [PermuteForRope()])
+    source = save_llama(tmp_path / "model")
+    rotary = PermuteForRope(permute_layer_names=["q_proj"])
+    permuted = WeightConverter("q_proj.weight", "q_proj.weight", [rotary])
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda *_, **__: [permuted])
     with pytest.raises(ModelSourceError, match=r"q_proj.*made on loading by PermuteForRope.*--no-stream"):
-        build_skeleton(save_llama(tmp_path / "model"), torch.float32)
+        build_skeleton(source, torch.float32)
 
 
 def test_a_tensor_that_is_split_on_loading_is_streamed(tmp_path, monkeypatch):
