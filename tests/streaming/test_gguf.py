@@ -4,13 +4,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from transformers import modeling_gguf_pytorch_utils as legacy
 from typer.testing import CliRunner
 
 import framequant as fq
 from framequant.cli.app import app
 from framequant.cli.streaming import choose_streaming, float_bytes
 from framequant.errors import ModelSourceError
+from framequant.integrations.gguf import forget_quantization
 from framequant.integrations.sources import open_model
+from framequant.model import experts
 from framequant.streaming.skeleton import build_skeleton
 from tests.integrations.test_export import byte_level_tokenizer
 from tests.streaming.models import same_tensors
@@ -45,7 +48,7 @@ def export(folder, kind):
 
 
 def rewrite(path, out, code, extra=None):
-    """The same file with its matrices in another code of ggml's, and one more tensor if given."""
+    """The same file with its matrices in another code of ggml's, and others in place of some if given."""
     reader = gguf.GGUFReader(path)
     kind = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(out, kind)
@@ -54,6 +57,8 @@ def rewrite(path, out, code, extra=None):
             sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub)
     for tensor in reader.tensors:
+        if tensor.name in (extra or {}):
+            continue
         values = np.array(gguf.dequantize(tensor.data, tensor.tensor_type))
         if values.ndim == 2:
             writer.add_tensor(tensor.name, gguf.quantize(values, code), raw_dtype=code)
@@ -110,11 +115,86 @@ def test_another_file_is_another_model(exported, tmp_path):
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_what_is_refused(exported, tmp_path):
-    stacks = {"blk.0.ffn_gate_exps.weight": np.zeros((4, 8, 64), np.float32)}
-    source = rewrite(exported, tmp_path / "experts.gguf", gguf.GGMLQuantizationType.F32, stacks)
-    with pytest.raises(ModelSourceError, match=r"ffn_gate_exps\.weight is a stack of matrices.*--no-stream"):
+def write_experts(path):
+    """A GGUF file of a tiny Qwen3-MoE, whose experts transformers takes to be 768 wide."""
+    torch.manual_seed(0)
+    sizes = {**SETTINGS, "moe_intermediate_size": 768, "num_experts": 4, "num_experts_per_tok": 2}
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes))
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_vocab_size(70)
+    writer.add_block_count(2)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(16)
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, 2)
+    code = gguf.GGMLQuantizationType.Q8_0
+    for key, tensor in model.state_dict().items():
+        values = tensor.numpy()
+        if key.endswith("gate_up_proj"):
+            block = key.split(".")[2]
+            parts = {"gate": values[:, :768], "up": values[:, 768:]}
+            parts = {f"blk.{block}.ffn_{name}_exps.weight": part for name, part in parts.items()}
+        else:
+            parts = {f"{names.get_name(key.removesuffix('.weight'))}.weight": values}
+        for name, part in parts.items():
+            if part.ndim > 1:
+                writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(part), code), raw_dtype=code)
+            else:
+                writer.add_tensor(name, part)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_stacked_experts_are_read_one_at_a_time(tmp_path, monkeypatch):
+    source = write_experts(tmp_path / "experts.gguf")
+    place = {"pretrained_model_name_or_path": str(tmp_path), "gguf_file": source.name}
+    model = transformers.AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32)
+    forget_quantization(model)
+    skeleton = build_skeleton(source, torch.float32)
+    read = []
+    dequantize = gguf.dequantize
+    monkeypatch.setattr(
+        gguf, "dequantize", lambda data, code: read.append(len(data)) or dequantize(data, code)
+    )
+    found = dict(skeleton.read(["model.layers.1.mlp.experts.2.gate_up_proj.weight"]))
+    assert read == [1, 1]
+    experts.unfuse_(model)
+    expected = model.state_dict()
+    found |= dict(skeleton.read(key for key in skeleton.pieces if key in expected))
+    assert found.keys() == expected.keys()
+    assert not [key for key, tensor in found.items() if not torch.equal(tensor, expected[key])]
+    config = fq.preset("gptq")
+    fq.quantize_(model, IDS, config)
+    fq.save_pretrained(model, tmp_path / "memory")
+    fq.quantize_streaming(skeleton, tmp_path / "stream", IDS, config)
+    same_tensors(tmp_path / "memory", tmp_path / "stream")
+
+
+class Mixing(legacy.TensorProcessor):
+    """Makes one matrix of a stack."""
+
+    def process(self, weights, name, **_):
+        return legacy.GGUFTensor(weights.reshape(-1, weights.shape[-1]), name, {})
+
+
+def test_what_is_refused(exported, tmp_path, monkeypatch):
+    stacks = {"blk.0.attn_v.weight": np.zeros((4, 8, 64), np.float32)}
+    source = rewrite(exported, tmp_path / "stacks.gguf", gguf.GGMLQuantizationType.F32, stacks)
+    with pytest.raises(ModelSourceError, match=r"v_proj.* of shape \(4, 8, 64\), and .* has \(32, 64\)"):
         build_skeleton(source, torch.float32)
+    monkeypatch.setitem(legacy.TENSOR_PROCESSORS, "llama", Mixing)
+    with pytest.raises(
+        ModelSourceError, match=r"attn_v\.weight is no stack of experts' matrices.*--no-stream"
+    ):
+        build_skeleton(source, torch.float32)
+    monkeypatch.undo()
     (tmp_path / "nonsense.gguf").write_bytes(b"nonsense")
     with pytest.raises(ModelSourceError, match="not a GGUF file"):
         build_skeleton(tmp_path / "nonsense.gguf", torch.float32)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,12 +138,13 @@ class GgufFiles(WeightFiles):
     """One GGUF file; keys are transformers'.
 
     Attributes:
-        tensors: of the file, by the name that transformers gives them.
+        tensors: of the file that a tensor is made of, by the name that transformers gives it; a stack of experts'
+            joined matrices (gate and up) is made of several.
         names: transformers' name for every name in the file.
         processor: transformers' code that undoes what llama.cpp does to this architecture's tensors.
     """
 
-    tensors: dict[str, Any]
+    tensors: dict[str, list[Any]]
     names: dict[str, str]
     processor: Any
 
@@ -156,7 +157,7 @@ class GgufFiles(WeightFiles):
             model: that it holds, without its weights.
 
         Raises:
-            ModelSourceError: transformers reads this architecture in another way, or it has stacks of matrices.
+            ModelSourceError: transformers reads this architecture in another way.
         """
         import gguf
         from transformers import modeling_gguf_pytorch_utils as legacy
@@ -173,51 +174,69 @@ class GgufFiles(WeightFiles):
         names = legacy.get_gguf_hf_weights_map(model, processor)
         files = cls(path, {}, {}, {}, names, processor)
         for tensor in reader.tensors:
-            shape = tuple(int(size) for size in reversed(tensor.shape))
-            if len(shape) > 2:
-                raise ModelSourceError(
-                    f"{path}: {tensor.name} is a stack of matrices, as mixtures of experts have in GGUF files, and is "
-                    "not streamed. Stream the model's safetensors, or quantize this file in memory: --no-stream."
-                )
-            found = files.convert(tensor, np.broadcast_to(np.float32(0), shape))
-            if found is not None:
-                key, blank = found
-                files.header[key], files.homes[key] = (tuple(blank.shape), "F32"), path
-                files.tensors[key] = tensor
+            files._add(tensor)
         return files
 
-    def convert(self, tensor: Any, values: np.ndarray) -> tuple[str, np.ndarray] | None:
-        """A tensor's values under transformers' name and in its order, or None for one that it does not use."""
+    def _add(self, tensor: Any) -> None:
+        """Note what a tensor of the file is, from zeros that take no memory; of a stack, from one matrix."""
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        stacked = len(shape) > 2
+        blank = np.broadcast_to(np.float32(0), (1, *shape[1:]) if stacked else shape)
+        found = self._convert([tensor], [blank])
+        if found is None:
+            return
+        key, made = found
+        if stacked and (made.ndim != len(shape) or len(made) != 1):
+            raise ModelSourceError(
+                f"{self.path}: {tensor.name} is no stack of experts' matrices, and is not streamed. Stream the model's "
+                "safetensors, or quantize this file in memory: --no-stream."
+            )
+        self.tensors[key] = [*self.tensors.get(key, []), tensor] if stacked else [tensor]
+        self.header[key] = ((shape[0], *made.shape[1:]) if stacked else tuple(made.shape)), "F32"
+        self.homes[key] = self.path
+
+    def _convert(self, tensors: Sequence[Any], values: Sequence[np.ndarray]) -> tuple[str, np.ndarray] | None:
+        """Tensors' values under transformers' name and in its order, or None for those that it does not use."""
         more: dict[str, Any] = {"tensors": {}}
-        found = self.processor.process(
-            weights=values, name=tensor.name, tensor_key_mapping=self.names, parsed_parameters=more
-        )
-        if found.name is None:  # the processor names it itself
-            return next(((key, np.asarray(value)) for key, value in more["tensors"].items()), None)
-        return (self.names[found.name], found.weights) if found.name in self.names else None
+        for tensor, value in zip(tensors, values, strict=True):
+            found = self.processor.process(
+                weights=value, name=tensor.name, tensor_key_mapping=self.names, parsed_parameters=more
+            )
+            if found.name is not None:
+                return (self.names[found.name], found.weights) if found.name in self.names else None
+        return next(((key, np.asarray(value)) for key, value in more["tensors"].items()), None)
 
     @contextmanager
     def opened(self, files: Iterable[Path]) -> Iterator[Fetch]:
-        """See ``WeightFiles``; a tensor is dequantized whole, and kept until another is read."""
+        """See ``WeightFiles``; a matrix is dequantized whole, and kept until another is read."""
         import gguf
 
-        last: dict[str, Tensor] = {}
+        last: dict[tuple[str, Any], Tensor] = {}
 
         def fetch(part: Stored) -> Tensor:
-            if part.key not in last:
+            stacked = len(part.whole) > 2
+            first, *rest = part.index
+            entries = first if isinstance(first, slice) else slice(first, first + 1)
+            which = part.key, (entries.start, entries.stop) if stacked else None
+            if which not in last:
                 last.clear()
-                tensor = self.tensors[part.key]
-                found = self.convert(tensor, gguf.dequantize(tensor.data, tensor.tensor_type))
+                some = self.tensors[part.key]
+                data = [tensor.data[entries] if stacked else tensor.data for tensor in some]
+                values = [gguf.dequantize(d, t.tensor_type) for d, t in zip(data, some, strict=True)]
+                found = self._convert(some, values)
                 assert found is not None
-                last[part.key] = torch.from_numpy(np.copy(found[1]))
-            return last[part.key][part.index]
+                last[which] = torch.from_numpy(np.copy(found[1]))
+            if not stacked:
+                return last[which][part.index]
+            return last[which][(slice(None) if isinstance(first, slice) else 0, *rest)]
 
         yield fetch
 
     def samples(self) -> Iterator[bytes]:
         """See ``WeightFiles``; as the file holds them."""
         for key in sorted(self.tensors):
-            yield self.tensors[key].data.reshape(-1)[: SAMPLE_BYTES // 4].tobytes()
+            for tensor in self.tensors[key]:
+                yield tensor.data.reshape(-1)[: SAMPLE_BYTES // 4].tobytes()
 
 
 def _converted_architectures() -> Iterable[str]:
