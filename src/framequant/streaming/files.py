@@ -162,7 +162,7 @@ class GgufFiles(WeightFiles):
         import gguf
         from transformers import modeling_gguf_pytorch_utils as legacy
 
-        reader = gguf.GGUFReader(path)
+        reader = gguf.GGUFReader(str(path))
         kind = str(legacy.read_field(reader, "general.architecture")[0])
         if kind in _converted_architectures():
             raise ModelSourceError(
@@ -170,7 +170,7 @@ class GgufFiles(WeightFiles):
                 "quantize this file in memory: --no-stream."
             )
         make = legacy.TENSOR_PROCESSORS.get(kind, legacy.TensorProcessor)
-        processor = make(config=legacy.load_gguf_checkpoint(path)["config"])
+        processor = make(config=legacy.load_gguf_checkpoint(str(path))["config"])
         names = legacy.get_gguf_hf_weights_map(model, processor)
         files = cls(path, {}, {}, {}, names, processor)
         for tensor in reader.tensors:
