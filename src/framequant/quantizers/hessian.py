@@ -145,15 +145,17 @@ def _add_halves(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     high = left.bfloat16()
     rest = (left - high).bfloat16()
     for half in (high, rest) if bool(rest.any()) else (high,):
-        if total.is_cuda:
-            _add_on_gpu(total, half, right.bfloat16())
-        else:
-            with products_of_halves():
-                total.addmm_(half.float().T, right.float())
+        (_add_on_gpu if total.is_cuda else _add_on_cpu)(total, half, right)
     return total
 
 
+def _add_on_cpu(total: Tensor, left: Tensor, right: Tensor) -> None:
+    with products_of_halves():
+        total.addmm_(left.float().T, right)
+
+
 def _add_on_gpu(total: Tensor, left: Tensor, right: Tensor) -> None:
+    right = right.bfloat16()
     for first in range(0, left.shape[1], SMALL):
         rows = slice(first, first + SMALL)
         total[rows] += torch.mm(left[:, rows].T, right, out_dtype=torch.float32)
