@@ -13,7 +13,7 @@ Must not import layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from framequant.model.capture import token_mask
 from framequant.model.discovery import linear_weight
 from framequant.model.replay import call_model
 from framequant.model.sampled_loss import sampled_loss
+from framequant.quantizers.hessian import products_of_halves
 
 #: Tokens, or samples other than token sequences, of one backward pass.
 TOKENS_PER_PIECE = 4096
@@ -78,9 +79,10 @@ class OutputGradients:
         return self.input_sum.double() / max(self.inputs, 1)
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """Σ r rᵀ in float32, whatever autocast says; in float64 where float32 overflows."""
-    with torch.autocast(rows.device.type, enabled=False):
+def _gram(rows: Tensor, held: torch.dtype) -> Tensor:
+    """Σ r rᵀ of values of ``held`` in float32, whatever autocast says; in float64 where float32 overflows."""
+    exact = held == torch.bfloat16 and rows.device.type == "cpu"
+    with torch.autocast(rows.device.type, enabled=False), products_of_halves() if exact else nullcontext():
         gram = rows.T @ rows
         return gram if bool(torch.isfinite(gram.diagonal()).all()) else rows.double().T @ rows.double()
 
@@ -136,7 +138,7 @@ class GradientPass:
             return
         flat = _thinned(flat, total.count)
         total.count += flat.shape[0]
-        total.gram_sum = _plus(total.gram_sum, _gram(flat))
+        total.gram_sum = _plus(total.gram_sum, _gram(flat, gradient.dtype))
 
     def add_input(self, name: str, tensor: Tensor) -> None:
         """Add what a linear reads; the first reader of a tensor adds it for all."""
@@ -155,7 +157,7 @@ class GradientPass:
         total.input_square += float(flat.square().sum())
         if not self.grams:
             return
-        total.input_sum = _plus(total.input_sum, _gram(flat))
+        total.input_sum = _plus(total.input_sum, _gram(flat, tensor.dtype))
 
 
 def output_gradients(

@@ -121,6 +121,14 @@ class _Walk:
 
     def run(self) -> QuantizationReport:
         start = time.perf_counter()
+        try:
+            self._walk()
+        finally:
+            release_decoded(self.model)
+        self._finish(time.perf_counter() - start)
+        return self.report
+
+    def _walk(self) -> None:
         chains = self._begin()
         order = self.home.order(self.model, chains, self.batches[0])
         replay = Replay(self.model, chains, self.batches[0], order)
@@ -130,9 +138,6 @@ class _Walk:
         for index, name in enumerate(replay.names):
             self._pass_block(index, name, replay, quantized, floating, onward=index < last)
         self._quantize_outside(replay, quantized)
-        release_decoded(self.model)
-        self._finish(time.perf_counter() - start)
-        return self.report
 
     def _last_to_run(self, replay: Replay) -> int:
         """Position of the last block that is still to be quantized; those before it are run for what it reads."""
@@ -175,7 +180,7 @@ class _Walk:
         self.few |= record.few
         self.done += sum(entry.num_weights for entry in record.linears)
         for layer in quantized_linears(self.model.get_submodule(name)).values():
-            layer.hold_decoded(True)
+            layer.hold_dense(self.dtype)
         if self.progress:
             self.progress(Progress(self.done, self.total, f"{name} (done before)"))
 
@@ -389,7 +394,7 @@ class _Walk:
         for name, weight in results.items():
             result = with_activation(weight, configs[name].activation_spec(), sample, name)
             layer = FrameLinear.from_tensors(result.spec, result.tensors, modules[name].bias)
-            layer.hold_decoded(True)
+            layer.hold_dense(self.dtype)
             self.model.set_submodule(name, layer)
             corrected = name in moments.residual_sum and configs[name].residual_targets > 0
             self.report.linears.append(linear_report(name, result, moments.count, corrected, seconds))
@@ -443,9 +448,9 @@ class _Walk:
 
 
 def release_decoded(module: nn.Module) -> None:
-    """Let the quantized linears of a module drop what they decoded for the walk."""
+    """Let the quantized linears of a module drop what they hold for the walk."""
     for layer in quantized_linears(module).values():
-        layer.hold_decoded(False)
+        layer.hold_dense(None)
 
 
 def untie(model: nn.Module, head: nn.Module) -> None:
