@@ -49,7 +49,7 @@ PYTHON_TESTS ?= tests
 test-python3.%: .venv-python3.%/.ready  ## the test suite under Python 3.12 or 3.13
 	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -q -n 2 -m "not slow and not gpu" $(PYTHON_TESTS)
 
-OLDEST ?= tests/integrations tests/model
+OLDEST ?= tests/integrations tests/model tests/streaming
 
 test-oldest: .venv-oldest/.ready  ## models and integrations with the oldest transformers that is supported
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -q -n 2 -m "not slow and not gpu" $(OLDEST)

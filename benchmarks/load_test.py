@@ -1,10 +1,11 @@
-"""Load tests: models of the shapes of 7B, 70B and 1.5B parameters with random weights, quantized from disk to disk.
+"""Load tests: models of the shapes of 7B, 70B, 1.5B and 8x7B parameters, random weights, quantized from disk to disk.
 
 Run from the repository's root with ``PYTHONPATH=src:.``::
 
     python benchmarks/load_test.py --shape 7b --device cuda                       # whole, 13 GB
     python benchmarks/load_test.py --shape 70b --device cuda --blocks 2 --max-memory cuda=40GB,cpu=100GB
     python benchmarks/load_test.py --shape 1.5b --limit 4GB --samples 8 --tokens 512 --blocks 2
+    python benchmarks/load_test.py --shape 8x7b --device cuda --blocks 2          # a mixture of experts
     torchrun --nproc-per-node 2 benchmarks/load_test.py --shape 7b --blocks 4     # several GPUs
 
 ``--blocks N`` writes and quantizes a model of N blocks and projects the total: what comes before the first block,
@@ -44,7 +45,11 @@ SHAPES = {
     "1.5b": (1536, 8960, 12, 2, 28, 151936, True),
     "7b": (4096, 11008, 32, 32, 32, 32000, False),
     "70b": (8192, 28672, 64, 8, 80, 32000, False),
+    "8x7b": (4096, 14336, 32, 8, 32, 32000, False),
+    "tiny-experts": (256, 704, 4, 4, 4, 1000, False),
 }
+#: Experts of a layer, of which a token takes two.
+EXPERTS = {"8x7b": 8, "tiny-experts": 8}
 
 
 #: Shards that are written at a time.
@@ -53,10 +58,12 @@ STAGES = ("read", "capture", "round", "write")
 
 
 def model_config(shape: str, blocks: int) -> Any:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, MixtralConfig
 
+    mixture = {"num_local_experts": EXPERTS[shape], "num_experts_per_tok": 2} if shape in EXPERTS else {}
     hidden, intermediate, heads, groups, _, vocabulary, tied = SHAPES[shape]
-    return LlamaConfig(
+    return (MixtralConfig if mixture else LlamaConfig)(
+        **mixture,
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_attention_heads=heads,
@@ -65,36 +72,40 @@ def model_config(shape: str, blocks: int) -> Any:
         vocab_size=vocabulary,
         tie_word_embeddings=tied,
         max_position_embeddings=4096,
-        architectures=["LlamaForCausalLM"],
+        architectures=["MixtralForCausalLM" if mixture else "LlamaForCausalLM"],
         dtype="bfloat16",
     )
 
 
 def write_model(folder: Path, shape: str, blocks: int, device: str, dtype: torch.dtype) -> None:
-    """Write random weights, a file for each block and one for the rest."""
+    """Write random weights under the names that hub files have, a file for each block and one for the rest."""
+    import transformers
     from safetensors.torch import save_file
-    from transformers import LlamaForCausalLM
+    from transformers.core_model_loading import revert_weight_conversion
 
     config = model_config(shape, blocks)
     config.save_pretrained(folder)
     with torch.device("meta"):
-        state = LlamaForCausalLM(config).state_dict()
+        model = getattr(transformers, config.architectures[0])(config)
+    state = model.state_dict()
     files: dict[str, list[str]] = defaultdict(list)
     for name in state:
         part = name.split(".")[2] if name.startswith("model.layers.") else "rest"
         if not (config.tie_word_embeddings and name == "lm_head.weight"):
             files[f"model-{part}.safetensors"].append(name)
-    generator = torch.Generator(device).manual_seed(0)
+    generator, weight_map = torch.Generator(device).manual_seed(0), {}
     with ThreadPoolExecutor(WRITERS) as pool:
         pending: deque[Future[None]] = deque()
         for file, names in files.items():
             tensors = {name: random_weight(name, state[name].shape, generator, dtype) for name in names}
+            original = revert_weight_conversion(model, tensors)  # of fused experts views
+            tensors = {name: t.clone(memory_format=torch.contiguous_format) for name, t in original.items()}
+            weight_map |= dict.fromkeys(tensors, file)
             pending.append(pool.submit(save_file, tensors, folder / file, metadata={"format": "pt"}))
             if len(pending) == WRITERS:  # no more shards in memory than are being written
                 pending.popleft().result()
         for write in pending:
             write.result()
-    weight_map = {name: file for file, names in files.items() for name in names}
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )

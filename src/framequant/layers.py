@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from framequant import storage
 from framequant.frames import FrameOperator, build_frame
-from framequant.kernels import cpu, launches, reference
+from framequant.kernels import cpu, cpu_prompts, launches, reference
 from framequant.spec import LinearSpec
 
 
@@ -72,6 +73,7 @@ class FrameLinear(nn.Module):
         self._frames: tuple[FrameOperator, FrameOperator] | None = None
         self._bias_frame: FrameOperator | None = None
         self._held: dict[tuple[torch.dtype, bool], list[Tensor]] | None = None
+        self._dense: dict[torch.dtype, Tensor | None] = {}
         self._prepared: tuple[list[tuple[Tensor, int]], str, Any] | None = None
         self.backend = os.environ.get("FRAMEQUANT_BACKEND", "auto")
 
@@ -102,6 +104,8 @@ class FrameLinear(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
         """Apply the layer."""
+        if inputs.dtype in self._dense:
+            return self._by_dense(inputs)
         wanted = self.backend == "triton" or (self.backend == "auto" and inputs.is_cuda)
         if wanted and self.spec.activation is None:
             fast = self._triton(inputs)
@@ -110,10 +114,12 @@ class FrameLinear(nn.Module):
         plan = self._plan() if self.backend != "reference" and cpu.takes(inputs, self.in_features) else None
         if plan is not None and self.spec.activation is None and cpu.is_few(inputs):
             return cpu.linear(plan, inputs)
+        if plan is not None and self.spec.activation is None and cpu_prompts.takes(inputs):
+            return cpu_prompts.linear(plan, inputs, self._tiles(inputs.dtype, plan))
         frame_in, frame_out = self.frames
         coefficients = reference.coefficients(self.spec, self.tensors, frame_in, inputs)
         if plan is not None:
-            coefficients = cpu.arranged(plan, coefficients)
+            coefficients = cpu_prompts.arranged(plan, coefficients)
         products = reference.multiply(coefficients, self._tiles(coefficients.dtype, plan)).to(inputs.dtype)
         outputs = reference.synthesis(frame_out, products)
         bias = self.dense_bias(outputs.dtype)
@@ -140,11 +146,27 @@ class FrameLinear(nn.Module):
         """Keep D̃ decoded between forward passes, or no longer: for a block that is run many times over."""
         self._held = {} if hold else None
 
+    def hold_dense(self, dtype: torch.dtype | None) -> None:
+        """Multiply inputs of a dtype by Ŵ, made at the first of them, until called with None: for the walk.
+
+        Several times as fast there as transforming them. The outputs are the layer's up to rounding of ``dtype``, not
+        the same bits, so nothing is evaluated so. Layers that round their activations hold D̃ instead.
+        """
+        plain = self.spec.activation is None
+        self._dense = {dtype: None} if plain and dtype is not None else {}
+        self.hold_decoded(dtype is not None and not plain)
+
+    def _by_dense(self, inputs: Tensor) -> Tensor:
+        weight = self._dense[inputs.dtype]
+        if weight is None:
+            self._dense[inputs.dtype] = weight = self.dequantize(inputs.dtype)
+        return functional.linear(inputs, weight, self.dense_bias(inputs.dtype))
+
     def _tiles(self, dtype: torch.dtype, plan: cpu.CpuPlan | None) -> Iterable[Tensor]:
         tiles = (
             reference.decoded_tiles(self.spec, self.tensors, dtype)
             if plan is None
-            else cpu.decoded_tiles(plan, dtype)
+            else cpu_prompts.decoded_tiles(plan, dtype)
         )
         if self._held is None:
             return tiles
@@ -219,6 +241,7 @@ class FrameLinear(nn.Module):
     def forget_prepared(self) -> None:
         """Drop constants, frames and decoded matrices; they are made again when needed."""
         self._prepared = self._frames = self._bias_frame = self._held = None
+        self._dense = {}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "o n"]:
         """The dense weight that the layer is equal to, up to rounding of ``dtype``; a new tensor."""
@@ -254,7 +277,7 @@ class FrameLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """What is pickled: not the prepared constants, which hold addresses."""
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_prepared": None, "_dense": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrameLinear:
         """Copy tensors; the frames are rebuilt from the spec."""

@@ -58,6 +58,14 @@ def tiny_case(folder: Path, layers: int = 12) -> Case:
     return Case(save_llama(folder / "model", layers), IDS, config)
 
 
+def mixture_case(folder: Path, layers: int = 4) -> Case:
+    """A mixture of more experts than its calibration tokens reach."""
+    from tests.streaming.models import IDS, save_mixture
+
+    source = save_mixture(folder / "model", "mixtral", layers, num_local_experts=8, num_experts_per_tok=1)
+    return Case(source, IDS[:2, :8], fq.preset("framequant", state_bits=8))
+
+
 def smollm2_case(folder: Path, preset: str = "framequant-scalar") -> Case:
     """SmolLM2-135M, from its packaged file to safetensors."""
     from framequant.integrations.sources import open_model
@@ -174,9 +182,11 @@ def rounds(case: Case, folder: Path, count: int, kills: int = 1, seed: int = 0) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["tiny", "smollm2"], default="tiny")
+    parser.add_argument("--model", choices=["tiny", "mixture", "smollm2"], default="tiny")
     parser.add_argument(
-        "--blocks", type=int, help="12 of the tiny model; the first so many of SmolLM2, or all"
+        "--blocks",
+        type=int,
+        help="12 of the tiny model, 4 of the mixture; the first so many of SmolLM2, or all",
     )
     parser.add_argument("--preset", default="framequant-scalar", help="of smollm2")
     parser.add_argument("--rounds", type=int, default=20)
@@ -189,6 +199,8 @@ def main() -> None:
         folder = Path(name)
         if arguments.model == "tiny":
             case = tiny_case(folder, arguments.blocks or 12)
+        elif arguments.model == "mixture":
+            case = mixture_case(folder, arguments.blocks or 4)
         else:
             case = smollm2_case(folder, arguments.preset)
             case = first_blocks(case, arguments.blocks) if arguments.blocks else case

@@ -31,7 +31,15 @@ from safetensors.torch import load_file, save_file
 import framequant as fq
 from framequant.checkpoint import parse_quantization
 from framequant.codes.packing import unpack_codes
-from tests.faults.kill_and_resume import Case, contents, first_blocks, smollm2_case, tiny_case, wait
+from tests.faults.kill_and_resume import (
+    Case,
+    contents,
+    first_blocks,
+    mixture_case,
+    smollm2_case,
+    tiny_case,
+    wait,
+)
 from tests.streaming.models import tensors
 
 HOSTS = ("fq-one", "fq-two")
@@ -202,9 +210,11 @@ def in_namespaces(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=["tiny", "smollm2"], default="tiny")
+    parser.add_argument("--model", choices=["tiny", "mixture", "smollm2"], default="tiny")
     parser.add_argument("--presets", nargs="+", default=["framequant-scalar", "framequant"])
-    parser.add_argument("--blocks", type=int, help="12 of the tiny model, or the first 2 of SmolLM2")
+    parser.add_argument(
+        "--blocks", type=int, help="12 of the tiny model, 3 of the mixture, or the first 2 of SmolLM2"
+    )
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--walk-dtype", choices=["float32", "float64"], help="to run the calibration in")
     parser.add_argument("--namespaces", action="store_true")
@@ -223,9 +233,12 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        blocks = arguments.blocks or (12 if arguments.model == "tiny" else 2)
-        case = tiny_case(folder, blocks) if arguments.model == "tiny" else smollm2_case(folder)
-        case = case if arguments.model == "tiny" else first_blocks(case, blocks)
+        blocks = arguments.blocks or {"tiny": 12, "mixture": 3, "smollm2": 2}[arguments.model]
+        makers = {"tiny": tiny_case, "mixture": mixture_case}
+        if arguments.model in makers:
+            case = makers[arguments.model](folder, blocks)
+        else:
+            case = first_blocks(smollm2_case(folder), blocks)
         if arguments.namespaces:
             case.config = fq.preset("framequant-scalar")
             save_file({"ids": case.data}, folder / "ids.safetensors")

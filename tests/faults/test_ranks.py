@@ -32,6 +32,15 @@ def test_two_processes_choose_the_codes_of_one():
         assert float(relative) <= 1e-4
 
 
+def test_two_processes_share_a_mixture():
+    result = ranks("--model", "mixture", "--presets", "framequant", "--blocks", "2")
+    found = re.search(r"share=([\d.e-]+).* relative=([\d.e-]+).* rates_differing=(\d+)", result.stdout)
+    assert found, result.stderr
+    assert float(found[1]) <= 1e-3
+    assert float(found[2]) <= 1e-4
+    assert found[3] == "0"
+
+
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_dies_is_named_and_the_run_goes_on(victim):
     result = ranks("--kill", str(victim), "--blocks", "6")

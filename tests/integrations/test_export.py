@@ -76,6 +76,17 @@ def test_safetensors_of_timm_is_a_local_directory(tmp_path, vit_directory, image
     assert size < 2.2 * sum(parameter.numel() for parameter in model.parameters())
 
 
+def test_biases_that_the_code_holds_are_exported():
+    model, data = make("opt")
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    fq.quantize_(model, None, fq.preset("sigma-delta"))
+    assert all(layer.bias is None for layer in quantized_linears(model).values())
+    expected = output(model, data)
+    torch.testing.assert_close(output(densify_(model, torch.float32), data), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.2)])
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_gguf_is_read_by_transformers(kind, dtype, tolerance, tmp_path):

@@ -85,9 +85,10 @@ def test_error_is_at_most_twice_that_of_torch(code, tokens, dtype):
     assert mine <= 2 * torchs
 
 
+@pytest.mark.parametrize("tokens", [2, 37])
 @pytest.mark.parametrize("features", [(192, 576), (33, 17), (22, 344), (2752, 16)], ids=str)
 @pytest.mark.parametrize("code", [CODES[0], CODES[2], CODES[7]], ids=["2bit", "3bit", "trellis"])
-def test_shapes_and_frames(features, code):
+def test_shapes_and_frames(features, code, tokens):
     for kind, redundancy in (
         (None, (1.125, 1.0)),
         (None, (1.0, 1.25)),
@@ -95,7 +96,7 @@ def test_shapes_and_frames(features, code):
         (FrameKind.IDENTITY, None),
     ):
         layer = make_layer(code, features, redundancy or (1.0, 1.0), kind, bias=False)
-        mine, torchs = errors(layer, torch.randn(2, features[0]).bfloat16())
+        mine, torchs = errors(layer, torch.randn(tokens, features[0]).bfloat16())
         assert mine <= 2 * torchs
 
 
@@ -124,18 +125,32 @@ def test_inputs_of_every_form():
         layer(torch.randn(3, 99))
 
 
-def test_what_is_not_finite_stays_so_and_zero_gives_the_bias():
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_so_and_zero_gives_the_bias(tokens, dtype):
     layer = make_layer(CODES[5])
-    x = torch.ones(3, 100)
+    x = torch.ones(tokens, 100, dtype=dtype)
     x[0, 5], x[1, 7] = float("nan"), float("inf")
+    x[-1] = 0
     y = layer(x)
     assert not y[:2].isfinite().any()
-    assert y[2].isfinite().all()
-    assert torch.equal(layer(torch.zeros(1, 100))[0], layer.bias)
+    assert y[2:].isfinite().all()
+    assert torch.equal(y[-1], layer.bias.to(dtype))
 
 
-def test_threads_give_the_same_bits(monkeypatch):
-    layer, x = make_layer(CODES[7], (100, 70)), torch.randn(2, 100)
+def test_many_tokens_do_not_depend_on_their_batch():
+    layer, x = make_layer(CODES[7], (100, 70)), torch.randn(50, 100)
+    layer.hold_decoded(True)
+    together = layer(x)
+    apart = torch.cat([layer(x[:17]), layer(x[17:])])
+    assert torch.allclose(together, apart, atol=1e-5)  # the dense product sums in an order of its own
+    strided = torch.cat([x, x], 1)[:, :100].view(2, 25, 100)
+    assert torch.equal(layer(strided), together.view(2, 25, 70))
+
+
+@pytest.mark.parametrize("tokens", [2, 70])
+def test_threads_give_the_same_bits(monkeypatch, tokens):
+    layer, x = make_layer(CODES[7], (100, 70)), torch.randn(tokens, 100)
     alone = layer(x)
     monkeypatch.setattr(cpu, "SHARED", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)

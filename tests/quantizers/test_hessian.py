@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -122,17 +124,32 @@ def test_a_large_hessian_is_factored_in_its_own_memory(monkeypatch):
     assert torch.allclose(factor.upper, feedback_factor(hessian, 0.01).upper, atol=1e-10)
 
 
-def test_products_of_halves_lose_nothing_against_float32(monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_products_of_halves_lose_nothing_against_float32(monkeypatch, device):
     def mm(left, right, out_dtype):  # as a GPU has it; the CPU has no such product
         assert left.dtype == right.dtype == torch.bfloat16
         return left.to(out_dtype) @ right.to(out_dtype)
 
-    monkeypatch.setattr(torch, "mm", mm)
-    monkeypatch.setattr(hessian_module, "SMALL", 4)
+    def add(total, left, right):
+        hessian_module._add_on_gpu(total, left.bfloat16(), right.bfloat16())
+
+    if device == "cuda":
+        monkeypatch.setattr(torch, "mm", mm)
+        monkeypatch.setattr(hessian_module, "SMALL", 4)
+        monkeypatch.setattr(hessian_module, "_add_on_cpu", add)
     x, y = torch.randn(2, 100, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = x.double().T @ x.double()
-    total = hessian_module._add_halves(None, x.float(), x)
+    total = hessian_module._add_halves(None, x.float(), x.float())
     assert torch.allclose(total.double(), exact, rtol=1e-6, atol=1e-5)
     drift = (y.double() - x.double()).T @ x.double()
-    twice = hessian_module._add_halves(2 * total, y.float() - x.float(), x).double()
+    twice = hessian_module._add_halves(2 * total, y.float() - x.float(), x.float()).double()
     assert torch.allclose(twice, 2 * exact + drift, rtol=1e-5, atol=1e-3)
+
+
+def test_products_of_halves_leaves_the_setting_as_it_was():
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    with suppress(KeyError), hessian_module.products_of_halves():
+        assert settings.fp32_precision == "bf16"
+        raise KeyError
+    assert settings.fp32_precision == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -16,6 +17,7 @@ from transformers import (
 
 import framequant as fq
 from tests.conftest import make_llama
+from tests.model.architectures import make_family
 
 IDS = torch.randint(0, 20, (8, 32), generator=torch.Generator().manual_seed(0))
 
@@ -49,6 +51,18 @@ def save_t5(folder: Path) -> Path:
         vocab_size=24, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def save_mixture(folder: Path, name: str = "mixtral", layers: int = 2, **settings: Any) -> Path:
+    """A tiny mixture of experts of ``FAMILIES``, with other settings if given."""
+    model, _ = make_family(name)
+    if settings or layers != 2:
+        torch.manual_seed(0)
+        model = type(model)(
+            type(model.config)(**{**model.config.to_dict(), "num_hidden_layers": layers, **settings})
+        )
+    model.save_pretrained(folder)
     return folder
 
 

@@ -34,7 +34,7 @@ class Streaming:
 
     Attributes:
         name: of the model, as the user gave it.
-        directory: with its safetensors.
+        directory: with its safetensors; or a GGUF file.
         dtype: as ``--dtype`` has it.
         device: that computes; of rank 0 under torchrun.
         max_memory: as ``--max-memory`` has it.
@@ -61,6 +61,7 @@ class Streaming:
     ) -> None:
         """Quantize, save and print what was done; every rank of a distributed run calls it."""
         from framequant.cli.quantize import conclude, describe_calibration
+        from framequant.integrations.gguf import gguf_tokenizer
         from framequant.integrations.sources import DTYPES, OpenedModel, add_processors
         from framequant.streaming.skeleton import build_skeleton
 
@@ -69,7 +70,10 @@ class Streaming:
         reporter.err.print(f"  streaming from {self.directory}: {self.reason}", soft_wrap=True)
         skeleton = build_skeleton(self.directory, DTYPES[self.dtype], self.name)
         opened = OpenedModel(skeleton.model, "transformers", self.name, self.directory)
-        add_processors(opened, str(self.directory), self.directory)
+        if self.directory.suffix.lower() == ".gguf":
+            opened.tokenizer = gguf_tokenizer(self.directory)
+        else:
+            add_processors(opened, str(self.directory), self.directory)
         parameters = sum(parameter.numel() for parameter in skeleton.model.parameters())
         with reporter.stage("reading the calibration data"):
             data = calibration_tensor(
@@ -170,6 +174,8 @@ def choose_streaming(
     if asked:
         reason = f"{many} processes" if many > 1 else "--stream"
         return Streaming(name, directory, dtype, device, max_memory, reason)
+    if fits_in_memory(_most_bytes(directory, dtype), limits, torch.device(device)):
+        return None
     size = float_bytes(directory, dtype)
     if size is None or fits_in_memory(size, limits, torch.device(device)):
         return None
@@ -179,7 +185,7 @@ def choose_streaming(
 
 
 def source_directory(name: str, required: bool) -> Path | None:
-    """The directory of a model's safetensors, or None where there is none.
+    """The directory of a model's safetensors, or its GGUF file, or None where there is neither.
 
     Raises:
         ModelSourceError: there is none, and it is required.
@@ -189,12 +195,12 @@ def source_directory(name: str, required: bool) -> Path | None:
     path = PACKAGED_MODELS[name].locate() if name in PACKAGED_MODELS else Path(name).expanduser()
     if not path.exists() and required and not name.startswith("timm/") and path.suffix != ".gguf":
         path = _from_hub(name)
-    if _is_transformers_directory(path):
+    if _is_transformers_directory(path) or (path.suffix.lower() == ".gguf" and path.is_file()):
         return path
     if not required:
         return None
     raise ModelSourceError(
-        f"{name} cannot be streamed: only transformers models in safetensors files are. Save it once with "
+        f"{name} cannot be streamed: only transformers models in safetensors or GGUF files are. Save it once with "
         "save_pretrained of transformers, or quantize it in memory (--no-stream)."
     )
 
@@ -218,20 +224,40 @@ def _from_hub(name: str) -> Path:
         raise ModelSourceError(f"no directory {name!r} here, and the hub answers: {reason}") from error
 
 
-def float_bytes(directory: Path, dtype: str) -> int | None:
+def float_bytes(path: Path, dtype: str) -> int | None:
     """Bytes that a model's tensors take in a dtype; None where the headers cannot be read."""
     import math
 
     from framequant.errors import FrameQuantError
     from framequant.integrations.sources import DTYPES
-    from framequant.streaming.skeleton import WeightFiles
+    from framequant.streaming.files import SafetensorsFiles
 
+    size = DTYPES.get(dtype, DTYPES["auto"]).itemsize
+    if path.suffix.lower() == ".gguf":
+        return _gguf_weights(path) * size
     with suppress(FrameQuantError):
-        header = WeightFiles.open(directory).header
-        return (
-            sum(math.prod(shape) for shape, _ in header.values()) * DTYPES.get(dtype, DTYPES["auto"]).itemsize
-        )
+        header = SafetensorsFiles.open(path).header
+        return sum(math.prod(shape) for shape, _ in header.values()) * size
     return None
+
+
+def _most_bytes(path: Path, dtype: str) -> int:
+    """More bytes than a GGUF file's tensors take in a dtype, from its size alone: parsing a header takes seconds."""
+    from framequant.integrations.sources import DTYPES
+
+    if path.suffix.lower() != ".gguf":
+        return 1 << 62
+    least_bits = 1.5  # of any code in use
+    return int(path.stat().st_size * 8 / least_bits) * DTYPES.get(dtype, DTYPES["auto"]).itemsize
+
+
+def _gguf_weights(path: Path) -> int:
+    """Number of weights in a GGUF file; 0 for one that is damaged, which whoever opens it will say."""
+    with suppress(ImportError, ValueError, IndexError, OSError):
+        from gguf import GGUFReader
+
+        return sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
+    return 0
 
 
 def join_ranks(device: str) -> tuple[str, Ranks]:

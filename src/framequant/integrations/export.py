@@ -132,12 +132,13 @@ def densify_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
             continue
         dense = floats.get_submodule(name) if floats is not None else None
         transposed = dense is not None and is_conv1d(dense)
+        bias = layer.dense_bias(dtype)
         if dense is None or not transposed:
-            dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            dense = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
         weight = layer.dequantize(dtype)
         dense.weight = nn.Parameter(weight.T.contiguous() if transposed else weight, requires_grad=False)
-        if layer.bias is not None:
-            dense.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach(), requires_grad=False)
         model.set_submodule(name, dense)
     return fuse_(model.to(dtype)).eval()
 

@@ -31,6 +31,35 @@ def open_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         ModelSourceError: the file is no GGUF, or of an architecture that transformers cannot read, or the
             packages that read it are missing.
     """
+    with reading(path) as source:
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(**source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        options = {"config": config, "dtype": dtype}
+        if hasattr(transformers, "GgufConfig"):
+            options["quantization_config"] = transformers.GgufConfig(gguf_file=path.name, dequantize=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**source, **options)
+    forget_quantization(model)
+    return model, tokenizer
+
+
+def gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer that a GGUF file holds; raises as ``open_gguf`` does."""
+    with reading(path) as source:
+        import transformers
+
+        return transformers.AutoTokenizer.from_pretrained(**source)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[dict[str, str]]:
+    """What transformers' ``from_pretrained`` needs to find a GGUF file, whose header is parsed once inside.
+
+    Raises:
+        ModelSourceError: the file is no GGUF, or of an architecture that transformers cannot read, or the
+            packages that read it are missing.
+    """
     _check_magic(path)
     try:
         import accelerate  # noqa: F401
@@ -39,21 +68,11 @@ def open_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise ModelSourceError(
             f"{path.name}: a GGUF file needs the gguf extra. Run: pip install 'framequant[gguf]'"
         ) from error
-    import transformers
-
-    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         with _read_header_once():
-            config = transformers.AutoConfig.from_pretrained(**source)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-            options = {"config": config, "dtype": dtype}
-            if hasattr(transformers, "GgufConfig"):
-                options["quantization_config"] = transformers.GgufConfig(gguf_file=path.name, dequantize=True)
-            model = transformers.AutoModelForCausalLM.from_pretrained(**source, **options)
+            yield {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     except (ValueError, KeyError, NotImplementedError, OSError, RuntimeError) as error:
         raise ModelSourceError(f"{path}: transformers cannot read this GGUF file: {error}") from error
-    forget_quantization(model)
-    return model, tokenizer
 
 
 def forget_quantization(model: Any) -> None:

@@ -13,7 +13,7 @@ Must not import layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +27,17 @@ from framequant.model.capture import token_mask
 from framequant.model.discovery import linear_weight
 from framequant.model.replay import call_model
 from framequant.model.sampled_loss import sampled_loss
+from framequant.quantizers.hessian import products_of_halves
 
 #: Tokens, or samples other than token sequences, of one backward pass.
 TOKENS_PER_PIECE = 4096
 SAMPLES_PER_PIECE = 32
 #: Tokens whose second moments are summed without leaving any out, on a CPU.
 TOKENS_IN_FULL = 8192
+NO_ROOM = (
+    "the second moments of all output gradients do not fit into memory: their sizes alone share the bits out, and "
+    "errors are not fed from row to row."
+)
 
 
 @dataclass
@@ -63,10 +68,10 @@ class OutputGradients:
             return 0.0
         return float(torch.cat(list(self.squares.values())).double().mean())
 
-    def gram(self) -> Float[Tensor, "o o"]:
-        """Mean of g gᵀ in float64."""
+    def gram(self, device: torch.device | None = None) -> Float[Tensor, "o o"]:
+        """Mean of g gᵀ in float64, on a device; where the sum is if none is given."""
         assert self.gram_sum is not None
-        return self.gram_sum.double() / max(self.count, 1)
+        return self.gram_sum.to(device or self.gram_sum.device).double() / max(self.count, 1)
 
     def hessian(self) -> Float[Tensor, "n n"]:
         """Mean of x xᵀ in float64."""
@@ -74,9 +79,10 @@ class OutputGradients:
         return self.input_sum.double() / max(self.inputs, 1)
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """Σ r rᵀ in float32, whatever autocast says; in float64 where float32 overflows."""
-    with torch.autocast(rows.device.type, enabled=False):
+def _gram(rows: Tensor, held: torch.dtype) -> Tensor:
+    """Σ r rᵀ of values of ``held`` in float32, whatever autocast says; in float64 where float32 overflows."""
+    exact = held == torch.bfloat16 and rows.device.type == "cpu"
+    with torch.autocast(rows.device.type, enabled=False), products_of_halves() if exact else nullcontext():
         gram = rows.T @ rows
         return gram if bool(torch.isfinite(gram.diagonal()).all()) else rows.double().T @ rows.double()
 
@@ -132,7 +138,7 @@ class GradientPass:
             return
         flat = _thinned(flat, total.count)
         total.count += flat.shape[0]
-        total.gram_sum = _plus(total.gram_sum, _gram(flat))
+        total.gram_sum = _plus(total.gram_sum, _gram(flat, gradient.dtype))
 
     def add_input(self, name: str, tensor: Tensor) -> None:
         """Add what a linear reads; the first reader of a tensor adds it for all."""
@@ -151,7 +157,7 @@ class GradientPass:
         total.input_square += float(flat.square().sum())
         if not self.grams:
             return
-        total.input_sum = _plus(total.input_sum, _gram(flat))
+        total.input_sum = _plus(total.input_sum, _gram(flat, tensor.dtype))
 
 
 def output_gradients(
@@ -249,14 +255,7 @@ def gradients_or_inputs(
         Sums by name, without gradients in the second case, and then a note that says why.
     """
     fits = gram_bytes(model, names, inputs) <= free_bytes(next(model.parameters()).device) // 2
-    note = (
-        ""
-        if fits
-        else (
-            "the second moments of all output gradients do not fit into memory: their sizes alone share the bits out, "
-            "and errors are not fed from row to row."
-        )
-    )
+    note = "" if fits else NO_ROOM
     try:
         return output_gradients(model, batches, names, seed, inputs, fits), note
     except (RuntimeError, DiscoveryError) as error:

@@ -84,13 +84,32 @@ def stages(groups: Sequence[Group], block: nn.Module, recapture: bool) -> list[l
     return [part for cluster in clusters.values() for part in _parts(cluster, block)]
 
 
+def moment_bytes(block: nn.Module, families: Mapping[str, str], device: torch.device) -> int:
+    """Bytes that the Hessians of a block's experts take at most at a time, the pool of a family included.
+
+    Args:
+        block: on any device.
+        families: of the experts' linears, by name inside the block.
+        device: where the block will be run.
+    """
+    sizes: dict[str, list[int]] = {}
+    for name, family in families.items():
+        features = discovery.linear_weight(block.get_submodule(name)).shape[1]
+        sizes.setdefault(family, []).append(4 * features**2)
+    return max((min(sum(some), max(_limit(device), some[0])) + some[0] for some in sizes.values()), default=0)
+
+
+def _limit(device: torch.device) -> int:
+    return MOMENT_BYTES.get(device.type, MOMENT_BYTES["cpu"])
+
+
 def _parts(cluster: list[Group], block: nn.Module) -> list[list[Group]]:
     parts: list[list[Group]] = [[]]
     used = 0
     for group in cluster:
         weight = discovery.linear_weight(block.get_submodule(group.name))
         size = 4 * weight.shape[1] ** 2 if group.family else 0
-        limit = MOMENT_BYTES.get(weight.device.type, MOMENT_BYTES["cpu"])
+        limit = _limit(weight.device)
         if parts[-1] and used + size > limit:
             parts.append([])
             used = 0
@@ -138,44 +157,65 @@ def top_up(
     return few
 
 
-def fill_gradients(gradients: dict[str, OutputGradients], families: Mapping[str, str]) -> dict[str, float]:
-    """Give experts that no token reached their family's gradients, and say how often each expert is used.
+def tokens_seen(gradients: Mapping[str, OutputGradients]) -> dict[str, int]:
+    """Tokens whose gradients reached each linear."""
+    return {name: sum(len(part) for part in found.squares.values()) for name, found in gradients.items()}
+
+
+def expert_shares(seen: Mapping[str, int], families: Mapping[str, str]) -> dict[str, float]:
+    """How often each expert is used.
 
     Args:
-        gradients: by linear, updated.
+        seen: tokens that reached each linear.
         families: family of each expert's linear.
 
     Returns:
         For each expert's linear the share of the model's tokens that pass it, by which its errors count.
     """
-    seen = {name: sum(len(part) for part in found.squares.values()) for name, found in gradients.items()}
     total = max(seen.values(), default=0)
     routed = _routed(seen, families, total)
-    members: dict[str, list[str]] = {}
-    for name, family in families.items():
-        if family in routed:
-            members.setdefault(family, []).append(name)
     shares: dict[str, float] = {}
-    for names in members.values():
-        reached = [name for name in names if seen.get(name)]
-        if not reached:
-            continue
-        mean = sum(seen[name] for name in reached) / len(names)
-        pooled = _pooled([gradients[name] for name in reached]) if len(reached) < len(names) else None
-        for name in names:
-            shares[name] = max(seen.get(name, 0), LEAST_SHARE * mean) / total
-            if pooled is not None and not seen.get(name):
-                gradients[name] = pooled
+    for family, names in _members(families).items():
+        used = sum(seen.get(name, 0) for name in names)
+        if family in routed and used:
+            least = LEAST_SHARE * (used / len(names))
+            shares |= {name: max(seen.get(name, 0), least) / total for name in names}
     return shares
 
 
+def pooled_gradients(
+    gradients: Mapping[str, OutputGradients], seen: Mapping[str, int], families: Mapping[str, str]
+) -> dict[str, OutputGradients]:
+    """Gradients for experts that no token reached: their family's, where it has any.
+
+    Args:
+        gradients: of the linears that tokens reached.
+        seen: tokens that reached each linear.
+        families: family of each expert's linear.
+    """
+    found: dict[str, OutputGradients] = {}
+    for names in _members(families).values():
+        reached = [name for name in names if seen.get(name)]
+        if reached and len(reached) < len(names):
+            pooled = _pooled([gradients[name] for name in reached])
+            found |= {name: pooled for name in names if name not in reached}
+    return found
+
+
+def _members(families: Mapping[str, str]) -> dict[str, list[str]]:
+    members: dict[str, list[str]] = {}
+    for name, family in families.items():
+        members.setdefault(family, []).append(name)
+    return members
+
+
 def _pooled(parts: Sequence[OutputGradients]) -> OutputGradients:
-    squares = torch.cat([values for part in parts for values in part.squares.values()])
+    squares = [values for part in parts for values in part.squares.values()]
     return OutputGradients(
         gram_sum=_sum(part.gram_sum for part in parts),
         input_sum=_sum(part.input_sum for part in parts),
         input_square=sum(part.input_square for part in parts),
-        squares={0: squares},
+        squares={0: torch.cat(squares)} if squares else {},
         count=sum(part.count for part in parts),
         inputs=sum(part.inputs for part in parts),
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -75,6 +76,13 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all."""
+
+    def total_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Sums of numbers by name over the ranks; a name that a rank lacks counts as zero there."""
+        total: Counter[str] = Counter()
+        for some in self.gather(dict(counts)):
+            total.update(some)
+        return dict(total)
 
 
 def reduce_moments(moments: Moments, ranks: Ranks, device: torch.device, dtype: torch.dtype) -> Moments:

@@ -30,11 +30,13 @@ class BlockRecord:
         linears: entries of its linears.
         skipped: its linears that stayed float, with the reason.
         warnings: remarks.
+        few: of experts' linears that saw few tokens, these tokens and their family.
     """
 
     linears: list[LinearReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    few: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def add_to(self, report: QuantizationReport) -> None:
         """Add the record to a report."""

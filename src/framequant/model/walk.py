@@ -121,6 +121,14 @@ class _Walk:
 
     def run(self) -> QuantizationReport:
         start = time.perf_counter()
+        try:
+            self._walk()
+        finally:
+            release_decoded(self.model)
+        self._finish(time.perf_counter() - start)
+        return self.report
+
+    def _walk(self) -> None:
         chains = self._begin()
         order = self.home.order(self.model, chains, self.batches[0])
         replay = Replay(self.model, chains, self.batches[0], order)
@@ -130,9 +138,6 @@ class _Walk:
         for index, name in enumerate(replay.names):
             self._pass_block(index, name, replay, quantized, floating, onward=index < last)
         self._quantize_outside(replay, quantized)
-        release_decoded(self.model)
-        self._finish(time.perf_counter() - start)
-        return self.report
 
     def _last_to_run(self, replay: Replay) -> int:
         """Position of the last block that is still to be quantized; those before it are run for what it reads."""
@@ -160,6 +165,7 @@ class _Walk:
             ledger = Ledger(self.report)
             self._quantize_block(name, block, original, calls)
             record = ledger.record()
+            record.few = {linear: few for linear, few in self.few.items() if linear.startswith(f"{name}.")}
         return_freed_memory()
         if onward:
             quantized.advance(index, (call.run(block) for call in calls))
@@ -171,9 +177,10 @@ class _Walk:
     def _restore_block(self, name: str) -> None:
         record = self.home.restore(name)
         record.add_to(self.report)
+        self.few |= record.few
         self.done += sum(entry.num_weights for entry in record.linears)
         for layer in quantized_linears(self.model.get_submodule(name)).values():
-            layer.hold_decoded(True)
+            layer.hold_dense(self.dtype)
         if self.progress:
             self.progress(Progress(self.done, self.total, f"{name} (done before)"))
 
@@ -213,8 +220,10 @@ class _Walk:
         )
         if note:
             self.report.warnings.append(note)
-        use = mixture.fill_gradients(self.gradients, self.families)
+        seen = self.home.ranks.total_counts(mixture.tokens_seen(self.gradients))
+        self.gradients |= mixture.pooled_gradients(self.gradients, seen, self.families)
         if allocate:
+            use = mixture.expert_shares(seen, self.families)
             known = self.home.sensitivities()
             shares = allocate_bits(self.model, self.selected, self.gradients, self.config, use, known)
             self.choices, self.report.allocation = shares.choices, shares.to_dict()
@@ -235,6 +244,8 @@ class _Walk:
         power = self.config.token_weights
         weights: dict[str, list[Tensor]] = {}
         for group in stage if power else []:
+            if group.family:
+                continue  # a token of an expert counts as it is, see ``mixture``
             found = [
                 self.gradients[prefix + name] for name in group.linears if prefix + name in self.gradients
             ]
@@ -301,11 +312,12 @@ class _Walk:
     ) -> None:
         prefix = f"{name}."
         inner = [full.removeprefix(prefix) for full in self.selected if full.startswith(prefix)]
-        groups = trace_block(block, calls[0], inner)
+        traced = trace_block(block, calls[0], inner), calls[0].hidden[..., 0].numel()
+        groups, tokens = self.home.ranks.share(traced, 0)  # each rank's tokens go to experts of their own
         families = {
             linear: self.families[prefix + linear] for linear in inner if prefix + linear in self.families
         }
-        groups = mixture.with_experts(groups, inner, families, calls[0].hidden[..., 0].numel())
+        groups = mixture.with_experts(groups, inner, families, tokens)
         called = {linear for group in groups for linear in group.linears}
         for linear in inner:
             if linear not in called:
@@ -369,7 +381,7 @@ class _Walk:
         configs = {name: self._config_of(name) for name in modules}
         if self.config.output_feedback:
             moments.output_gram = {
-                name: self.gradients[name].gram()
+                name: self.gradients[name].gram(self.device)
                 for name in modules
                 if name in self.gradients and self.gradients[name].gram_sum is not None
             }
@@ -382,7 +394,7 @@ class _Walk:
         for name, weight in results.items():
             result = with_activation(weight, configs[name].activation_spec(), sample, name)
             layer = FrameLinear.from_tensors(result.spec, result.tensors, modules[name].bias)
-            layer.hold_decoded(True)
+            layer.hold_dense(self.dtype)
             self.model.set_submodule(name, layer)
             corrected = name in moments.residual_sum and configs[name].residual_targets > 0
             self.report.linears.append(linear_report(name, result, moments.count, corrected, seconds))
@@ -436,9 +448,9 @@ class _Walk:
 
 
 def release_decoded(module: nn.Module) -> None:
-    """Let the quantized linears of a module drop what they decoded for the walk."""
+    """Let the quantized linears of a module drop what they hold for the walk."""
     for layer in quantized_linears(module).values():
-        layer.hold_decoded(False)
+        layer.hold_dense(None)
 
 
 def untie(model: nn.Module, head: nn.Module) -> None:

@@ -27,13 +27,16 @@ from framequant.model.activations import Activations, map_tensors
 from framequant.model.allocation import sensitivity_of
 from framequant.model.capture import token_mask
 from framequant.model.discovery import linear_weight
+from framequant.model.experts import families
 from framequant.model.gradients import (
+    NO_ROOM,
     GradientPass,
     OutputGradients,
     fast_pass,
     pieces_of,
     watched,
 )
+from framequant.model.mixture import pooled_gradients, tokens_seen
 from framequant.model.ranks import Ranks
 from framequant.model.replay import Replay, call_model, first_tensor, with_hidden
 from framequant.model.sampled_loss import sampled_loss, skip_labels
@@ -79,8 +82,10 @@ class GradientFiles:
         """Write the second moments of a block's linears, and let go of them."""
         grams = {name: one.gram_sum for name, one in sums.items() if one.gram_sum is not None}
         if grams:
-            held = {name: gram.detach().to("cpu").contiguous() for name, gram in grams.items()}
-            save_file(held, str(self.directory / f"{block}.safetensors"))
+            first: dict[int, str] = {}  # experts that no token reached share one matrix
+            owners = {name: first.setdefault(id(gram), name) for name, gram in grams.items()}
+            held = {name: grams[name].detach().to("cpu").contiguous() for name in first.values()}
+            save_file(held, str(self.directory / f"{block}.safetensors"), metadata=owners)
         for one in sums.values():
             one.gram_sum = one.input_sum = None
 
@@ -90,7 +95,7 @@ class GradientFiles:
         if not path.is_file():
             return {}
         with checkpoint.open_tensors(path) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            return {name: file.get_tensor(owner) for name, owner in file.metadata().items()}
 
     def finish(self, found: Gathered) -> None:
         """Write what is small, and the mark last."""
@@ -159,10 +164,11 @@ class StreamedPass:
             grams: sum whole matrices, see ``gradients.output_gradients``.
         """
         self.files.begin()
+        note = "" if grams else NO_ROOM
         self.pieces = [(i, piece) for i, whole in enumerate(self.batches) for piece in pieces_of(whole)]
         with fast_pass(self.model):
             outputs = self._forwards()
-            found = Gathered()
+            found = Gathered(note=note)
             gradients = self._at_the_end(names, outputs[-1], found, inputs, grams)
             for index in range(len(self.replay.names) - 1, -1, -1):
                 before = outputs[index - 1] if index else None
@@ -251,7 +257,7 @@ class StreamedPass:
     def _conclude(
         self, block: str, names: Sequence[str], state: GradientPass, found: Gathered, keep: bool
     ) -> None:
-        conclude(self.model, names, state, found, self.config, self.ranks)
+        conclude(self.model, names, state, found, self.config, self.ranks, block if keep else None)
         if keep:
             self.files.keep(block, {name: found.sums[name] for name in names if name in found.sums})
 
@@ -263,6 +269,7 @@ def conclude(
     found: Gathered,
     config: FrameQuantConfig,
     ranks: Ranks,
+    block: str | None = None,
 ) -> None:
     """Sum what was watched over the ranks, and work the sensitivities out of it.
 
@@ -273,36 +280,77 @@ def conclude(
         found: gets the results.
         config: of the run.
         ranks: who shares the work.
+        block: that the linears are in; its experts that no token reached get what their fellows have.
     """
-    shared: dict[int, Tensor] = {}
-    for name in names:
-        one = state.totals.get(name)
-        if one is None:
-            continue
-        everywhere = _summed(one, shared, ranks)
-        if state.inputs:
+    seen = ranks.total_counts(tokens_seen(state.totals))
+    everywhere = _summed(model, names, state.totals, ranks)
+    found.sums |= {name: state.totals[name] for name in everywhere}
+    if block is not None:
+        inside = {name: family for name, family in families(model, [block]).items() if name in names}
+        for name, pooled in pooled_gradients(everywhere, seen, inside).items():
+            everywhere[name], found.sums[name] = pooled, replace(pooled, squares={})  # no tokens of its own
+    if state.inputs:
+        for name, one in everywhere.items():
             weight = linear_weight(model.get_submodule(name))
-            found.sensitivities[name] = sensitivity_of(weight, everywhere, config, name)
-        found.sums[name] = one
+            found.sensitivities[name] = sensitivity_of(weight, one, config, name)
     for one in found.sums.values():
         one.input_sum = None
 
 
-def _summed(one: OutputGradients, shared: dict[int, Tensor], ranks: Ranks) -> OutputGradients:
-    """Sum over the ranks in place; the result has one square, the mean over all ranks' tokens."""
+def _summed(
+    model: nn.Module, names: Sequence[str], totals: dict[str, OutputGradients], ranks: Ranks
+) -> dict[str, OutputGradients]:
+    """Sum over the ranks, matrices in place; tokens of an expert may all be on other ranks.
+
+    Returns:
+        For each linear that a rank has reached its sums over all, with the mean of the squares for each token.
+    """
     if ranks.size == 1:
-        return one
-    if one.gram_sum is not None:
-        ranks.add_(one.gram_sum)
-    if one.input_sum is not None and id(one.input_sum) not in shared:
-        shared[id(one.input_sum)] = ranks.add_(one.input_sum)
-    one.count, one.inputs = int(ranks.sum(one.count)), int(ranks.sum(one.inputs))
-    one.input_square = ranks.sum(one.input_square)
-    if not one.squares:
-        return one
-    values = torch.cat([*one.squares.values()]).double()
-    mean = ranks.sum(float(values.sum())) / max(ranks.sum(values.numel()), 1)
-    return replace(one, squares={0: torch.tensor([mean], dtype=torch.float64)})
+        return {name: totals[name] for name in names if name in totals}
+    parts = _parts(totals, ranks)
+    summed: dict[str, Tensor] = {}
+    everywhere = {}
+    for name in names:
+        if name not in parts:
+            continue
+        has_gram, reader = parts[name]
+        one = totals.setdefault(name, OutputGradients())
+        rows, columns = (weight := linear_weight(model.get_submodule(name))).shape
+        if has_gram:
+            one.gram_sum = ranks.add_(_or_zeros(one.gram_sum, rows, weight.device))
+        if reader is not None:
+            if reader not in summed:
+                summed[reader] = ranks.add_(_or_zeros(one.input_sum, columns, weight.device))
+            one.input_sum = summed[reader]
+        one.count, one.inputs = int(ranks.sum(one.count)), int(ranks.sum(one.inputs))
+        one.input_square = ranks.sum(one.input_square)
+        values = torch.cat([*one.squares.values()]).double() if one.squares else torch.zeros(0)
+        total, count = ranks.sum(float(values.sum())), int(ranks.sum(values.numel()))
+        mean = torch.full((count,), total / max(count, 1), dtype=torch.float64)
+        everywhere[name] = replace(one, squares={0: mean} if count else {})
+    return everywhere
+
+
+def _parts(totals: dict[str, OutputGradients], ranks: Ranks) -> dict[str, tuple[bool, str | None]]:
+    """For each linear that a rank has reached: whether gradients were summed, and who read its input first."""
+    first: dict[int, str] = {}
+    mine = {
+        name: (
+            one.gram_sum is not None,
+            None if one.input_sum is None else first.setdefault(id(one.input_sum), name),
+        )
+        for name, one in totals.items()
+    }
+    merged: dict[str, tuple[bool, str | None]] = {}
+    for parts in ranks.gather(mine):
+        for name, (gram, reader) in parts.items():
+            known = merged.get(name, (False, None))
+            merged[name] = known[0] or gram, known[1] or reader
+    return merged
+
+
+def _or_zeros(total: Tensor | None, size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, size, device=device) if total is None else total
 
 
 def clear(directory: Path) -> None:

@@ -36,7 +36,7 @@ from framequant.model.residence import BlockRecord
 from framequant.streaming import durable
 
 RUN_NAME = "run.json"
-JOURNAL_VERSION = 1
+JOURNAL_VERSION = 2
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -225,9 +225,9 @@ def _clear(folder: Path) -> None:
 
 def record_of(data: Mapping[str, Any]) -> BlockRecord:
     """The report of a block, from what the journal kept."""
-    return BlockRecord(
-        [LinearReport(**entry) for entry in data["linears"]], data["skipped"], data["warnings"]
-    )
+    few = {name: (tokens, family) for name, (tokens, family) in data["few"].items()}
+    linears = [LinearReport(**entry) for entry in data["linears"]]
+    return BlockRecord(linears, data["skipped"], data["warnings"], few)
 
 
 def sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ from framequant import checkpoint, storage
 from framequant.config import CodeKind, FrameQuantConfig
 from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
-from framequant.model import discovery
+from framequant.model import discovery, experts, mixture
 from framequant.model.activations import Activations, Place, tensor_bytes
 from framequant.model.calibration import as_samples
 from framequant.model.capture import token_mask
@@ -37,7 +37,14 @@ from framequant.model.residence import BlockRecord, Residence
 from framequant.model.streams import Stream
 from framequant.streaming.gradients import Gathered, GradientFiles, StreamedPass, clear, conclude
 from framequant.streaming.journal import Journal, record_of
-from framequant.streaming.plan import MemoryLimits, MemoryPlan, block_bytes, plan_memory, rounding_bytes
+from framequant.streaming.plan import (
+    RESERVE,
+    MemoryLimits,
+    MemoryPlan,
+    block_bytes,
+    plan_memory,
+    rounding_bytes,
+)
 from framequant.streaming.skeleton import Skeleton
 
 
@@ -88,7 +95,7 @@ class StreamedResidence(Residence):
     def outside_keys(self) -> list[str]:
         """Keys of the float model's state that lie in no block."""
         prefixes = tuple(f"{name}." for name in self._blocks)
-        return [key for key in self._skeleton.keys if not key.startswith(prefixes)]
+        return [key for key in self.model.state_dict() if not key.startswith(prefixes)]
 
     def load_outside(self) -> None:
         """Bring what the model runs before its blocks; an output head of its own stays where it is."""
@@ -114,7 +121,7 @@ class StreamedResidence(Residence):
         """Bring the weight of a linear outside the blocks, if it is not there."""
         module = self.model.get_submodule(name)
         if any(parameter.is_meta for parameter in module.parameters()):
-            self._install([key for key in self._skeleton.keys if key.startswith(f"{name}.")])
+            self._install([f"{name}.{key}" for key in module.state_dict()])
 
     def _install(self, keys: Iterable[str]) -> None:
         """Put float tensors in their places, in the dtype that the skeleton has now (``walk_dtype``)."""
@@ -137,7 +144,7 @@ class StreamedResidence(Residence):
 
     def enter(self, name: str) -> None:
         """Bring a block's float weights, and the moments of its output gradients."""
-        self._install([key for key in self._skeleton.keys if key.startswith(f"{name}.")])
+        self._install([f"{name}.{key}" for key in self.model.get_submodule(name).state_dict()])
         self._bring_moments(name)
 
     def evict(self, name: str) -> None:
@@ -227,6 +234,7 @@ class StreamedResidence(Residence):
         largest = max(block_bytes(block, dtype) for block in blocks)
         scalar = self._config.code is CodeKind.SCALAR
         working = 3 * largest + max(rounding_bytes(block, scalar) for block in blocks)
+        working += self._expert_bytes()
         if self.device.type == "cpu":
             working += sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.is_meta)
         self._working = working, 2 * largest
@@ -234,6 +242,15 @@ class StreamedResidence(Residence):
             streams * bytes_of_one_stream, *self._working, self._limits, self.device, self._scratch
         )
         self.float_cache_bytes = self._plan.float_cache_bytes
+
+    def _expert_bytes(self) -> int:
+        """Bytes that the second moments of a block's experts take beside those of one linear."""
+        sizes = [0]
+        for name in self._blocks:
+            found = experts.families(self.model, [name])
+            inside = {linear.removeprefix(f"{name}."): family for linear, family in found.items()}
+            sizes.append(mixture.moment_bytes(self.model.get_submodule(name), inside, self.device))
+        return max(sizes)
 
     def store(self, name: str) -> Activations:
         """A store where the plan has room for it."""
@@ -369,7 +386,7 @@ class StreamedResidence(Residence):
                 self.store,
                 self._gradient_files,
             )
-            return streamed.run(names, inputs, grams=True)
+            return streamed.run(names, inputs, all(self.ranks.gather(self._grams_fit(names, inputs))))
         finally:
             self._plan = plan
             if head is not None:
@@ -380,6 +397,15 @@ class StreamedResidence(Residence):
         """Where the outputs of all blocks together have room."""
         one = plan.activation_bytes // (2 if self._config.carries_float_stream else 1)
         return plan_memory(stores * one, *self._working, self._limits, self.device, self._scratch)
+
+    def _grams_fit(self, names: Sequence[str], inputs: bool) -> bool:
+        """Whether the second moments of the gradients and inputs of a block's experts fit beside the block."""
+        inside = experts.families(self.model, self._blocks).keys() & set(names)
+        most = max(
+            gram_bytes(self.model, [name for name in inside if name.startswith(f"{block}.")], inputs)
+            for block in self._blocks
+        )
+        return not most or most + self._working[1] + RESERVE[self.device.type] <= self._limits.device
 
     def _no_gradients(self, replay: Replay) -> str:
         """Why no backward pass can be streamed, or nothing."""
@@ -437,10 +463,10 @@ class StreamedResidence(Residence):
         return self._sensitivities
 
     def _bring_moments(self, name: str) -> None:
-        """Map the second moments of a block's output gradients from their file."""
+        """Map the second moments of a block's output gradients from their file; they are read one by one."""
         if self._held:
             for linear, gram in self._gradient_files.grams(name).items():
-                self._held[linear].gram_sum = gram.to(self.device)
+                self._held[linear].gram_sum = gram
 
     def _send_away(self, name: str) -> None:
         module = self.model.get_submodule(name)
