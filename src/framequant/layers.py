@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from framequant import storage
 from framequant.frames import FrameOperator, build_frame
-from framequant.kernels import cpu, cpu_prompts, launches, reference
+from framequant.kernels import cpu, launches, reference
 from framequant.spec import LinearSpec
 
 
@@ -114,12 +114,10 @@ class FrameLinear(nn.Module):
         plan = self._plan() if self.backend != "reference" and cpu.takes(inputs, self.in_features) else None
         if plan is not None and self.spec.activation is None and cpu.is_few(inputs):
             return cpu.linear(plan, inputs)
-        if plan is not None and self.spec.activation is None and cpu_prompts.takes(inputs):
-            return cpu_prompts.linear(plan, inputs, self._tiles(inputs.dtype, plan))
         frame_in, frame_out = self.frames
         coefficients = reference.coefficients(self.spec, self.tensors, frame_in, inputs)
         if plan is not None:
-            coefficients = cpu_prompts.arranged(plan, coefficients)
+            coefficients = cpu.arranged(plan, coefficients)
         products = reference.multiply(coefficients, self._tiles(coefficients.dtype, plan)).to(inputs.dtype)
         outputs = reference.synthesis(frame_out, products)
         bias = self.dense_bias(outputs.dtype)
@@ -166,7 +164,7 @@ class FrameLinear(nn.Module):
         tiles = (
             reference.decoded_tiles(self.spec, self.tensors, dtype)
             if plan is None
-            else cpu_prompts.decoded_tiles(plan, dtype)
+            else cpu.decoded_tiles(plan, dtype)
         )
         if self._held is None:
             return tiles

@@ -1,8 +1,9 @@
 """A quantized linear on the CPU: which layers the compiled kernels cover, and their constants.
 
-Few tokens (decoding) take one compiled call: transforms in float32, codes decoded in registers, exact sums; many
-tokens (prompts) are for ``cpu_prompts``. What is kept beside the stored tensors: scales in float32; for a trellis a
-second arrangement of its bytes, tile beside tile; for level counts that are no power of two, codes of whole bits.
+Few tokens (decoding) take one compiled call: transforms in float32, codes decoded in registers, exact sums. Many
+tokens (prompts) take the plain transforms and a dense product of tiles of rows that are decoded one after the other.
+What is kept beside the stored tensors: scales in float32; for a trellis a second arrangement of its bytes, tile
+beside tile; for level counts that are no power of two, codes of whole bits.
 
 Must not import layers; imports numba only when a layer asks for a kernel, and works without it.
 """
@@ -11,10 +12,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -29,16 +30,17 @@ from framequant.codes.packing import bytes_per_row, pack_codes, unpack_codes
 from framequant.codes.trellis import TrellisSpec
 from framequant.codes.trellis_codebook import CENTRE, codebook
 from framequant.codes.trellis_storage import decode_factors
-from framequant.frames import FrameOperator
-from framequant.kernels.cpu_frames import LaneConstants, frame_constants, lane_constants
+from framequant.frames import FrameOperator, FusionFrame, RandomizedHadamard
 from framequant.spec import LinearSpec
 
 #: Up to this many tokens are multiplied with codes in registers; more take a dense product of decoded tiles.
 FEW = 8
 #: Products of codes and tokens above which a layer's rows are shared out to threads.
 SHARED = 1 << 22
-SIZES, BIAS = 5, 10  # places of the product's sizes and of the bias among a plan's arrays
-KINDS = {torch.bfloat16: 1, torch.float32: 0}
+#: Rows that are decoded together for a dense product.
+TILE = 512
+SIZES = 5  # place of the product's sizes among a plan's arrays
+_KINDS = {torch.bfloat16: 1, torch.float32: 0}
 
 
 @cache
@@ -64,7 +66,6 @@ class CpuPlan:
         products: codes of the matrix.
         out_features: length of an output.
         parts: streams of a token for inputs of at most 16 bits.
-        many: the constants of the transforms of many tokens, of analysis and of synthesis.
     """
 
     arrays: tuple[Any, ...]
@@ -73,7 +74,6 @@ class CpuPlan:
     products: int
     out_features: int
     parts: int
-    many: tuple[LaneConstants, LaneConstants]
 
 
 def cpu_plan(
@@ -116,21 +116,7 @@ def cpu_plan(
     header = np.array([number for array in arrays for number in (array.ctypes.data, array.size)], np.int64)
     # Without a Hadamard transform a few coefficients tower above the others: the step is finer then.
     parts = 1 if len(analysis[0]) else 2
-    groups = code_groups(arrays[SIZES])
-    many = lane_constants(frames[0], True, groups), lane_constants(frames[1], False)
-    return CpuPlan(arrays, header, rows, rows * spec.coefficient_shape[1], spec.out_features, parts, many)
-
-
-def code_groups(sizes: NDArray[np.int64]) -> tuple[int, int]:
-    """Into how many groups the codes of a row fall, and how many are in each; see ``dense_cpu``.
-
-    Args:
-        sizes: of the product, as in a plan.
-    """
-    bits, stride, across = (int(sizes[i]) for i in (0, 3, 7))
-    if across:
-        return across, 16
-    return (-(-stride // 3), 8) if bits == 3 else (stride, 8 // bits)
+    return CpuPlan(arrays, header, rows, rows * spec.coefficient_shape[1], spec.out_features, parts)
 
 
 _Product = tuple[Tensor, list[int], NDArray[np.int64], NDArray[np.int32], float, Tensor]
@@ -172,6 +158,40 @@ def _trellis_product(spec: LinearSpec, code: TrellisSpec, tensors: Mapping[str, 
     return codes, sizes, np.array(places, np.int64), numbers.view(np.int32), book.scale, offsets
 
 
+def frame_constants(
+    frame: FrameOperator, analysis: bool
+) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
+    """Constants and sizes of one direction of a frame, as ``transform_cpu`` takes them, or None if not covered.
+
+    Constants: signs, then the three factors and the block, the first two to multiply from the left and the others
+    from the right.
+    """
+    stages = getattr(frame, "stages", ())
+    if not stages:
+        return np.zeros(0, np.float32), np.array([0, 0, 0, 0, 0, 0, frame.dim, frame.dim], np.int64)
+    hadamard = stages[0]
+    if not isinstance(hadamard, RandomizedHadamard) or len(stages) > 2 or len(hadamard.factors) > 3:
+        return None
+    originals = hadamard._constants.originals
+    one = torch.ones(1, 1, dtype=torch.float64)
+    factors = [originals[f"factor{i}"] for i in range(len(hadamard.factors))]
+    factors = [*factors[:-1], *[one] * (3 - len(factors)), factors[-1]]
+    left = factors if analysis else [factor.mT for factor in factors]
+    parts = [originals["signs"], left[0], left[1], left[2].mT]
+    blocks = inner = outer = 0
+    if len(stages) == 2:
+        form = getattr(stages[1], "_form", None)
+        if not isinstance(stages[1], FusionFrame) or type(form).__name__ != "_BlockForm" or frame.dim % 2:
+            return None
+        block = form._constants.originals["block"]
+        outer, inner = block.shape
+        blocks = form.groups
+        parts.append(block.mT if analysis else block)
+    constants = torch.cat([part.flatten() for part in parts]).float().numpy()
+    sizes = [*map(len, factors), inner, outer, blocks, frame.dim, frame.num_coefficients]
+    return constants, np.array(sizes, np.int64)
+
+
 def takes(inputs: Tensor, in_features: int) -> bool:
     """Whether the compiled kernels know these inputs: plain tensors on the CPU, of a dtype of theirs, no tracing."""
     return (
@@ -196,7 +216,7 @@ def linear(plan: CpuPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"
         A new tensor of the inputs' dtype. Not finite wherever an input of its token is not finite.
     """
     kernels: Any = compiled()
-    kind = KINDS.get(inputs.dtype)
+    kind = _KINDS.get(inputs.dtype)
     x = inputs.contiguous() if kind is not None else inputs.float().contiguous()
     tokens = x.numel() // x.shape[-1]
     out = x.new_empty((*x.shape[:-1], plan.out_features))
@@ -215,6 +235,63 @@ def linear(plan: CpuPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"
         )
         kernels.finish(u, out.data_ptr(), kind, plan.header)
     return out if out.dtype == inputs.dtype else out.to(inputs.dtype)
+
+
+def _groups(plan: CpuPlan) -> tuple[int, int]:
+    """Into how many groups the codes of a row fall, and how many are in each; see ``dense_cpu``."""
+    bits, stride, across = (int(plan.arrays[SIZES][i]) for i in (0, 3, 7))
+    if across:
+        return across, 16
+    return (-(-stride // 3), 8) if bits == 3 else (stride, 8 // bits)
+
+
+def arranged(plan: CpuPlan, coefficients: Float[Tensor, "*b m_in"]) -> Float[Tensor, "*b columns"]:
+    """Coefficients in the order of the columns of ``decoded_tiles``, zero where these have padding.
+
+    Args:
+        plan: the linear's plan.
+        coefficients: of a dtype that ``takes`` allows.
+
+    Returns:
+        A new tensor of the same dtype, float32 for halves, in which the product is to be taken.
+    """
+    groups, size = _groups(plan)
+    z = coefficients.float() if coefficients.dtype == torch.float16 else coefficients
+    z = torch.nn.functional.pad(z, (0, groups * size - z.shape[-1]))
+    return z.unflatten(-1, (groups, size)).transpose(-1, -2).flatten(-2)
+
+
+def decoded_tiles(plan: CpuPlan, dtype: torch.dtype) -> Iterator[Float[Tensor, "rows columns"]]:
+    """Tiles of rows of D̃, decoded one after the other, their columns in the order of ``arranged``.
+
+    Args:
+        plan: the linear's plan.
+        dtype: bfloat16 or float32.
+    """
+    groups, size = _groups(plan)
+    for first in range(0, plan.rows, TILE):
+        tile = torch.empty((min(TILE, plan.rows - first), groups * size), dtype=dtype)
+        share(partial(_decode, plan, groups, tile, first), len(tile), torch.get_num_threads(), 16)
+        yield tile
+
+
+def _decode(plan: CpuPlan, groups: int, tile: Tensor, first: int, start: int, stop: int) -> None:
+    """Decode rows ``start … stop - 1`` of a tile whose first row is the matrix's row ``first``."""
+    from framequant.kernels import dense_cpu as dense
+
+    codes, sizes, places, book, scales, offsets = (plan.arrays[i] for i in (0, SIZES, 6, 7, 8, 9))
+    bits, stride, across, words = (int(sizes[i]) for i in (0, 3, 7, 8))
+    address = tile.data_ptr() + start * tile.element_size() * tile.shape[1]
+    span = (first + start, first + stop)
+    if across:
+        numbers = book.view(np.uint32)
+        dense.trellis_rows(
+            codes.ctypes.data, words, across, places, numbers, scales, address, _KINDS[tile.dtype], *span
+        )
+    else:
+        dense.scalar_rows(
+            codes.ctypes.data, stride, bits, groups, scales, offsets, address, _KINDS[tile.dtype], *span
+        )
 
 
 def share(work: Callable[[int, int], object], count: int, threads: int, multiple: int = 1) -> None:
