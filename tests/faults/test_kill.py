@@ -23,6 +23,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes():
     assert "3 of 3 byte-identical" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_mixture_goes_on_to_the_same_bytes():
     result = kill_and_resume("--model", "mixture", "--rounds", "2", "--seed", "1")
     assert "2 of 2 byte-identical" in result.stdout, result.stderr

@@ -32,6 +32,7 @@ def test_two_processes_choose_the_codes_of_one():
         assert float(relative) <= 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_mixture():
     result = ranks("--model", "mixture", "--presets", "framequant", "--blocks", "2")
     found = re.search(r"share=([\d.e-]+).* relative=([\d.e-]+).* rates_differing=(\d+)", result.stdout)

@@ -42,7 +42,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+#: Run every time; the others by ``make test-all``.
+QUICK = ("mixtral", "stacked in the file, biases", "more experts than tokens")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_codes_are_those_of_a_run_in_memory(tmp_path, case):
     name, config, settings = CASES[case]
     source = save_mixture(tmp_path / "model", name, **settings)

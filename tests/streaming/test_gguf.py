@@ -78,8 +78,17 @@ def exported(tmp_path_factory):
     return export(tmp_path_factory.mktemp("gguf"), "Llama")
 
 
-@pytest.mark.parametrize("code", ["F32", "Q8_0", "Q4_1"])
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2"])
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        ("Llama", "Q4_1"),
+        ("Qwen2", "F32"),
+        pytest.param("Llama", "F32", marks=pytest.mark.slow),
+        pytest.param("Llama", "Q8_0", marks=pytest.mark.slow),
+        pytest.param("Qwen2", "Q8_0", marks=pytest.mark.slow),
+        pytest.param("Qwen2", "Q4_1", marks=pytest.mark.slow),
+    ],
+)
 def test_codes_are_those_of_a_run_in_memory(tmp_path, exported, kind, code):
     source = exported if kind == "Llama" else export(tmp_path, kind)
     source = rewrite(source, tmp_path / "model.gguf", gguf.GGMLQuantizationType[code])
