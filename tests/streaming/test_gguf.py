@@ -47,6 +47,20 @@ def export(folder, kind):
     return folder / "float.gguf"
 
 
+def add_matrix(writer, name, values, code):
+    """Add a matrix, or a stack of them, in a code of ggml's."""
+    writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(values), code), raw_dtype=code)
+
+
+def close(writer, path):
+    """Write what was added; the file's path."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def rewrite(path, out, code, extra=None):
     """The same file with its matrices in another code of ggml's, and others in place of some if given."""
     reader = gguf.GGUFReader(path)
@@ -61,16 +75,12 @@ def rewrite(path, out, code, extra=None):
             continue
         values = np.array(gguf.dequantize(tensor.data, tensor.tensor_type))
         if values.ndim == 2:
-            writer.add_tensor(tensor.name, gguf.quantize(values, code), raw_dtype=code)
+            add_matrix(writer, tensor.name, values, code)
         else:
             writer.add_tensor(tensor.name, values)
     for name, values in (extra or {}).items():
         writer.add_tensor(name, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
+    return close(writer, out)
 
 
 @pytest.fixture(scope="module")
@@ -151,14 +161,10 @@ def write_experts(path):
             parts = {f"{names.get_name(key.removesuffix('.weight'))}.weight": values}
         for name, part in parts.items():
             if part.ndim > 1:
-                writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(part), code), raw_dtype=code)
+                add_matrix(writer, name, part, code)
             else:
                 writer.add_tensor(name, part)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return close(writer, path)
 
 
 def test_stacked_experts_are_read_one_at_a_time(tmp_path, monkeypatch):
