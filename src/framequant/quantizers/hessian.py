@@ -276,15 +276,23 @@ def cholesky_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"] | None:
 
 
 def _inverse_upper_(root: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, in place: block columns from the right, each from those before it."""
+    """The inverse of an upper triangular matrix, in place: block columns from the left, each by those before it.
+
+    With the inverse of the first columns known, [[A, B], [0, D]]⁻¹ = [[A⁻¹, −A⁻¹ B D⁻¹], [0, D⁻¹]]. Products take parts
+    of a matrix as they lie, where solving with a part of it would copy that part first.
+    """
     n = len(root)
     width = n if n <= SMALL else PIECE_ROWS
-    for last in range(n, 0, -width):
-        first = max(last - width, 0)
-        columns = root.new_zeros(last - first, last).T
-        columns[first:].fill_diagonal_(1)
-        torch.linalg.solve_triangular(root[:last, :last], columns, upper=True, out=columns)
-        root[:last, first:last] = columns
+    for first in range(0, n, width):
+        last = min(first + width, n)
+        corner = root[first:last, first:last]
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)).to(corner), upper=True)
+        corner.copy_(inverse)
+        root[last:, first:last] = 0
+        above = root[:first, first:last] @ inverse
+        for start in range(0, first, width):
+            rows = slice(start, start + width)
+            root[rows, first:last] = -(root[rows, start:first] @ above[start:])
     return root
 
 
