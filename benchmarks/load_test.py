@@ -9,7 +9,7 @@ Run from the repository's root with ``PYTHONPATH=src:.``::
     torchrun --nproc-per-node 2 benchmarks/load_test.py --shape 7b --blocks 4     # several GPUs
 
 ``--blocks N`` writes and quantizes a model of N blocks and projects the total: what comes before the first block,
-N measured blocks, and as many more as the shape has at the mean of all measured but the first. Weights are written
+N measured blocks, and as many more as the shape has at the mean of those between the first and the last. Weights are written
 by a process of their own, shard by shard, so that peaks are those of quantizing. ``--limit`` puts the quantizing
 process into a memory cgroup (version 1 or 2, root), page cache included. Appends one row to ``--csv``, and writes it
 anew after every block: a run that is cut off leaves the figures of the blocks that it has finished (``finished`` is
@@ -159,6 +159,7 @@ class Stages:
         self.seconds: dict[str, float] = defaultdict(float)
         self.done: list[float] = []
         self._cuda, self._report = cuda, report
+        self.blocks: list[dict[str, float]] = []
         self._before: dict[str, float] = {}
         self.start = self.now()
 
@@ -189,14 +190,19 @@ class Stages:
         total = self.done[-1] - (self.done[-2] if len(self.done) > 1 else self.start)
         spent = {stage: self.seconds[stage] - self._before.get(stage, 0.0) for stage in STAGES}
         self._before = dict(self.seconds)
+        spent["rest"] = total - sum(spent.values())
+        self.blocks.append({"seconds": total, **spent})
         parts = ", ".join(f"{stage} {value:.2f}" for stage, value in spent.items())
-        rest = total - sum(spent.values())
-        print(f"block {len(self.done)}: {total:.2f} s ({parts}, rest {rest:.2f})", flush=True)
+        print(f"block {len(self.done)}: {total:.2f} s ({parts})", flush=True)
 
-    def block_seconds(self) -> float:
-        """Of a block, the first left out, whose time includes what comes before it and compiling kernels."""
-        every = [later - earlier for earlier, later in zip(self.done, self.done[1:], strict=False)]
-        return sum(every) / len(every) if every else self.done[0] - self.start
+    def block(self) -> dict[str, float]:
+        """Seconds of a block and of its stages: the mean of those between the first and the last.
+
+        The first one's time includes what comes before it and compiling kernels, and the last one's outputs are
+        read by nothing and not made.
+        """
+        inner = self.blocks[1:-1] or self.blocks[1:] or self.blocks
+        return {stage: sum(one[stage] for one in inner) / len(inner) for stage in ("seconds", *STAGES)}
 
     def watch(self) -> None:
         """Time the walk's steps."""
@@ -280,7 +286,7 @@ def row_of(
     hidden, intermediate, _, _, layers, _, _ = SHAPES[arguments.shape]
     cuda, done = arguments.device.startswith("cuda"), len(stages.done)
     total = known.get("total", stages.now() - stages.start)
-    block = stages.block_seconds()
+    block = stages.block()
     return {
         "shape": arguments.shape,
         "preset": arguments.preset,
@@ -296,8 +302,9 @@ def row_of(
         "activations": known.get("activations", ""),
         "seconds": round(total, 2),
         "seconds_first_block": round(stages.done[0] - stages.start, 2),
-        "seconds_per_block": round(block, 3),
-        "seconds_projected": round(total + (layers - done) * block, 1),
+        "seconds_per_block": round(block["seconds"], 3),
+        "seconds_projected": round(total + (layers - done) * block["seconds"], 1),
+        **{f"block_{stage}": round(block[stage], 3) for stage in STAGES},
         **{f"seconds_{stage}": round(stages.seconds[stage], 2) for stage in STAGES},
         "device_allocated_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else 0,
         "device_reserved_gb": round(torch.cuda.max_memory_reserved() / 1e9, 2) if cuda else 0,

@@ -135,6 +135,7 @@ class Machine:
         network: bytes per second of a device to other hosts.
         disk_read, disk_write: bytes per second of a host.
         devices_per_host: devices that share a host's disk.
+        start: seconds before the first block: libraries, kernels that are compiled, the first batches.
     """
 
     half: float = 989e12
@@ -146,6 +147,7 @@ class Machine:
     disk_read: float = 3e9
     disk_write: float = 1.5e9
     devices_per_host: int = 8
+    start: float = 15.0
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,7 @@ def block_cost(
 
 def run_cost(model: Model, devices: int, run: Run, machine: Machine, efficiency: Efficiency) -> Cost:
     """A whole run."""
-    cost = Cost()
+    cost = Cost({"start": machine.start})
     for count, block in model.blocks:
         cost.plus(block_cost(model, block, devices, run, machine, efficiency), count)
     return cost

@@ -2,9 +2,9 @@
 
 ``python benchmarks/simulate_scale.py --csv benchmarks/scale.csv``
 
-Reads every ``benchmarks/*.csv`` with the columns of ``benchmarks/load_test.py`` (``shape, blocks, blocks_measured,
-samples, tokens, ranks, seconds, seconds_read, seconds_capture, seconds_round, seconds_write``, one device ``cuda``) and
-fits efficiencies to a run of some blocks, preferably 70B-shaped; a whole 7B-shaped run it did not see must then be
+Reads every ``benchmarks/*.csv`` with the columns of ``benchmarks/load_test.py`` (``shape, blocks, blocks_measured, samples,
+tokens, ranks, seconds, seconds_first_block, seconds_per_block, block_read, block_capture, block_round, block_write``, one
+device ``cuda``) and fits efficiencies to a run of some blocks, preferably 70B-shaped; a whole 7B-shaped run it did not see must then be
 predicted within 20 %, else the exit code is 1. Without such rows the rate of rounding comes from
 ``benchmarks/rounding_h100.csv``, the others are assumed, and the output says so.
 """
@@ -36,8 +36,11 @@ from benchmarks.scale_model import (  # noqa: E402
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 TOLERANCE = 0.2
-NEEDED = {"shape", "blocks", "blocks_measured", "samples", "tokens", "ranks", "seconds"} | {
-    f"seconds_{step}" for step in ("read", "capture", "round", "write")
+STEPS = ("read", "capture", "round", "write")
+NEEDED = {
+    *("shape", "blocks", "blocks_measured", "samples", "tokens", "ranks", "seconds"),
+    *("seconds_first_block", "seconds_per_block"),
+    *(f"block_{step}" for step in STEPS),
 }
 
 
@@ -48,8 +51,8 @@ def measured(folder: Path) -> list[dict[str, str]]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         if rows and set(rows[0]) >= NEEDED:
-            found += [row for row in rows if row["shape"] in MODELS and "CPU" not in row.get("device", "")]
-    return [row for row in found if int(row["ranks"]) == 1]
+            found += [row for row in rows if row["shape"] in MODELS and "H100" in row.get("device", "")]
+    return [row for row in found if int(row["ranks"]) == 1 and all(row[column] for column in NEEDED)]
 
 
 def of_blocks(model: Model, count: int) -> Model:
@@ -58,23 +61,24 @@ def of_blocks(model: Model, count: int) -> Model:
 
 
 def fit(row: dict[str, str], run: Run, machine: Machine) -> tuple[Machine, Efficiency]:
-    """Efficiencies and disk rates with which the model gives a row's seconds."""
-    model = of_blocks(MODELS[row["shape"]], int(row["blocks_measured"]))
+    """Efficiencies, disk rates and start with which the model gives a row's seconds."""
+    model = of_blocks(MODELS[row["shape"]], 1)
     run = replace(run, samples=int(row["samples"]), tokens=int(row["tokens"]))
     whole = Efficiency(1.0, 1.0, 1.0, Efficiency().link)
-    ideal = run_cost(model, 1, run, machine, whole).seconds
-    weights = sum(count * block_weights(block) for count, block in model.blocks)
-    steps = {step: float(row[f"seconds_{step}"]) for step in ("read", "capture", "round", "write")}
-    rest = max(float(row["seconds"]) - sum(steps.values()), 1e-3)
+    ideal = run_cost(model, 1, run, replace(machine, start=0.0), whole).seconds
+    weights = block_weights(model.blocks[0][1])
+    steps = {step: max(float(row[f"block_{step}"]), 1e-3) for step in STEPS}
+    block = float(row["seconds_per_block"])
     machine = replace(
         machine,
-        disk_read=weights * WEIGHT_BYTES / max(steps["read"], 1e-3),
-        disk_write=weights * run.bits / 8 / max(steps["write"], 1e-3),
+        start=max(float(row["seconds_first_block"]) - block, 0.0),
+        disk_read=weights * WEIGHT_BYTES / steps["read"],
+        disk_write=weights * run.bits / 8 / steps["write"],
     )
     return machine, Efficiency(
         capture=ideal["capture"] / steps["capture"],
         rounding=ideal["round"] / steps["round"],
-        forward=ideal["forward"] / rest,
+        forward=ideal["forward"] / max(block - sum(steps.values()), 1e-3),
     )
 
 

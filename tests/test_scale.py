@@ -21,9 +21,9 @@ def test_shapes_have_their_parameters(key, size):
 
 
 def _row(shape, blocks, slower=1.0):
-    model = simulate_scale.of_blocks(MODELS[shape], blocks)
-    seconds = run_cost(model, 1, Run(), DISKS, TRUE).seconds
-    steps = {step: slower * seconds[step] for step in ("read", "capture", "round", "write")}
+    seconds = run_cost(simulate_scale.of_blocks(MODELS[shape], 1), 1, Run(), DISKS, TRUE).seconds
+    start = seconds.pop("start")
+    block = slower * sum(seconds.values())
     return {
         **{
             "shape": shape,
@@ -32,8 +32,9 @@ def _row(shape, blocks, slower=1.0):
             "samples": 128,
             "tokens": 2048,
         },
-        **{f"seconds_{step}": value for step, value in steps.items()},
-        **{"ranks": 1, "seconds": slower * sum(seconds.values()), "device": "NVIDIA H100"},
+        **{f"block_{step}": slower * seconds[step] for step in simulate_scale.STEPS},
+        **{"seconds": start + blocks * block, "seconds_first_block": start + block, "seconds_per_block": block},
+        **{"ranks": 1, "device": "NVIDIA H100"},
     }
 
 
@@ -51,6 +52,7 @@ def test_fitting_finds_the_rates_and_the_check_passes(tmp_path):
     for name in ("capture", "rounding", "forward"):
         assert getattr(efficiency, name) == pytest.approx(getattr(TRUE, name), rel=1e-6)
     assert machine.disk_read == pytest.approx(DISKS.disk_read, rel=1e-6)
+    assert machine.start == pytest.approx(DISKS.start, rel=1e-6)
     assert not failed
     assert "checked" in note
     assert "within" in note
