@@ -1,11 +1,12 @@
 """Every experiment of the paper, one after another, and the page.
 
-    python experiments/run_all.py --quick     # two CPU cores, under 20 minutes
-    python experiments/run_all.py --full      # one H100, under 25 minutes
+    python experiments/run_all.py --quick             # two CPU cores, under 20 minutes
+    python experiments/run_all.py --full --jobs 6     # one H100 and 16 cores, under 25 minutes
     python experiments/run_all.py --full --add --only tables --only ablations     # in pieces
 
 Each stage is timed and its end is a row of ``run_all.csv``; one that fails says why and the rest goes on. The page,
-``page.html``, lies beside the tables.
+``page.html``, lies beside the tables. With ``--jobs`` several processes share the machine, each with a stage or part
+of one; their tables and logs are kept in ``OUT.parts/``, and ``--add`` takes those of an earlier run that ended well.
 """
 
 from __future__ import annotations
@@ -15,26 +16,30 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 
-from bench import RESULTS, Record, parse, parser, read_rows, reason
+from bench import RESULTS, Record, default_models, parse, parser, read_rows, reason
+from parallel import Job, run_jobs
 
 from framequant.report.page import write_page
 from framequant.report.results import collect
 
-#: Stage, and the options it has in a full run besides those that were given.
+#: Stages, with the options that each has in a full run besides those that were given.
 STAGES: dict[str, list[str]] = {
-    "tables": ["--tasks", "200"],
-    "ablations": ["--windows", "48", "--samples", "64"],
+    "tables": ["--tasks", "100"],
+    "ablations": ["--windows", "24", "--samples", "32"],
     "storage": [],
-    "activations": ["--windows", "48"],
-    "mixed_precision": ["--windows", "48"],
-    "denoising": ["--windows", "48"],
-    "one_bit": ["--windows", "48"],
-    "scaling": ["--windows", "48"],
+    "activations": ["--windows", "48", "--samples", "64"],
+    "mixed_precision": ["--windows", "48", "--samples", "64"],
+    "denoising": ["--windows", "48", "--samples", "64"],
+    "one_bit": ["--windows", "48", "--samples", "64"],
+    "scaling": ["--windows", "48", "--samples", "64"],
     "pictures": [],
-    "peers": [],
+    "peers": ["--windows", "100"],
     "claims": [],
 }
 
+#: What the tables of a full run take of a language model's text, of which a row with all would take a minute.
+LANGUAGE_TABLES = ["--windows", "100", "--samples", "64"]
+ABLATIONS = ("clip", "no clip", "transform", "damping", "order", "sides", "samples", "seeds")
 
 #: Stages whose module is named otherwise.
 MODULES = {"peers": "peers.run"}
@@ -53,6 +58,33 @@ def stage_arguments(stage: str, args: Namespace) -> list[str]:
     return words
 
 
+def parts_of(stage: str, args: Namespace) -> list[list[str]]:
+    """The options of the processes that a stage of a full run is cut into, those that take longest first."""
+    if stage == "tables":
+        models = args.model or default_models()
+        language = {} if args.model else {models[0]: LANGUAGE_TABLES}
+        return [
+            ["--model", model, "--bits", bits, *language.get(model, [])]
+            for bits in ("2", "3", "4")
+            for model in models
+        ]
+    if stage == "ablations":
+        return [["--only", name] for name in ABLATIONS]
+    return [[]]
+
+
+def jobs_of(stages: Sequence[str], args: Namespace) -> list[Job]:
+    """All processes of a run but that of ``claims``, which reads the tables of the others."""
+    made = []
+    for stage in stages:
+        for number, words in enumerate(parts_of(stage, args) if stage != "claims" else []):
+            folder = args.out.with_name(f"{args.out.name}.parts") / f"{stage}-{number}"
+            script = f"experiments/{MODULES.get(stage, stage).replace('.', '/')}.py"
+            own = [word for word in stage_arguments(stage, args) if word != "--add"]
+            made.append(Job(stage, [script, *own, "--out", str(folder), *words], folder))
+    return made
+
+
 def expected(mode: str) -> dict[str, tuple[float, str]]:
     """Seconds of every stage in the committed run of this kind, and the machine that it ran on."""
     rows = [row for row in read_rows(RESULTS / "run_all.csv") if mode in row.get("command", "").split()]
@@ -63,12 +95,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--full", action="store_true", help="all data and all rows, for a GPU")
     options.add_argument("--only", action="append", choices=list(STAGES), help="stages to run; repeatable")
+    options.add_argument("--jobs", type=int, default=1, help="processes at a time")
     args = parse(options, __file__, argv)
     if args.quick == args.full:
         options.error("give --quick or --full")
+    if args.jobs < 1 or (args.jobs > 1 and args.quick):
+        options.error("--jobs is a number of processes for --full")
     record = Record(args, "run_all")
     start, known = time.perf_counter(), expected("--quick" if args.quick else "--full")
-    for stage in args.only or STAGES:
+    stages = args.only or list(STAGES)
+    if args.jobs > 1:
+
+        def ended(job: Job, outcome: str, seconds: float) -> None:
+            record.add(stage=job.folder.name, outcome=outcome, seconds=seconds)
+
+        run_jobs(jobs_of(stages, args), args.jobs, args.out, ended, again=not args.add)
+        stages = [stage for stage in stages if stage == "claims"]
+    for stage in stages:
         began = time.perf_counter()
         seconds, machine = known.get(stage, (0.0, ""))
         print(f"== {stage}" + (f", {seconds:.0f} s on {machine}" if seconds else ""), flush=True)
