@@ -60,7 +60,7 @@ def graph() -> None:
 
 def compiled() -> None:
     """A linear that was never run, through ``torch.compile`` with CUDA graphs, against the eager one."""
-    for tokens in (1, 130):
+    for tokens in (1, 130, 260):
         layer = make_layer(CODES[0], (4096, 4096), (1.125, 1.0)).to("cuda")
         x = torch.randn(tokens, 4096, device="cuda", dtype=torch.float16)
         with torch.no_grad():
@@ -79,7 +79,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", default="0/1")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 3, 16, 64, 130])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 3, 16, 64, 130, 260])
     arguments = parser.parse_args()
     index, count = map(int, arguments.part.split("/"))
     torch.manual_seed(0)

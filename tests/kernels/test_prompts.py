@@ -21,7 +21,7 @@ from framequant.kernels import launches, triton_linear
 from tests.kernels.test_cpu import make_layer
 torch.manual_seed(0)
 launches.PANEL_BYTES = 4096  # several panels, the last of them smaller
-launches.FEW_TOKENS, launches.PANEL_TILE = 4, launches.PanelTile(32, 16, 32, 4)  # the interpreter is slow
+launches.FEW_TOKENS, launches.LOOPS, launches.PANEL_TILE = 4, 1, launches.PanelTile(32, 16, 32, 4)  # the interpreter is slow
 cases = (
     (GridSpec("sigma_clip", 4, "symmetric"), (192, 70), (1.125, 1.0), torch.bfloat16),
     (GridSpec("uniform", 16, "symmetric", per_tensor=True), (100, 64), (1.0, 1.125), torch.float16),
@@ -64,6 +64,24 @@ for code, features, redundancy, dtype in cases:
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
 """
 
+LOOPED = """
+import torch
+from framequant.kernels import launches
+from tests.kernels.test_cpu import CODES, make_layer
+torch.manual_seed(0)
+launches.FEW_TOKENS, launches.LOOPS = 8, 2
+for code in (CODES[0], CODES[5]):
+    layer = make_layer(code, (192, 48))
+    x = torch.randn(15, 192).half()
+    layer.backend = "reference"
+    expected = layer(x.double())
+    layer.backend = "triton"
+    y = layer(x)
+    assert torch.equal(y, torch.cat([layer(x[:8]), layer(x[8:])]))
+    assert (y - expected).norm() < 2e-3 * expected.norm()
+    assert layer(x[None]).shape == (1, 15, 48)
+"""
+
 TRACED = """
 import warnings
 import torch
@@ -71,7 +89,7 @@ from framequant.codes.grid import GridSpec
 from framequant.kernels import launches, prompt_ops, triton_linear, triton_ops
 from tests.kernels.test_cpu import CODES, make_layer
 torch.manual_seed(0)
-launches.FEW_TOKENS, launches.PANEL_TILE = 4, launches.PanelTile(32, 16, 32, 4)
+launches.FEW_TOKENS, launches.LOOPS, launches.PANEL_TILE = 4, 1, launches.PanelTile(32, 16, 32, 4)
 inputs = [torch.randn(tokens, 192).half() for tokens in (1, 6)]
 graphs = []
 def traced(graph, examples):
@@ -142,6 +160,10 @@ def test_prompts_through_the_interpreter(tmp_path: Path) -> None:
     run(PROMPTS, tmp_path, TRITON_INTERPRET="1")
 
 
+def test_more_tokens_than_a_launch_takes_are_several_of_one_kind(tmp_path: Path) -> None:
+    run(LOOPED, tmp_path, TRITON_INTERPRET="1")
+
+
 def test_compiled_layers_take_the_operators(tmp_path: Path) -> None:
     run(TRACED, tmp_path, TRITON_INTERPRET="1")
 
@@ -164,3 +186,12 @@ def test_a_number_of_tokens_is_checked_as_its_kind() -> None:
     kinds = [launches.tokens_to_check(tokens) for tokens in range(1, 200)]
     assert kinds == [launches.tokens_to_check(kind) for kind in kinds]
     assert len(set(kinds)) == 4
+
+
+def test_launches_of_many_tokens_are_even() -> None:
+    for tokens in range(1, 300):
+        few = launches.loop_tokens(tokens)
+        assert bool(few) == (launches.FEW_TOKENS < tokens <= launches.LOOPS * launches.FEW_TOKENS)
+        if few:
+            sizes = [min(few, tokens - start) for start in range(0, tokens, few)]
+            assert {launches.tokens_to_check(size) for size in sizes} == {launches.tokens_to_check(tokens)}

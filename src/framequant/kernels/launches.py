@@ -12,8 +12,11 @@ from typing import NamedTuple
 VECTOR_TOKENS = 2
 #: Most tokens of scalar codes that meet bytes: more cost as much in halves, and less in the transforms.
 BYTE_TOKENS = 4
-#: Most tokens of the kernels that decode in their own loop; more are a prompt, for which D̃ is decoded in panels.
+#: Most tokens of one launch of the kernels that decode in their own loop.
 FEW_TOKENS = 64
+#: Most launches of these, one after another; more tokens are a prompt, for which D̃ is decoded in panels: that alone
+#: takes as long as two to four launches (``benchmarks/README.md``, prompts as measured).
+LOOPS = 3
 #: Bytes of a panel, at most, and of one that an H100's L2 cache (50 MB) mostly holds until it is multiplied.
 PANEL_BYTES, CACHED_BYTES = 64 << 20, 40 << 20
 #: With as many tokens, rows that make 128 of cuBLAS' tiles (128 by 256): a full round of 132 multiprocessors.
@@ -28,7 +31,14 @@ def tokens_to_check(tokens: int) -> int:
         return VECTOR_TOKENS
     if tokens <= BYTE_TOKENS:
         return BYTE_TOKENS
-    return BYTE_TOKENS + 1 if tokens <= FEW_TOKENS else FEW_TOKENS + 1
+    return BYTE_TOKENS + 1 if tokens <= LOOPS * FEW_TOKENS else LOOPS * FEW_TOKENS + 1
+
+
+def loop_tokens(tokens: int) -> int:
+    """Tokens of a launch where that many take several, all of one kind; 0 where they take one, or panels."""
+    if not FEW_TOKENS < tokens <= LOOPS * FEW_TOKENS:
+        return 0
+    return -(-tokens // -(-tokens // FEW_TOKENS))
 
 
 class Tile(NamedTuple):

@@ -131,6 +131,10 @@ def products(
     plan: TritonPlan, x: Float[Tensor, "t n"], members: Sequence[tuple[TritonPlan, int]]
 ) -> tuple[Float[Tensor, "t o"], ...]:
     """Outputs of linears whose rows, so many of each, lie one below the other in the words of ``plan``."""
+    few = launches.loop_tokens(x.shape[0])
+    if few:
+        parts = [products(plan, part, members) for part in x.split(few)]
+        return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
     starts = list(accumulate((rows for _, rows in members), initial=0))
     u, unit = _multiply(plan, x, starts[-1])
     return tuple(
