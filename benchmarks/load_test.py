@@ -338,6 +338,7 @@ class Table:
 
 
 def main() -> None:
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as the command line does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--blocks", type=int, help="measure so many blocks and project the others")

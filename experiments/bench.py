@@ -174,6 +174,7 @@ class Record:
         ) as error:  # whatever a hub, a peer or a task library raises is told, and the run goes on
             found = {"error": reason(error)}
         gc.collect()
+        torch.cuda.empty_cache()  # for the processes beside this one
         spent = {"row_seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - processor}
         return self.add(**known, **found, **{key: round(value, 1) for key, value in spent.items()})
 
@@ -240,11 +241,13 @@ def write(rows: list[Row], path: Path, shared_columns: Row) -> None:
 
 
 def commit() -> str:
-    """The repository's commit, with a mark if the working tree has changes."""
+    """The repository's commit, with a mark if the working tree has changes; ``FRAMEQUANT_COMMIT`` for a mere copy."""
+    if "FRAMEQUANT_COMMIT" in os.environ:
+        return os.environ["FRAMEQUANT_COMMIT"]
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True, text=True, cwd=ROOT
     )
-    return done.stdout.strip() or os.environ.get("FRAMEQUANT_COMMIT", "unknown")
+    return done.stdout.strip() or "unknown"
 
 
 def device_name(place: str | torch.device) -> str:

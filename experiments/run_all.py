@@ -1,7 +1,7 @@
 """Every experiment of the paper, one after another, and the page.
 
     python experiments/run_all.py --quick             # two CPU cores, under 20 minutes
-    python experiments/run_all.py --full --jobs 6     # one H100 and 16 cores, under 25 minutes
+    python experiments/run_all.py --full --jobs 5     # one H100 and 16 cores, under 25 minutes
     python experiments/run_all.py --full --add --only tables --only ablations     # in pieces
 
 Each stage is timed and its end is a row of ``run_all.csv``; one that fails says why and the rest goes on. The page,

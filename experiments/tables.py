@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import ptq4vit
-from bench import Bench, Record, Row, benches, parse, parse_row, parser
+from bench import Bench, Record, Row, benches, parse, parse_row, parser, synthesise_
 
 from framequant.report.results import Plot
 
@@ -67,7 +67,9 @@ def measured(bench: Bench, settings: str, tasks: int | None) -> Row:
     if not tasks or bench.kind != "language":
         return bench.row(config)
     model, _, row = bench.quantized(config)
-    return {**row, **bench.evaluate(model), **bench.tasks(model, tasks)}
+    row |= bench.evaluate(model)
+    synthesise_(model)  # short prompts, many of them
+    return {**row, **bench.tasks(model, tasks)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

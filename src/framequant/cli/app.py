@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 a user's error, with one message on stderr; 130 interrupte
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from typing import Annotated, Any
 
@@ -14,6 +15,11 @@ from typer.core import TyperGroup
 
 from framequant.cli import bench, demo, evaluate, export, generate, inspect, quantize, report, serve
 from framequant.cli.console import print_error, print_interrupted
+
+#: A walk allocates and frees gigabytes of many sizes; without this torch came to hold 13 GB of a GPU in holes. Torch
+#: reads it when it first uses a GPU, and a user's own setting wins.
+if sys.platform == "linux":
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 #: Errors of the operating system that a user can act on; their message is enough.
 _USER_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENAMETOOLONG}

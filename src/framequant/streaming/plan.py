@@ -153,7 +153,7 @@ def plan_memory(
     """
     on_device = limits.device - working_bytes - RESERVE[device.type]
     on_host = limits.host - host_bytes - RESERVE["cpu"]
-    if activation_bytes <= on_device * 3 // 4:
+    if activation_bytes <= on_device // 2:  # what stays between others of many sizes leaves holes among them
         place, left = Place.DEVICE, on_device - activation_bytes
     elif device.type == "cuda" and activation_bytes <= on_host:
         place, left = Place.HOST, on_device
