@@ -9,11 +9,11 @@ Run from the repository's root with ``PYTHONPATH=src:.``::
     torchrun --nproc-per-node 2 benchmarks/load_test.py --shape 7b --blocks 4     # several GPUs
 
 ``--blocks N`` writes and quantizes a model of N blocks and projects the total: what comes before the first block,
-N measured blocks, and as many more as the shape has at the mean of those between the first and the last. Weights are written
-by a process of their own, shard by shard, so that peaks are those of quantizing. ``--limit`` puts the quantizing
-process into a memory cgroup (version 1 or 2, root), page cache included. Appends one row to ``--csv``, and writes it
-anew after every block: a run that is cut off leaves the figures of the blocks that it has finished (``finished`` is
-then "no").
+N measured blocks, and as many more as the shape has at the mean of those between the first and the last. Weights
+are written by a process of their own, shard by shard, so that peaks are those of quantizing. ``--limit`` puts the
+quantizing process into a memory cgroup (version 1 or 2, root), page cache included. Appends one row to ``--csv``, and
+writes it anew after every block: a run that is cut off leaves the figures of the blocks that it has finished
+(``finished`` is then "no").
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
 ``python benchmarks/simulate_scale.py --csv benchmarks/scale.csv``
 
-Reads every ``benchmarks/*.csv`` with the columns of ``benchmarks/load_test.py`` (``shape, blocks, blocks_measured, samples,
-tokens, ranks, seconds, seconds_first_block, seconds_per_block, block_read, block_capture, block_round, block_write``, one
-device ``cuda``) and fits efficiencies to a run of some blocks, preferably 70B-shaped; a whole 7B-shaped run it did not see must then be
-predicted within 20 %, else the exit code is 1. Without such rows the rate of rounding comes from
-``benchmarks/rounding_h100.csv``, the others are assumed, and the output says so.
+Reads every ``benchmarks/*.csv`` with the columns of ``benchmarks/load_test.py`` (``shape, blocks, blocks_measured,
+samples, tokens, ranks, seconds, seconds_first_block, seconds_per_block, block_read, block_capture, block_round,
+block_write``, one device ``cuda``) and fits efficiencies to a run of some blocks, preferably 70B-shaped; a whole
+7B-shaped run it did not see must then be predicted within 20 %, else the exit code is 1. Without such rows the rate
+of rounding comes from ``benchmarks/rounding_h100.csv``, the others are assumed, and the output says so.
 """
 
 from __future__ import annotations

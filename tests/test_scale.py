@@ -33,7 +33,11 @@ def _row(shape, blocks, slower=1.0):
             "tokens": 2048,
         },
         **{f"block_{step}": slower * seconds[step] for step in simulate_scale.STEPS},
-        **{"seconds": start + blocks * block, "seconds_first_block": start + block, "seconds_per_block": block},
+        **{
+            "seconds": start + blocks * block,
+            "seconds_first_block": start + block,
+            "seconds_per_block": block,
+        },
         **{"ranks": 1, "device": "NVIDIA H100"},
     }
 

@@ -115,6 +115,9 @@ class FrameQuantConfig:
         recapture: capture each group of linears after the group before it was quantized, not once per block.
         float_targets: α in [0, 1]: how far weights are corrected towards the float model's inputs.
         residual_targets: β in [0, 1]: the same for the residual stream's accumulated deviation.
+        train_ahead: steps of Adam after each block, in which the blocks that are still float learn to live with the
+            rounded ones, see ``model.train_ahead``; 0 for none. Takes a second model's memory, and no streaming.
+        train_rate: of these steps, relative to the size of a parameter's entries.
         walk_dtype: "float32" or "float64" to run the calibration in, whatever the model's dtype; None for that.
             In float64 CPU and GPU choose the same codes.
         include: regular expressions of module names to quantize; empty for every linear inside the blocks.
@@ -166,6 +169,8 @@ class FrameQuantConfig:
     recapture: bool = True
     float_targets: float = 0.5
     residual_targets: float = 0.5
+    train_ahead: int = 0
+    train_rate: float = 1e-3
     walk_dtype: str | None = None
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -212,7 +217,10 @@ class FrameQuantConfig:
         ):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected true or false.")
-        for name in ("state_bits", "tile_rows", "tile_cols", "output_block", "seed", "order", "flip_passes"):
+        for name in (
+            *("state_bits", "tile_rows", "tile_cols", "output_block", "seed", "order", "flip_passes"),
+            "train_ahead",
+        ):
             if not _is_int(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected an integer.")
         for name in ("levels", "group_size", "refine_sweeps"):
@@ -437,6 +445,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "output_damping": (0, 100),
     "token_weights": (0, 1),
     "rate_spread": (0, 1),
+    "train_ahead": (0, 10_000),
+    "train_rate": (0, 1),
     "float_targets": (0, 1),
     "residual_targets": (0, 1),
     "frame_size_ratio": (0, 4096),
@@ -563,6 +573,7 @@ def _check_pattern(pattern: str) -> None:
 
 def _check_override(pattern: str, changes: Mapping[str, Any]) -> None:
     forbidden = {"include", "ignore", "overrides", "seed", "recapture", "walk_dtype", "skip"}
+    forbidden |= {"train_ahead", "train_rate"}
     if not isinstance(changes, Mapping):
         raise ConfigError(f"override {pattern!r}: expected a mapping of settings, found {changes!r}.")
     check_keys({key: value for key, value in changes.items() if key != "skip"})

@@ -21,7 +21,8 @@ from framequant.kernels import launches, triton_linear
 from tests.kernels.test_cpu import make_layer
 torch.manual_seed(0)
 launches.PANEL_BYTES = 4096  # several panels, the last of them smaller
-launches.FEW_TOKENS, launches.LOOPS, launches.PANEL_TILE = 4, 1, launches.PanelTile(32, 16, 32, 4)  # the interpreter is slow
+launches.FEW_TOKENS, launches.LOOPS = 4, 1
+launches.PANEL_TILE = launches.PanelTile(32, 16, 32, 4)  # the interpreter is slow
 cases = (
     (GridSpec("sigma_clip", 4, "symmetric"), (192, 70), (1.125, 1.0), torch.bfloat16),
     (GridSpec("uniform", 16, "symmetric", per_tensor=True), (100, 64), (1.0, 1.125), torch.float16),

@@ -85,6 +85,7 @@ class QuantizationReport:
         allocation: what each linear was given of a bit budget, see ``allocation.Shares``; empty without one.
         warnings: what a reader should know.
         seconds: wall-clock time of the walk.
+        trained_ahead: steps and rate of training between blocks, and the mean loss after each; empty without it.
         tuning: what tuning did, as ``TuningReport.to_dict`` gives it; empty without tuning.
         bounds: of the whole network's error, where they are known (Sigma-Delta).
     """
@@ -97,6 +98,7 @@ class QuantizationReport:
     allocation: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    trained_ahead: dict[str, Any] = field(default_factory=dict)
     tuning: dict[str, Any] = field(default_factory=dict)
     bounds: dict[str, Any] = field(default_factory=dict)
 

@@ -66,9 +66,15 @@ class Stream:
             self._ends[index] = ends
 
     @contextmanager
-    def behind_blocks(self, number: int) -> Iterator[None]:
-        """A model that skips its blocks: the last one gives its stored output on batch ``number``."""
-        with self._replay.stubs(self._outputs.get(number), self._chain_ends(number)):
+    def behind_blocks(
+        self, number: int, count: int | None = None, part: Callable[[Any], Any] = lambda stored: stored
+    ) -> Iterator[None]:
+        """A model that skips its first ``count`` blocks, all of them by default.
+
+        The last one skipped gives its stored output on batch ``number``, or ``part`` of it.
+        """
+        ends = {index: part(stored) for index, stored in self._chain_ends(number).items()}
+        with self._replay.stubs(part(self._outputs.get(number)), ends, count):
             yield
 
     def _chain_ends(self, number: int) -> dict[int, Any]:

@@ -33,6 +33,7 @@ from framequant.model.report import QuantizationReport, environment, linear_repo
 from framequant.model.residence import Ledger, Residence
 from framequant.model.streams import FloatBlock, Stream
 from framequant.model.trace import Group, trace_block
+from framequant.model.train_ahead import AheadTrainer
 from framequant.quantizers.activations import SAMPLE_TOKENS, thinned, with_activation
 from framequant.quantizers.budget import Option
 from framequant.quantizers.hessian import NOT_FINITE, Moments, all_finite
@@ -135,8 +136,9 @@ class _Walk:
         quantized = Stream(replay, self.batches, lambda name: self.home.store(f"quantized-{name}"))
         floating = Stream(replay, self.batches, lambda name: self.home.store(f"float-{name}"))
         last = self._last_to_run(replay)
+        ahead = self._trainer(replay)
         for index, name in enumerate(replay.names):
-            self._pass_block(index, name, replay, quantized, floating, onward=index < last)
+            self._pass_block(index, name, replay, quantized, floating, ahead, onward=index < last)
         self._quantize_outside(replay, quantized)
 
     def _last_to_run(self, replay: Replay) -> int:
@@ -145,8 +147,22 @@ class _Walk:
             return len(replay.names)
         return max((i for i, name in enumerate(replay.names) if not self.home.is_done(name)), default=-1)
 
+    def _trainer(self, replay: Replay) -> AheadTrainer | None:
+        steps, rate = self.config.train_ahead, self.config.train_rate
+        if not steps:
+            return None
+        self.report.trained_ahead = {"steps": steps, "rate": rate, "losses": []}
+        return AheadTrainer(self.model, replay, self.batches, self.masks, steps, rate, self.config.seed)
+
     def _pass_block(
-        self, index: int, name: str, replay: Replay, quantized: Stream, floating: Stream, onward: bool
+        self,
+        index: int,
+        name: str,
+        replay: Replay,
+        quantized: Stream,
+        floating: Stream,
+        ahead: AheadTrainer | None,
+        onward: bool,
     ) -> None:
         """Quantize a block, or take what an earlier run made of it, and pass on the outputs if they are needed."""
         block, done = replay.blocks[index], self.home.is_done(name)
@@ -155,7 +171,8 @@ class _Walk:
         if onward or not done:
             self.home.enter(name)
             calls = quantized.calls(index)
-            float_calls = floating.calls(index) if carry and index else calls
+            own_stream = carry and index and ahead is None  # what was trained is right for what comes in
+            float_calls = floating.calls(index) if own_stream else calls
             twin = copy.deepcopy(block) if carry else None
             original = None if twin is None else FloatBlock(twin, float_calls, self.home.float_cache_bytes)
         record = None
@@ -169,7 +186,9 @@ class _Walk:
         return_freed_memory()
         if onward:
             quantized.advance(index, (call.run(block) for call in calls))
-            if original is not None:
+            if ahead is not None:
+                self.report.trained_ahead["losses"].append(ahead.train(index, quantized))
+            elif original is not None:
                 floating.advance(index, original.outputs())
         release_decoded(block)
         self.home.leave(name, record)

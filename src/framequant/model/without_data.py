@@ -32,6 +32,7 @@ FALLBACKS: dict[str, Any] = {
     "token_weights": 0.0,
     "float_targets": 0.0,
     "residual_targets": 0.0,
+    "train_ahead": 0,
     "recapture": False,
 }
 

@@ -96,7 +96,8 @@ def quantize_streaming(
     Raises:
         CalibrationError: no calibration data, of the wrong kind, or fewer batches than ranks.
         CheckpointError: the output cannot be written; what was finished is kept.
-        ConfigError: Sigma-Delta codes; or the settings, model or data are not those of the run to go on with.
+        ConfigError: Sigma-Delta codes or training ahead; or the settings, model or data are not those of the run to
+            go on with.
         DiscoveryError: the model has no repeated blocks, or they cannot be walked.
         ModelSourceError: no safetensors, a damaged file, or tensors that transformers fuses on loading.
         NumericalError: NaN or infinity in weights or activations; the linear is named.
@@ -105,6 +106,11 @@ def quantize_streaming(
     config = config or preset("framequant")
     if config.is_data_free:
         raise ConfigError("Sigma-Delta codes take one linear at a time and are not streamed; use quantize_.")
+    if config.train_ahead:
+        raise ConfigError(
+            f"train_ahead = {config.train_ahead} trains the blocks to come, and a streamed model has one block in "
+            "memory. Leave it out, or quantize in memory."
+        )
     ranks, place = ranks or Ranks(), torch.device(device)
     skeleton = source if isinstance(source, Skeleton) else build_skeleton(Path(source), dtype)
     batches = enough_batches(as_batches(calibration, place.type), ranks.size)

@@ -1,0 +1,216 @@
+"""Training ahead: after each block that was rounded, the blocks that are still float learn to live with it.
+
+The rounded part of the model no longer changes, so its outputs are known; the rest is run on them and trained, by a
+few steps of Adam, until the model's outputs are those of the float model again. What is rounded next are the trained
+weights. A linear is thus not rounded to what it was, but to what serves after everything before it was rounded.
+
+Must not import layers, quantizers or checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from framequant.errors import NumericalError
+from framequant.memory import return_freed_memory
+from framequant.model.calibration import as_samples, to_device
+from framequant.model.replay import Replay, call_model
+from framequant.model.streams import Stream
+from framequant.model.tune_loss import distance, output_of, probe, samples_at_once, weight_of
+
+#: Samples of a step.
+SAMPLES_PER_STEP = 8
+#: A parameter's rate is relative to the root mean square of its entries, which counts as no less than this.
+SMALLEST_SIZE = 1e-3
+#: Decay of Adam's two means; the second forgets faster than usual, since there are few steps between two blocks.
+BETAS = (0.9, 0.95)
+#: Where steps of a float32 model run in bfloat16.
+HALF_DEVICES = ("cuda",)
+
+
+class AheadTrainer:
+    """Trains what is still float of a model that is being walked.
+
+    Args:
+        model: all of it float yet; in evaluation mode.
+        replay: its blocks in the order of the walk.
+        batches: the calibration batches of the walk, on the model's device.
+        masks: real positions of each batch, flat; None for all.
+        steps: after each block.
+        rate: of a step, relative to the size of a parameter's entries.
+        seed: of the order of the samples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        replay: Replay,
+        batches: Sequence[Any],
+        masks: Sequence[Tensor | None],
+        steps: int,
+        rate: float,
+        seed: int,
+    ) -> None:
+        self._model, self._replay, self._batches, self._masks = model, replay, batches, masks
+        self._steps, self._rate = steps, rate
+        parameter = next(model.parameters())
+        self._device, dtype = parameter.device, parameter.dtype
+        self._mixed = dtype == torch.float32 and self._device.type in HALF_DEVICES
+        self._teacher = copy.deepcopy(model)
+        if self._mixed:
+            self._teacher.to(torch.bfloat16)
+        sample = as_samples([batches[0]])[0]
+        self._kind, outputs = probe(model, sample, "auto")
+        self._at_once = samples_at_once(sample, outputs, self._device.type, SAMPLES_PER_STEP)
+        self._order = _order(batches, seed)
+        self._state: dict[str, dict[str, Any]] = {}
+
+    def train(self, index: int, stream: Stream) -> float:
+        """Train what comes after block ``index``, whose outputs the stream holds.
+
+        Returns:
+            The mean distance to the float model during the steps: nats, or relative squared error.
+
+        Raises:
+            NumericalError: the loss became NaN or infinite.
+        """
+        values = self._values(index)
+        optimizer = self._optimizer(values)
+        total = 0.0
+        with self._trainable(values):
+            for _ in range(self._steps):
+                total += self._step(index, stream, values)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                self._write(values)
+        for name, value in values.items():
+            self._state[name] = optimizer.state[value]
+        return_freed_memory()
+        return total / self._steps
+
+    def _values(self, index: int) -> dict[str, Tensor]:
+        """Float32 leaves of what is trained: all of the blocks to come, and vectors outside of blocks."""
+        done = tuple(f"{name}." for name in self._replay.names[: index + 1])
+        ahead = tuple(f"{name}." for name in self._replay.names[index + 1 :])
+        held = {id(p) for name, p in self._model.named_parameters() if name.startswith(done)}
+        return {
+            name: parameter.detach().float().clone().requires_grad_(True)
+            for name, parameter in self._model.named_parameters()
+            if parameter.is_floating_point()
+            and id(parameter) not in held
+            and (name.startswith(ahead) or (parameter.ndim == 1 and bool(ahead)))
+        }
+
+    def _optimizer(self, values: dict[str, Tensor]) -> torch.optim.Adam:
+        groups = [
+            {
+                "params": [value],
+                "lr": self._rate * max(float(value.detach().square().mean().sqrt()), SMALLEST_SIZE),
+            }
+            for value in values.values()
+        ]
+        optimizer = torch.optim.Adam(groups, betas=BETAS)
+        for name, value in values.items():
+            if name in self._state:
+                optimizer.state[value] = self._state.pop(name)
+        self._state.clear()
+        return optimizer
+
+    @contextmanager
+    def _trainable(self, values: dict[str, Tensor]) -> Iterator[None]:
+        parameters = list(self._model.parameters())
+        before = [parameter.requires_grad for parameter in parameters]
+        chosen = {id(self._model.get_parameter(name)) for name in values}
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(id(parameter) in chosen)
+            yield
+        finally:
+            for parameter, needed in zip(parameters, before, strict=True):
+                parameter.requires_grad_(needed)
+                parameter.grad = None
+
+    def _step(self, index: int, stream: Stream, values: dict[str, Tensor]) -> float:
+        rows = [next(self._order) for _ in range(SAMPLES_PER_STEP)]
+        by_batch: dict[int, list[int]] = {}
+        for number, row in rows:
+            by_batch.setdefault(number, []).append(row)
+        parts = [
+            (number, taken[start : start + self._at_once])
+            for number, taken in by_batch.items()
+            for start in range(0, len(taken), self._at_once)
+        ]
+        loss = 0.0
+        weights = [weight_of(take(self._batches[number], taken)) for number, taken in parts]
+        for (number, taken), weight in zip(parts, weights, strict=True):
+            with torch.enable_grad():
+                value = self._loss(index, stream, number, taken) * (weight / sum(weights))
+            value.backward()
+            loss += float(value.detach())
+        if not np.isfinite(loss):
+            raise NumericalError(
+                f"training ahead of block {self._replay.names[index]}: the loss is {loss}; try a smaller train_rate."
+            )
+        for name, value in values.items():
+            parameter = self._model.get_parameter(name)
+            value.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        return loss
+
+    def _loss(self, index: int, stream: Stream, number: int, taken: list[int]) -> Tensor:
+        """Mean distance to the float model over some rows of a batch."""
+        count = rows_of(self._batches[number])
+        batch = take(self._batches[number], taken)
+        mask = self._masks[number]
+        if mask is not None and mask.numel() % count == 0:
+            mask = mask.reshape(count, -1)[taken].flatten()
+        half = torch.autocast(self._device.type, torch.bfloat16) if self._mixed else nullcontext()
+        with half, torch.no_grad():
+            target = output_of(call_model(self._teacher, self._for_teacher(batch)), self._kind)
+        with half, stream.behind_blocks(number, index + 1, lambda stored: take(stored, taken, count)):
+            output = output_of(call_model(self._model, batch), self._kind)
+        total, positions = distance(output, target, mask, self._kind)
+        return total / max(positions, 1)
+
+    def _for_teacher(self, batch: Any) -> Any:
+        reference = next(self._teacher.parameters())
+        return to_device(batch, reference.device, reference.dtype)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._model.get_parameter(name).copy_(value)
+
+
+def rows_of(batch: Any) -> int:
+    """Samples of a batch."""
+    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple) else [batch]
+    return next(len(value) for value in values if isinstance(value, Tensor) and value.ndim)
+
+
+def take(value: Any, rows: list[int], count: int | None = None) -> Any:
+    """Some rows of every tensor in a batch or in a block's output that has ``count`` of them, in the same form."""
+    count = rows_of(value) if count is None else count
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and len(value) == count else value
+    if isinstance(value, dict):
+        return {key: take(entry, rows, count) for key, entry in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(take(entry, rows, count) for entry in value)
+    return value
+
+
+def _order(batches: Sequence[Any], seed: int) -> Iterator[tuple[int, int]]:
+    """Batch and row of one sample after the other: permutations of all of them without end."""
+    every = [(number, row) for number, batch in enumerate(batches) for row in range(rows_of(batch))]
+    draw = np.random.RandomState(seed % 2**32)
+    while True:
+        for place in draw.permutation(len(every)):
+            yield every[place]
