@@ -19,7 +19,7 @@ NONE = "gptq:zero_point=float"
 CLIPS = (1.5, 1.75, 2.0, 2.25, 2.5, 3.0)
 SEEDS = 5
 #: Lines that a quick run leaves out.
-NOT_QUICK = {"frame space, clamped first", "nearest", "r = 1", "no frame"}
+NOT_QUICK = {"frame space, clamped first", "nearest", "r = 1", "no frame", "r = 1.2", "r = 1.3"}
 #: Redundancies on one side or both; a quick run has those that the tables measure.
 SIDES = (1.0625, 1.1, 1.125, 1.25)
 
@@ -46,6 +46,14 @@ def settings(quick: bool) -> Iterator[tuple[str, str, str | float, str]]:
     for order in ("natural", "descending"):
         yield "order", "r = 1.125", order, f"{BASE},column_order={order}"
         yield "order", "no frame", order, f"{NONE},grid=sigma_clip,column_order={order}"
+    for order in ("natural", "spread"):
+        for r in (1.2, 1.3):
+            yield (
+                "order",
+                f"r = {r}",
+                order,
+                f"framequant-paper:two_sided=false,redundancy={r},column_order={order}",
+            )
     for r in SIDES[1::2] if quick else SIDES:
         yield "sides", "input", r, f"framequant-paper:two_sided=false,redundancy={r}"
         yield "sides", "both", r, f"framequant-paper:two_sided=true,redundancy={r}"

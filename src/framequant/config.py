@@ -58,8 +58,13 @@ class Denoise(StrEnum):
 
 
 class ColumnOrder(StrEnum):
-    """Order in which LDLQ visits columns: as they lie, or by falling diagonal of the Hessian."""
+    """Order in which LDLQ visits columns.
 
+    Far apart within a group of a frame with many subspaces and else as they lie; always as they lie; or by falling
+    diagonal of the Hessian.
+    """
+
+    SPREAD = "spread"
     NATURAL = "natural"
     DESCENDING = "descending"
 
@@ -105,7 +110,8 @@ class FrameQuantConfig:
         token_weights: exponent γ in [0, 1]: calibration tokens count with the γ-th power of their squared output
             gradient, so that tokens which the loss does not feel weigh less.
         output_block: rows that are rounded without feedback among them, a multiple of ``tile_rows``.
-        column_order: "natural" or "descending".
+        column_order: "spread" (see ``frames.order``; trellis codes visit columns as they lie), "natural" or
+            "descending".
         refine_sweeps: how often the codes that LDLQ chose are revisited, 0…16: each column is rounded again
             with all others known, which never raises the loss. Scalar codes only; a sweep costs two LDLQ. None
             for two sweeps where the code and the rounding allow them.
@@ -162,7 +168,7 @@ class FrameQuantConfig:
     output_damping: float = 0.1
     output_block: int = 64
     token_weights: float = 0.0
-    column_order: ColumnOrder = ColumnOrder.NATURAL
+    column_order: ColumnOrder = ColumnOrder.SPREAD
     refine_sweeps: int | None = None
     denoise: Denoise = Denoise.NONE
     damping: float = 0.01
@@ -262,7 +268,7 @@ class FrameQuantConfig:
                 f"bits = {self.bits}: a scalar code has a whole number of bits. "
                 f"Use bits = {int(self.bits)} with redundancy = {self.bits / int(self.bits):.4g}, or code = 'trellis'."
             )
-        if self.code is CodeKind.TRELLIS and self.column_order is not ColumnOrder.NATURAL:
+        if self.code is CodeKind.TRELLIS and self.column_order is ColumnOrder.DESCENDING:
             raise ConfigError(
                 "column_order = 'descending' needs code = 'scalar': trellis tiles are adjacent columns."
             )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from framequant.config import ColumnOrder, FrameQuantConfig, Rounding
@@ -50,6 +50,7 @@ def round_group(
     name: str,
     share: RowShare | None = None,
     consume: bool = False,
+    spread: Int[Tensor, " n"] | None = None,
 ) -> tuple[Float[Tensor, "m_total n"], FeedbackFactor | None]:
     """Choose the codes of a group.
 
@@ -62,6 +63,7 @@ def round_group(
         name: of the first linear, for messages.
         share: deals the rows of a scalar code without feedback between rows out to several processes.
         consume: whether the list ``matrices`` may be emptied, where the caller needs them no more.
+        spread: the order of columns for ``column_order = "spread"``; None for as they lie.
 
     Returns:
         The rounded values, stacked, and the factor of H' (None for nearest rounding); it may have lost its ``upper``.
@@ -77,6 +79,8 @@ def round_group(
         return round_two_sided(matrices, factor.upper, uppers, coder, config.output_block), factor
     make = hessian if callable(hessian) else hessian.clone
     order = None
+    if config.column_order is ColumnOrder.SPREAD and spread is not None:
+        order = spread.to(stacked.device)
     if config.column_order is ColumnOrder.DESCENDING:
         order = torch.argsort(make().diagonal(), descending=True, stable=True)
     ordered = make if order is None else lambda: make()[order][:, order]

@@ -24,6 +24,7 @@ from torch import Tensor
 from framequant.config import Denoise, FrameQuantConfig
 from framequant.errors import NumericalError
 from framequant.frames import FrameKind, FrameOperator, FrameSpec, build_frame, choose_frame
+from framequant.frames.order import spread_order
 from framequant.frames.signs import derive_seed
 from framequant.quantizers.coders import make_coder
 from framequant.quantizers.denoise import metric_gains, wiener_gains
@@ -185,8 +186,9 @@ def _quantize_alike(
     coder = make_coder(matrices, specs[first].code)
     heights = [matrix.shape[0] for matrix in matrices]
     exact = matrices if config.denoise is not Denoise.NONE else []  # else rounding may let them go
+    spread = spread_order(specs[first].frame_in)
     rounded, factor = round_group(
-        matrices, coefficient_hessian, grams, coder, config, first, share, consume=not exact
+        matrices, coefficient_hessian, grams, coder, config, first, share, not exact, spread
     )
 
     metric = coefficient_hessian() if config.denoise is Denoise.GAIN else None
