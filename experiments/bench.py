@@ -44,6 +44,7 @@ from framequant.evaluation.sentences import calibration_sentences, embeddings, r
 from framequant.evaluation.tasks import evaluate_tasks
 from framequant.evaluation.text import evaluation_windows, read_text
 from framequant.integrations.sources import open_model
+from framequant.model.tune_config import without_judges
 from framequant.model.walk import quantized_linears
 from framequant.report.results import Plot, write_plots
 
@@ -386,11 +387,13 @@ class Bench:
         return dict(self._rows[key])
 
     def quantized(
-        self, config: fq.FrameQuantConfig, samples: int | None = None
+        self, config: fq.FrameQuantConfig, samples: int | None = None, tune_steps: int = 0
     ) -> tuple[nn.Module, Any, Row]:
-        """A quantized copy, its report, and the columns that every row has."""
+        """A quantized copy, its report, and the columns that every row has; without what judges a tuning to come."""
         model = copy.deepcopy(self.model)
         data = None if config.is_data_free else self.data(samples)
+        if tune_steps:
+            data = without_judges(data, fq.TuneConfig(tune_steps), next(model.parameters()).device.type)
         start = time.perf_counter()
         report = fq.quantize_(model, data, config)
         if next(model.parameters()).is_cuda:

@@ -60,7 +60,7 @@ def run_row(row: str, bench: Bench) -> Row:
     start = time.perf_counter()
     data = bench.data(samples)
     data_seconds = time.perf_counter() - start
-    model, report, figures = bench.quantized(config, samples)
+    model, report, figures = bench.quantized(config, samples, steps)
     tuned = {}
     if steps:
         found = fq.tune_(model, bench.model, data, steps)

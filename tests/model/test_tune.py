@@ -13,7 +13,7 @@ from framequant.layers import FrameLinear
 from framequant.model import discovery
 from framequant.model.calibration import as_batches, as_samples, collate
 from framequant.model.tunable import Tunable
-from framequant.model.tune_config import rows_of_step, split_samples
+from framequant.model.tune_config import rows_of_step, split_samples, without_judges
 from framequant.model.tune_loss import distance
 from framequant.model.walk import quantized_linears
 from tests.model.architectures import make, output
@@ -364,3 +364,22 @@ def test_training_in_bfloat16_is_judged_in_float32(name, config, monkeypatch):
     assert report.loss_before == exact.loss_before
     assert report.loss_after == pytest.approx(exact.loss_after, rel=0.1)
     assert report.loss_after != exact.loss_after
+
+
+def test_what_judges_a_tuning_does_not_calibrate():
+    data = torch.arange(24 * 3).view(24, 3)
+    config = fq.TuneConfig(steps=4, batch=2)
+    _, held = split_samples(len(data), config)
+    batches = without_judges(data, config)
+    seen = torch.cat(batches)
+    assert {int(row[0]) for row in seen} == {int(row[0]) for row in data} - {
+        int(row) for row in data[held][:, 0]
+    }
+    pairs = [
+        {"input_ids": data[:16], "attention_mask": data[:16]},
+        {"input_ids": data[16:], "attention_mask": data[16:]},
+    ]
+    assert [len(batch["input_ids"]) for batch in without_judges(pairs, config)] == [12, 9]
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in without_judges(pairs, config)]), seen)
+    with pytest.raises(CalibrationError, match="too short"):
+        without_judges(data[:2], config)

@@ -325,7 +325,7 @@ def quantize_and_tune(
         student, teacher = tuning.reopen(device, reporter), opened
         student.name = opened.name
     else:
-        quantize_model(opened, data, config, reporter)
+        quantize_model(opened, tuning.calibration(data, parameter.device.type), config, reporter)
         tuning.keep(opened, reporter)
         student, teacher = opened, open_float(opened.name, dtype, device, reporter)
     tuning.tune(student, teacher, data, reporter)

@@ -84,6 +84,12 @@ class Tuning:
 
         split_samples(len(as_samples(as_batches(samples))), self.settings)
 
+    def calibration(self, samples: Any, device: str) -> Any:
+        """What quantizes the model: all samples but those that will judge its tuning."""
+        from framequant.model.tune_config import without_judges
+
+        return without_judges(samples, self.settings, device)
+
     def reopen(self, device: str, reporter: Reporter) -> OpenedModel:
         """The untuned model of the run that was begun."""
         from framequant.integrations.sources import open_model

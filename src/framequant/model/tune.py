@@ -55,7 +55,8 @@ def tune_(
     Args:
         model: quantized by ``quantize_`` or loaded; evaluation mode.
         teacher: the float model, on any device; not changed.
-        calibration: as for ``quantize_``.
+        calibration: as for ``quantize_``; best so that the samples which judge did not calibrate, see
+            ``tune_config.without_judges``.
         config: settings, or just the number of steps.
         state: a file to keep unfinished work in. If it exists, the tuning goes on from there; it stays when the
             tuning is done, until the caller deletes it.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from framequant.errors import CalibrationError, ConfigError
+from framequant.model.calibration import as_batches, as_samples, collate
 
 #: How often the training samples may be gone through; beyond, a longer calibration is worth more than steps.
 MOST_PASSES = 100
@@ -126,6 +127,27 @@ def split_samples(count: int, config: TuneConfig) -> tuple[np.ndarray, np.ndarra
         )
     order = np.random.RandomState(config.seed % 2**32).permutation(count)
     return order[held:], order[:held]
+
+
+def without_judges(calibration: Any, config: TuneConfig, device: str = "cpu") -> list[Any]:
+    """The calibration batches to quantize with before a tuning on all of ``calibration``.
+
+    A quantized model is fitted to the samples it was calibrated on. Judged on some of these, the untuned model looks
+    better than it is, and a tuning that helps everywhere else would be thrown away.
+
+    Args:
+        calibration: as for ``quantize_`` and ``tune_``.
+        config: of the tuning, whose held-out samples are left out.
+        device: kind of device that will run the batches.
+
+    Raises:
+        CalibrationError: too few samples; the message says how many are needed.
+    """
+    batches = as_batches(calibration, device)
+    samples = as_samples(batches)
+    train, _ = split_samples(len(samples), config)
+    rows, size = sorted(train.tolist()), -(-len(samples) // len(batches))
+    return [collate([samples[row] for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
 
 
 def rows_of_step(train: np.ndarray, step: int, config: TuneConfig) -> list[int]:
