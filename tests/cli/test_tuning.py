@@ -12,7 +12,7 @@ from tests.cli.test_cli import fails, run
 
 ARGUMENTS = ["--samples", "12", "--sequence-length", "32", "--device", "cpu", "--set", "code=trellis",
              "--set", "frame=hadamard", "--set", "state_bits=8", "--redundancy", "1"]  # fmt: skip
-TUNE = ["--tune", "8", "--tune-lr", "0.01", "--tune-batch", "4"]
+TUNE = ["--tune", "8", "--tune-lr", "0.001", "--tune-batch", "4"]
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_an_interrupted_run_goes_on(tmp_path, llama_directory, text_file, monkey
     assert not out.exists()
     assert sorted(path.name for path in kept.iterdir()) == ["settings.json", "state.safetensors", "untuned"]
     monkeypatch.setattr(fq, "tune_", real)
-    fails("tune.learning_rate: 0.01 there, 0.02 now", *command, "--out", out, *TUNE, "--tune-lr", 0.02)
+    fails("tune.learning_rate: 0.001 there, 0.02 now", *command, "--out", out, *TUNE, "--tune-lr", 0.02)
     fails("config.damping: 0.01 there, 0.5 now", *command, "--out", out, *TUNE, "--damping", 0.5)
 
     def no_walk(*_, **__):
