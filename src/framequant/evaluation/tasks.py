@@ -19,6 +19,10 @@ from framequant.errors import CalibrationError, ConfigError, nearest
 
 INSTALL = "pip install 'framequant[eval]'"
 
+#: Resamplings for the standard error of a perplexity; those of accuracies have a formula. lm-eval's 100 000 take longer
+#: than small models.
+BOOTSTRAPS = 1000
+
 _ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 
 #: Fields of a line: the part of lm-eval's task configuration that goes with them.
@@ -146,7 +150,13 @@ def evaluate_tasks(
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
             found = lm_eval.simple_evaluate(
-                wrapped, tasks=chosen, num_fewshot=0, limit=limit, batch_size=batch_size, log_samples=False
+                wrapped,
+                tasks=chosen,
+                num_fewshot=0,
+                limit=limit,
+                batch_size=batch_size,
+                log_samples=False,
+                bootstrap_iters=BOOTSTRAPS,
             )
         except (OSError, ConnectionError) as error:
             raise CalibrationError(
