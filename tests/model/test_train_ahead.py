@@ -108,6 +108,13 @@ def test_what_cannot_be_trained_is_refused(monkeypatch):
         replace(COARSE, train_ahead=1.5)
 
 
+def test_a_head_is_quantized_after_all_was_trained():
+    model, data = float_model("llama"), data_for("llama")
+    report = fq.quantize_(model, data, replace(COARSE, train_ahead=1, include=["layers", "lm_head"]))
+    assert len(report.trained_ahead["losses"]) == report.model["blocks"] - 1
+    assert "lm_head" in {entry.name for entry in report.linears}
+
+
 def test_rows_are_taken_from_everything_that_has_them():
     batch = {
         "ids": torch.arange(12).view(4, 3),

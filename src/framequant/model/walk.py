@@ -186,7 +186,7 @@ class _Walk:
         return_freed_memory()
         if onward:
             quantized.advance(index, (call.run(block) for call in calls))
-            if ahead is not None:
+            if ahead is not None and index + 1 < len(replay.names):
                 self.report.trained_ahead["losses"].append(ahead.train(index, quantized))
             elif original is not None:
                 floating.advance(index, original.outputs())
