@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from framequant.errors import CalibrationError, ConfigError, nearest
+from framequant.integrations import hub
 
 INSTALL = "pip install 'framequant[eval]'"
 
@@ -91,6 +93,14 @@ def local_task(path: Path) -> dict[str, Any]:
     )
 
 
+@lru_cache(maxsize=2)
+def task_manager(own: bool) -> Any:
+    """lm-eval's list of tasks; with its ``own``, reading whose ten thousand files takes half a minute."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=own)
+
+
 def resolve_tasks(names: Sequence[str], folder: Path | None) -> list[str | dict[str, Any]]:
     """Tasks by name: ``NAME.jsonl`` of the folder, a path of such a file, else a name of lm-eval.
 
@@ -106,9 +116,7 @@ def resolve_tasks(names: Sequence[str], folder: Path | None) -> list[str | dict[
         )
     foreign = [task for task in tasks if isinstance(task, str)]
     if foreign:
-        from lm_eval.tasks import TaskManager
-
-        known = TaskManager().all_tasks
+        known = task_manager(True).all_tasks
         for task in foreign:
             if task not in known:
                 raise ConfigError(f"no task {task!r} in lm-eval nor in --task-data.{nearest(task, known)}")
@@ -145,13 +153,14 @@ def evaluate_tasks(
     from lm_eval.models.huggingface import HFLM
 
     chosen = resolve_tasks(tasks, folder)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), hub.cache_only_if_unreachable():  # else minutes of retries
         warnings.simplefilter("ignore")
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
             found = lm_eval.simple_evaluate(
                 wrapped,
                 tasks=chosen,
+                task_manager=task_manager(any(isinstance(task, str) for task in chosen)),
                 num_fewshot=0,
                 limit=limit,
                 batch_size=batch_size,
