@@ -578,8 +578,10 @@ def _check_pattern(pattern: str) -> None:
 
 
 def _check_override(pattern: str, changes: Mapping[str, Any]) -> None:
-    forbidden = {"include", "ignore", "overrides", "seed", "recapture", "walk_dtype", "skip"}
-    forbidden |= {"train_ahead", "train_rate"}
+    forbidden = {
+        *("include", "ignore", "overrides", "seed", "recapture", "walk_dtype", "skip"),
+        *("train_ahead", "train_rate"),
+    }
     if not isinstance(changes, Mapping):
         raise ConfigError(f"override {pattern!r}: expected a mapping of settings, found {changes!r}.")
     check_keys({key: value for key, value in changes.items() if key != "skip"})

@@ -148,10 +148,12 @@ class AheadTrainer:
             for start in range(0, len(taken), self._at_once)
         ]
         loss = 0.0
-        weights = [weight_of(take(self._batches[number], taken)) for number, taken in parts]
-        for (number, taken), weight in zip(parts, weights, strict=True):
+        inputs = [take(self._batches[number], taken) for number, taken in parts]
+        weights = [weight_of(batch) for batch in inputs]
+        total = sum(weights)
+        for (number, taken), batch, weight in zip(parts, inputs, weights, strict=True):
             with torch.enable_grad():
-                value = self._loss(index, stream, number, taken) * (weight / sum(weights))
+                value = self._loss(index, stream, number, taken, batch) * (weight / total)
             value.backward()
             loss += float(value.detach())
         if not np.isfinite(loss):
@@ -164,10 +166,9 @@ class AheadTrainer:
             parameter.grad = None
         return loss
 
-    def _loss(self, index: int, stream: Stream, number: int, taken: list[int]) -> Tensor:
-        """Mean distance to the float model over some rows of a batch."""
+    def _loss(self, index: int, stream: Stream, number: int, taken: list[int], batch: Any) -> Tensor:
+        """Mean distance to the float model over ``batch``, the rows ``taken`` of batch ``number``."""
         count = rows_of(self._batches[number])
-        batch = take(self._batches[number], taken)
         mask = self._masks[number]
         if mask is not None and mask.numel() % count == 0:
             mask = mask.reshape(count, -1)[taken].flatten()
