@@ -416,10 +416,14 @@ class Bench:
         if key in self._rows:
             return {**self._rows[key], "note": "measured for an earlier row of the same settings"}
         model, _, row = self.quantized(config, samples)
-        if self.quick and self.kind != "language" and config.activation_bits is None:
-            synthesise_(model)
-        self._rows[key] = {**row, **self.evaluate(model)}
+        self._rows[key] = {**row, **self.evaluate(self.dense(model, config))}
         return dict(self._rows[key])
+
+    def dense(self, model: nn.Module, config: fq.FrameQuantConfig) -> nn.Module:
+        """The model without frames where that changes nothing but the time: float32 weights, float activations."""
+        if config.activation_bits is None and next(model.parameters()).dtype == torch.float32:
+            synthesise_(model)
+        return model
 
     def quality(self) -> tuple[str, bool]:
         """The column that says how good a model is, and whether it is read as a ratio."""

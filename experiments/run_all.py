@@ -1,12 +1,12 @@
 """Every experiment of the paper, one after another, and the page.
 
     python experiments/run_all.py --quick             # two CPU cores, under 20 minutes
-    python experiments/run_all.py --full --jobs 5     # one H100 and 16 cores, under 25 minutes
+    python experiments/run_all.py --full --jobs 7     # one H100 and 16 cores, under 25 minutes
     python experiments/run_all.py --full --add --only tables --only ablations     # in pieces
 
 Each stage is timed and its end is a row of ``run_all.csv``; one that fails says why and the rest goes on. The page,
-``page.html``, lies beside the tables. With ``--jobs`` several processes share the machine, each with a stage or part
-of one; their tables and logs are kept in ``OUT.parts/``, and ``--add`` takes those of an earlier run that ended well.
+``page.html``, lies beside the tables. A full run is cut into processes, each with a stage or part of one, ``--jobs`` of
+them at a time; their tables and logs are kept in ``OUT.parts/``, and ``--add`` takes those that ended well before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import importlib
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 
 from bench import RESULTS, Record, default_models, parse, parser, read_rows, reason
 from parallel import Job, run_jobs
@@ -37,23 +38,27 @@ STAGES: dict[str, list[str]] = {
     "claims": [],
 }
 
-#: What the tables of a full run take of a language model's text, of which a row with all would take a minute.
+#: What the tables of a full run take of the first model's text, of which a row with all would take a minute.
 LANGUAGE_TABLES = ["--windows", "100", "--samples", "64"]
+#: Parts of the tables, those with the most rows first: bits of a code, and which of the rows.
+TABLE_PARTS = (("2", "1/2"), ("2", "2/2"), ("3", "1/1"), ("4", "1/1"))
+#: Stages that take longest, which start first.
+LONG = ("tables", "scaling", "ablations")
 ABLATIONS = ("clip", "no clip", "transform", "damping", "order", "sides", "samples", "seeds")
 
 #: Stages whose module is named otherwise.
 MODULES = {"peers": "peers.run"}
 
 
-def stage_arguments(stage: str, args: Namespace) -> list[str]:
-    """The command line of a stage."""
-    words = ["--out", str(args.out), "--device", args.device, "--seed", str(args.seed)]
+def stage_arguments(stage: str, args: Namespace, out: Path, models: Sequence[str]) -> list[str]:
+    """The command line of a stage for these models, its own if there are none, that writes its tables into a folder."""
+    words = ["--out", str(out), "--device", args.device, "--seed", str(args.seed)]
     words += ["--quick"] if args.quick else STAGES[stage]
-    words += ["--add"] if args.add else []
+    words += ["--add"] if args.add and out == args.out else []
     for name in ("samples", "length", "windows", "images", "pairs"):
         if getattr(args, name) is not None:
             words += [f"--{name}", str(getattr(args, name))]
-    for model in args.model or []:
+    for model in models:
         words += ["--model", model]
     return words
 
@@ -64,9 +69,9 @@ def parts_of(stage: str, args: Namespace) -> list[list[str]]:
         models = args.model or default_models()
         language = {} if args.model else {models[0]: LANGUAGE_TABLES}
         return [
-            ["--model", model, "--bits", bits, *language.get(model, [])]
-            for bits in ("2", "3", "4")
+            ["--model", model, "--bits", bits, "--part", part, *language.get(model, [])]
             for model in models
+            for bits, part in TABLE_PARTS
         ]
     if stage == "ablations":
         return [["--only", name] for name in ABLATIONS]
@@ -76,12 +81,12 @@ def parts_of(stage: str, args: Namespace) -> list[list[str]]:
 def jobs_of(stages: Sequence[str], args: Namespace) -> list[Job]:
     """All processes of a run but that of ``claims``, which reads the tables of the others."""
     made = []
-    for stage in stages:
+    for stage in sorted(stages, key=lambda stage: LONG.index(stage) if stage in LONG else len(LONG)):
         for number, words in enumerate(parts_of(stage, args) if stage != "claims" else []):
             folder = args.out.with_name(f"{args.out.name}.parts") / f"{stage}-{number}"
             script = f"experiments/{MODULES.get(stage, stage).replace('.', '/')}.py"
-            own = [word for word in stage_arguments(stage, args) if word != "--add"]
-            made.append(Job(stage, [script, *own, "--out", str(folder), *words], folder))
+            models = [] if "--model" in words else args.model or []
+            made.append(Job(stage, [script, *stage_arguments(stage, args, folder, models), *words], folder))
     return made
 
 
@@ -104,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = Record(args, "run_all")
     start, known = time.perf_counter(), expected("--quick" if args.quick else "--full")
     stages = args.only or list(STAGES)
-    if args.jobs > 1:
+    if args.full:
 
         def ended(job: Job, outcome: str, seconds: float) -> None:
             record.add(stage=job.folder.name, outcome=outcome, seconds=seconds)
@@ -116,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds, machine = known.get(stage, (0.0, ""))
         print(f"== {stage}" + (f", {seconds:.0f} s on {machine}" if seconds else ""), flush=True)
         try:
-            importlib.import_module(MODULES.get(stage, stage)).main(stage_arguments(stage, args))
+            importlib.import_module(MODULES.get(stage, stage)).main(
+                stage_arguments(stage, args, args.out, args.model or [])
+            )
             outcome = "done"
         except (Exception, SystemExit) as error:  # whatever a stage ends with, the next ones still run
             outcome = reason(error)

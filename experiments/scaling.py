@@ -19,7 +19,9 @@ from framequant.report.results import Plot
 
 def measured(bench: Bench, settings: str) -> Row:
     """Size in memory, quality, and divergence from the float model."""
-    model, report, row = bench.quantized(parse_row(settings)[0])
+    config = parse_row(settings)[0]
+    model, report, row = bench.quantized(config)
+    model = bench.dense(model, config)
     weights = sum(entry.num_weights for entry in report.linears)
     size = {"weights": weights, "megabytes": round(row["bits_per_weight"] * weights / 8e6, 4)}
     return {**row, **size, "divergence": bench.divergence(model), **bench.evaluate(model)}

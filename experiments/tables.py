@@ -10,10 +10,11 @@ on both, all rounded as the paper does; and this library's own presets at the sa
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Sequence
 
 import ptq4vit
-from bench import Bench, Record, Row, benches, parse, parse_row, parser, synthesise_
+from bench import Bench, Record, Row, benches, parse, parse_row, parser
 
 from framequant.report.results import Plot
 
@@ -67,15 +68,17 @@ def measured(bench: Bench, settings: str, tasks: int | None) -> Row:
     if not tasks or bench.kind != "language":
         return bench.row(config)
     model, _, row = bench.quantized(config)
-    row |= bench.evaluate(model)
-    synthesise_(model)  # short prompts, many of them
-    return {**row, **bench.tasks(model, tasks)}
+    model = bench.dense(model, config)
+    return {**row, **bench.evaluate(model), **bench.tasks(model, tasks)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--bits", type=int, action="append", choices=[1, 2, 3, 4, 8])
     options.add_argument("--tasks", type=int, default=0, help="items of PIQA and LAMBADA each; 0 for none")
+    options.add_argument(
+        "--part", type=part, default=(1, 1), help="of the rows of each width; 2/3 is the second third"
+    )
     options.add_argument("--few", action="store_true", help="three redundancies for every width")
     options.add_argument("--states", type=int, help="log2 of the trellis states of our own preset")
     args = parse(options, __file__, argv)
@@ -87,14 +90,33 @@ def main(argv: Sequence[str] | None = None) -> None:
         record.attempt(lambda bench=bench: float_row(bench, args.tasks), **known)
         for bits in args.bits or ([2] if args.quick else [2, 3, 4]):
             few = args.quick or args.few or bits != 2
-            for method, settings in rows(bits, FEW_REDUNDANCIES if few else REDUNDANCIES, own, search):
-                if args.quick and method not in QUICK.get(bench.kind, {method}):
-                    continue
-                if settings.startswith("ptq4vit") and bench.kind != "vision":
-                    continue
+            chosen = rows(bits, FEW_REDUNDANCIES if few else REDUNDANCIES, own, search)
+            kept = [row for row in chosen if belongs(row, bench, args.quick)]
+            for method, settings in piece(kept, *args.part):
                 known = {"model": bench.name, "method": method, "settings": settings}
                 record.attempt(lambda b=bench, s=settings: measured(b, s, args.tasks), **known)
     describe(record)
+
+
+def part(text: str) -> tuple[int, int]:
+    """``2/3`` as two numbers."""
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise ArgumentTypeError(f"{text!r} is no part; write 1/2 for the first half.")
+    return int(number), int(count)
+
+
+def piece(rows: Sequence[tuple[str, str]], number: int, count: int) -> Sequence[tuple[str, str]]:
+    """The ``number``-th of ``count`` pieces, from 1."""
+    return rows[len(rows) * (number - 1) // count : len(rows) * number // count]
+
+
+def belongs(row: tuple[str, str], bench: Bench, quick: bool) -> bool:
+    """Whether a row is one for this kind of model, and of a quick run."""
+    method, settings = row
+    if settings.startswith("ptq4vit") and bench.kind != "vision":
+        return False
+    return not quick or method in QUICK.get(bench.kind, {method})
 
 
 def float_row(bench: Bench, tasks: int) -> Row:

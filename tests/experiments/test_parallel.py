@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
+import itertools
 import json
 import sys
 
@@ -17,7 +19,7 @@ def parallel(monkeypatch):
     import parallel as module
 
     yield module
-    for name in ("parallel", "bench", "run_all", "claims"):
+    for name in ("parallel", "bench", "run_all", "claims", "tables"):
         sys.modules.pop(name, None)
 
 
@@ -79,9 +81,32 @@ def test_every_stage_and_every_part_of_it_has_a_process(parallel, tmp_path, monk
     assert {job.stage for job in seen} == set(run_all.STAGES) - {"claims"}
     assert len({job.folder for job in seen}) == len(seen)
     tables = [job.words for job in seen if job.stage == "tables"]
-    assert len(tables) == 9
+    assert len(tables) == 3 * len(run_all.TABLE_PARTS)
     assert all((ROOT / job.words[0]).is_file() for job in seen)
     covered = [name for job in seen if job.stage == "ablations" for name in job.words[-1:]]
     assert covered == list(run_all.ABLATIONS)
     with pytest.raises(SystemExit):
         run_all.main(["--quick", "--jobs", "3"])
+
+
+def test_parts_of_the_tables_have_every_row_once(parallel):
+    import run_all
+    import tables
+
+    for bits in ("2", "3", "4"):
+        rows = list(tables.rows(int(bits), tables.REDUNDANCIES, ""))
+        parts = [tables.part(part) for width, part in run_all.TABLE_PARTS if width == bits]
+        assert [row for part in parts for row in tables.piece(rows, *part)] == rows
+    for wrong in ("2", "0/2", "3/2", "a/b", "1/0"):
+        with pytest.raises(argparse.ArgumentTypeError, match="is no part"):
+            tables.part(wrong)
+
+
+def test_models_that_are_given_go_to_every_stage_once(parallel, tmp_path):
+    import run_all
+    from bench import parser
+
+    args = parser("").parse_args(["--model", "one", "--model", "two", "--out", str(tmp_path / "out")])
+    for job in run_all.jobs_of(["tables", "one_bit"], args):
+        named = [word for option, word in itertools.pairwise(job.words) if option == "--model"]
+        assert named == (["one", "two"] if job.stage == "one_bit" else [named[0]])

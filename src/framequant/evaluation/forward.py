@@ -15,7 +15,7 @@ from framequant.memory import return_freed_memory
 from framequant.model.calibration import to_device
 
 #: Bytes that the logits of one batch may take.
-LOGIT_BYTES = {"cpu": 1 << 29, "cuda": 1 << 32}
+LOGIT_BYTES = {"cpu": 1 << 29, "cuda": 1 << 30}
 #: Tokens of one batch.
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 #: Rows whose logits are turned to float32 at once.

@@ -56,7 +56,7 @@ def perplexity(
     Args:
         model: returns logits for token ids.
         windows: token ids, see ``evaluation.text``.
-        batch_size: windows run at once; by default as many as keep the logits below half a gibibyte.
+        batch_size: windows run at once; by default as many as keep the logits below ``LOGIT_BYTES``.
         on_progress: called with windows done and in all.
 
     Raises:

@@ -157,15 +157,11 @@ def evaluate_tasks(
         warnings.simplefilter("ignore")
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         try:
-            found = lm_eval.simple_evaluate(
-                wrapped,
-                tasks=chosen,
-                task_manager=task_manager(any(isinstance(task, str) for task in chosen)),
-                num_fewshot=0,
-                limit=limit,
-                batch_size=batch_size,
-                log_samples=False,
-                bootstrap_iters=BOOTSTRAPS,
+            loaded = task_manager(any(isinstance(task, str) for task in chosen)).load(chosen)
+            for task in loaded["tasks"].values():
+                task.set_config(key="num_fewshot", value=0)
+            found = lm_eval.evaluate(
+                wrapped, loaded, limit=limit, log_samples=False, bootstrap_iters=BOOTSTRAPS
             )
         except (OSError, ConnectionError) as error:
             raise CalibrationError(
