@@ -4,12 +4,15 @@ import copy
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from framequant.config import preset
-from framequant.errors import CalibrationError
+from framequant.errors import CalibrationError, NumericalError
 from framequant.model.group_sharing import quantize_shared
 from framequant.model.ranks import Ranks, reduce_moments, require_batches, split_evenly
 from framequant.quantizers.hessian import Moments
@@ -63,16 +66,9 @@ def test_two_hosts():
 
 
 class HalfOfTwo(Ranks):
-    """One of two ranks that hold the same data; sums double, rows come from a first run."""
+    """One of two ranks that hold the same data; sums double."""
 
     size = 2
-
-    def __init__(self, rank, log):
-        self.rank, self._log, self._calls = rank, log, 0
-
-    def gather_rows(self, rows, total):
-        self._calls += 1
-        return self._log.setdefault((self.rank, self._calls), rows)
 
     def add_(self, tensor):
         return tensor.mul_(2)
@@ -84,46 +80,95 @@ class HalfOfTwo(Ranks):
 def test_moments_are_summed_and_what_one_rank_lacks_counts_as_zero():
     mine = Moments(3)
     mine.add(torch.ones(2, 3), torch.zeros(2, 3))
-    total = reduce_moments(mine, HalfOfTwo(0, {}), torch.device("cpu"), torch.float32)
+    total = reduce_moments(mine, HalfOfTwo(), torch.device("cpu"), torch.float32)
     assert total.count == 4
     assert torch.equal(total.hessian(), torch.ones(3, 3, dtype=torch.float64))
-    unseen = reduce_moments(Moments(3), HalfOfTwo(0, {}), torch.device("cpu"), torch.float32)
+    unseen = reduce_moments(Moments(3), HalfOfTwo(), torch.device("cpu"), torch.float32)
     assert unseen.hessian_sum is None
     assert unseen.count == 0
 
 
-@pytest.mark.parametrize("name", ["framequant-scalar", "framequant-paper"])
-def test_rows_rounded_apart_are_the_rows_rounded_together(name):
-    torch.manual_seed(0)
-    config = preset(name)
+class Threads(Ranks):
+    """Processes that are threads of this one."""
+
+    def __init__(self, rank, size, board, barrier):
+        self.rank, self.size, self._board, self._barrier = rank, size, board, barrier
+
+    def gather(self, value):
+        self._board[self.rank] = value
+        self._barrier.wait()
+        values = list(self._board)
+        self._barrier.wait()
+        return values
+
+    def gather_rows(self, rows, counts):
+        assert len(rows) == counts[self.rank]
+        return torch.cat(self.gather(rows.clone()))
+
+    def share(self, value, owner):
+        return self.gather(value)[owner]
+
+    def sum(self, *values):
+        return tuple(map(sum, zip(*self.gather(values), strict=True)))
+
+
+def in_threads(size, run):
+    """What ``run(ranks)`` gave on each of ``size`` ranks."""
+    board, barrier = [None] * size, threading.Barrier(size, timeout=60)
+    ranks = [Threads(rank, size, board, barrier) for rank in range(size)]
+    with ThreadPoolExecutor(size) as pool:
+        return [future.result() for future in [pool.submit(run, one) for one in ranks]]
+
+
+def linears_with_drift(tokens=100):
+    """Weights of two linears, and moments with drift and residual deviations."""
+    generator = torch.Generator().manual_seed(0)
+    inputs, drift, stream = (torch.randn(tokens, width, generator=generator) for width in (24, 24, 7))
     moments = Moments(24)
-    moments.add(torch.randn(100, 24))
-    weights = {"a": torch.randn(10, 24), "b": torch.randn(7, 24)}
-    configs = dict.fromkeys(weights, config)
+    moments.add(inputs, inputs + 0.1 * drift)
+    moments.add_residual("b", stream, inputs)
+    weights = {"a": torch.randn(10, 24, generator=generator), "b": torch.randn(7, 24, generator=generator)}
+    return weights, moments
+
+
+@pytest.mark.parametrize("size", [2, 3, 12])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("framequant-scalar", {}),
+        ("framequant-paper", {}),
+        ("framequant-scalar", {"column_order": "descending"}),
+        ("framequant-scalar", {"rounding": "nearest"}),
+        ("framequant-scalar", {"denoise": "gain"}),
+    ],
+)
+def test_rows_rounded_apart_are_the_rows_rounded_together(name, changes, size):
+    weights, moments = linears_with_drift()
+    configs = dict.fromkeys(weights, preset(name, **changes))
     whole = quantize_group(weights, moments, configs, "a")
+    for joined in in_threads(size, lambda ranks: quantize_group(weights, moments, configs, "a", ranks)):
+        for key in weights:
+            for part, tensor in whole[key].tensors.items():
+                assert torch.equal(tensor, joined[key].tensors[part]), part
+            assert asdict(joined[key].loss) == pytest.approx(asdict(whole[key].loss), rel=1e-9)
 
-    class Rows:
-        def __init__(self, first, last):
-            self.first, self.last = first, last
 
-        def bounds(self, rows):
-            return int(rows * self.first), int(rows * self.last)
+@pytest.mark.parametrize("guilty", ["targets", "factor"])
+def test_every_process_raises_what_one_of_them_could_not_make(guilty, monkeypatch):
+    def fail(*_, **__):
+        raise NumericalError("b: cannot be factored")
 
-        def gather_rows(self, rows, total):
-            parts.setdefault(rows.dtype, []).append(rows.clone())  # a view of what is recorded
-            return (
-                torch.cat(parts[rows.dtype])
-                if self.last == 1
-                else torch.zeros(total, *rows.shape[1:]).to(rows)
-            )
+    weights, moments = linears_with_drift()
+    configs = dict.fromkeys(weights, preset("framequant-scalar"))
+    names = {"targets": "corrected", "factor": "ordered_factor"}
+    monkeypatch.setattr(f"framequant.quantizers.weight.{names[guilty]}", fail)
 
-    parts: dict = {}
-    quantize_group(weights, moments, configs, "a", Rows(0, 0.4))
-    joined = quantize_group(weights, moments, configs, "a", Rows(0.4, 1))
-    for key in weights:
-        for part, tensor in whole[key].tensors.items():
-            assert torch.equal(tensor, joined[key].tensors[part]), part
-        assert joined[key].loss.proxy == pytest.approx(whole[key].loss.proxy, rel=1e-9)
+    def run(ranks):
+        with pytest.raises(NumericalError, match="cannot be factored"):
+            quantize_group(weights, moments, configs, "a", ranks)
+        return True
+
+    assert in_threads(3, run) == [True] * 3
 
 
 def test_one_rank_is_quantize_group():
@@ -147,6 +192,6 @@ def test_names_are_dealt_out_evenly():
 def test_every_rank_gets_a_batch():
     cut = enough_batches([torch.zeros(8, 4)], 3)
     assert sum(len(batch) for batch in cut) == 8
-    require_batches(cut, HalfOfTwo(0, {}))
+    require_batches(cut, HalfOfTwo())
     with pytest.raises(CalibrationError, match="cannot be dealt out to 2 ranks"):
-        require_batches([torch.zeros(1, 4)], HalfOfTwo(0, {}))
+        require_batches([torch.zeros(1, 4)], HalfOfTwo())

@@ -50,17 +50,13 @@ class Ranks:
         """This rank's share of the calibration batches: every ``size``-th."""
         return list(batches)[self.rank :: self.size]
 
-    def bounds(self, rows: int) -> tuple[int, int]:
-        """First row, and one past the last, of this rank's share of a matrix."""
-        return rows * self.rank // self.size, rows * (self.rank + 1) // self.size
-
-    def gather_rows(self, rows: Tensor, total: int) -> Tensor:
-        """All rows from every rank's share; see ``bounds``."""
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """All rows, of which the ranks hold so many each, one after the other."""
         return rows
 
-    def sum(self, value: float) -> float:
-        """Sum of a number over the ranks."""
-        return value
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Sums of numbers over the ranks."""
+        return values
 
     def add_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place."""
@@ -166,19 +162,23 @@ class DistributedRanks(Ranks):
         self._collective(lambda: self._dist.all_reduce(tensor))
         return tensor
 
-    def sum(self, value: float) -> float:
-        """Sum of a number over the ranks."""
-        return float(self.add_(torch.tensor(value, dtype=torch.float64)))
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """Sums of numbers over the ranks."""
+        return tuple(self.add_(torch.tensor(values, dtype=torch.float64)).tolist())
 
-    def gather_rows(self, rows: Tensor, total: int) -> Tensor:
-        """All rows from every rank's share; see ``bounds``."""
-        most = -(-total // self.size)
-        padded = rows.new_zeros(most, *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self._collective(lambda: self._dist.all_gather(parts, padded))
-        counts = [total * (rank + 1) // self.size - total * rank // self.size for rank in range(self.size)]
-        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """All rows, of which the ranks hold so many each, one after the other."""
+        whole = rows.new_empty(sum(counts), *rows.shape[1:])
+        parts = list(whole.split(list(counts)))
+        parts[self.rank].copy_(rows)
+        for owner, part in enumerate(parts):
+            self._send(part, owner)
+        return whole
+
+    def _send(self, tensor: Tensor, owner: int) -> None:
+        """Overwrite a tensor with contiguous rows by the owner's."""
+        if tensor.numel():
+            self._collective(lambda: self._dist.broadcast(tensor.view(torch.uint8), src=owner))
 
     def gather(self, value: Any) -> list[Any]:
         """A picklable value of every rank, in order of the ranks."""
@@ -190,9 +190,22 @@ class DistributedRanks(Ranks):
         """The owner's value, tensors and all, on every rank; tensors arrive on this rank's device."""
         from framequant.model.activations import map_tensors
 
-        box = [map_tensors(value, lambda tensor: tensor.to("cpu")) if self.rank == owner else None]
+        held: list[Tensor] = []
+
+        def shape_of(tensor: Tensor) -> Tensor:
+            held.append(tensor.detach().to(self._device).contiguous())
+            return torch.empty_like(held[-1], device="meta")
+
+        box = [map_tensors(value, shape_of) if self.rank == owner else None]
         self._collective(lambda: self._dist.broadcast_object_list(box, src=owner))
-        return map_tensors(box[0], lambda tensor: tensor.to(self._device))
+        sent = iter(held)
+
+        def filled(shape: Tensor) -> Tensor:
+            place = next(sent) if self.rank == owner else torch.empty_like(shape, device=self._device)
+            self._send(place.flatten(), owner)
+            return place
+
+        return map_tensors(box[0], filled)
 
     def barrier(self) -> None:
         """Wait for all."""

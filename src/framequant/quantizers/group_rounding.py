@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +19,7 @@ from framequant.quantizers.coders import ScalarCoder
 from framequant.quantizers.hessian import FeedbackFactor, damped_, feedback_factor
 from framequant.quantizers.refine import refine_codes
 from framequant.quantizers.rounding import round_ldlq, round_nearest
+from framequant.quantizers.sharing import Shares, even_counts, own_rows
 from framequant.quantizers.trellis_coder import TrellisCoder
 from framequant.quantizers.two_sided import round_two_sided, unit_factor
 
@@ -29,18 +29,6 @@ PIECE_BYTES = 1 << 30
 PIECE_SHARE = 1 / 32
 
 
-class RowShare(Protocol):
-    """Deals rows out to several processes."""
-
-    def bounds(self, rows: int) -> tuple[int, int]:
-        """First row, and one past the last, that is rounded here."""
-        ...
-
-    def gather_rows(self, rows: Tensor, total: int) -> Tensor:
-        """All ``total`` rows from every process's share."""
-        ...
-
-
 def round_group(
     matrices: list[Float[Tensor, "m n"]],
     hessian: Float[Tensor, "n n"] | Callable[[], Float[Tensor, "n n"]],
@@ -48,9 +36,10 @@ def round_group(
     coder: ScalarCoder | TrellisCoder,
     config: FrameQuantConfig,
     name: str,
-    share: RowShare | None = None,
+    share: Shares | None = None,
     consume: bool = False,
     spread: Int[Tensor, " n"] | None = None,
+    factor: Callable[[], FeedbackFactor] | None = None,
 ) -> tuple[Float[Tensor, "m_total n"], FeedbackFactor | None]:
     """Choose the codes of a group.
 
@@ -64,6 +53,8 @@ def round_group(
         share: deals the rows of a scalar code without feedback between rows out to several processes.
         consume: whether the list ``matrices`` may be emptied, where the caller needs them no more.
         spread: the order of columns for ``column_order = "spread"``; None for as they lie.
+        factor: gives what ``ordered_factor`` made of the same, for a scalar code without feedback between rows, and
+            keeps it no longer.
 
     Returns:
         The rounded values, stacked, and the factor of H' (None for nearest rounding); it may have lost its ``upper``.
@@ -75,24 +66,22 @@ def round_group(
         None if gram is None else feedback_factor(gram, config.output_damping, name).upper for gram in grams
     ]
     if isinstance(coder, TrellisCoder):
-        factor = feedback_factor(hessian, config.damping, name)
-        return round_two_sided(matrices, factor.upper, uppers, coder, config.output_block), factor
+        joint = feedback_factor(hessian, config.damping, name)
+        return round_two_sided(matrices, joint.upper, uppers, coder, config.output_block), joint
     make = hessian if callable(hessian) else hessian.clone
-    order = None
-    if config.column_order is ColumnOrder.SPREAD and spread is not None:
-        order = spread.to(stacked.device)
-    if config.column_order is ColumnOrder.DESCENDING:
-        order = torch.argsort(make().diagonal(), descending=True, stable=True)
-    ordered = make if order is None else lambda: make()[order][:, order]
+    order = _column_order(make, config, spread)
+    order = None if order is None else order.to(stacked.device)
+    ordered = _in_order(make, order)
     if all(upper is None for upper in uppers):
         if consume:
             matrices.clear()
-        return _round_rows(stacked, make, ordered, order, coder, config, share, name)
-    factor = feedback_factor(ordered, config.damping, name)
-    smooth = damped_(make(), factor.damping)
+        take = factor or (lambda: feedback_factor(ordered, config.damping, name))
+        return _round_rows(stacked, make, take, order, coder, config, share)
+    joint = feedback_factor(ordered, config.damping, name)
+    smooth = damped_(make(), joint.damping)
 
     def columns(part: Tensor, rows: ScalarCoder) -> Tensor:
-        rounded = round_ldlq(_clipped(part, rows, config), factor.upper, rows, order)
+        rounded = round_ldlq(_clipped(part, rows, config), joint.upper, rows, order)
         return refine_codes(part, rounded, smooth, rows, config.sweeps)
 
     pieces, first = [], 0
@@ -100,25 +89,49 @@ def round_group(
         rows = coder.part(first, first + len(matrix))
         pieces.append(_round_block_rows(matrix, upper, rows, config.output_block, columns))
         first += len(matrix)
-    return torch.cat(pieces), factor
+    return torch.cat(pieces), joint
+
+
+def ordered_factor(
+    hessian: Callable[[], Float[Tensor, "n n"]],
+    config: FrameQuantConfig,
+    name: str,
+    spread: Int[Tensor, " n"] | None,
+) -> FeedbackFactor:
+    """The factor through which ``round_group`` feeds errors forward, for a scalar code; arguments are those."""
+    order = _column_order(hessian, config, spread)
+    return feedback_factor(_in_order(hessian, order), config.damping, name)
+
+
+def _column_order(
+    make: Callable[[], Tensor], config: FrameQuantConfig, spread: Tensor | None
+) -> Tensor | None:
+    if config.column_order is ColumnOrder.DESCENDING:
+        return torch.argsort(make().diagonal(), descending=True, stable=True)
+    return spread if config.column_order is ColumnOrder.SPREAD else None
+
+
+def _in_order(make: Callable[[], Tensor], order: Tensor | None) -> Callable[[], Tensor]:
+    return make if order is None else lambda: make()[order][:, order]
 
 
 def _round_rows(
     stacked: Tensor,
     make: Callable[[], Tensor],
-    ordered: Callable[[], Tensor],
+    take_factor: Callable[[], FeedbackFactor],
     order: Tensor | None,
     coder: ScalarCoder,
     config: FrameQuantConfig,
-    share: RowShare | None,
-    name: str,
+    share: Shares | None,
 ) -> tuple[Tensor, FeedbackFactor]:
     """Round rows that do not interact, a piece of them at a time; with a share, those that are ours.
 
     The factor's matrix is dropped before H' is made again: both together are what takes the most memory.
     """
-    first, last = (0, len(stacked)) if share is None else share.bounds(len(stacked))
-    factor = feedback_factor(ordered, config.damping, name)
+    counts = even_counts(len(stacked), 1 if share is None else share.size)
+    own = own_rows(counts, 0 if share is None else share.rank)
+    first, last = own.start, own.stop
+    factor = take_factor()
     rounded = torch.empty_like(stacked[first:last])
     pieces = _pieces(first, last, stacked)
     for a, b in pieces:
@@ -134,8 +147,8 @@ def _round_rows(
             done.copy_(refine_codes(stacked[a:b], done, smooth, coder.part(a, b), config.sweeps))
     if share is None:
         return rounded, factor
-    coder.record(share.gather_rows(coder.codes(first, last), len(stacked)))
-    return share.gather_rows(rounded, len(stacked)), factor
+    coder.record(share.gather_rows(coder.codes(first, last), counts))
+    return share.gather_rows(rounded, counts), factor
 
 
 def _pieces(first: int, last: int, matrix: Tensor) -> list[tuple[int, int]]:

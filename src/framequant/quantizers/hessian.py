@@ -34,6 +34,8 @@ SMALLEST_IN_FLOAT32 = 1e-15
 #: Matrices of more rows are handled by pieces of ``PIECE_ROWS``, since a second copy might not fit.
 SMALL = 4096
 PIECE_ROWS = 1024
+#: Triangular matrices of at most so many rows are inverted by the library.
+CORNER = 512
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -114,10 +116,10 @@ class Moments:
         """Mean of (x_f - x_q) x_qᵀ in float64, or None."""
         return None if self.drift_sum is None else _mean(self.drift_sum, max(self.count, 1))
 
-    def residual(self, name: str) -> Float[Tensor, "o n"] | None:
-        """Mean of e x_qᵀ in float64 for one linear, or None."""
+    def residual(self, name: str, rows: slice = slice(None)) -> Float[Tensor, "rows n"] | None:
+        """Mean of e x_qᵀ in float64 for one linear, or some of its rows; or None."""
         total = self.residual_sum.get(name)
-        return None if total is None else _mean(total, max(self.count, 1))
+        return None if total is None else _mean(total[rows], max(self.count, 1))
 
 
 def _mean(total: Tensor, count: int) -> Tensor:
@@ -276,23 +278,24 @@ def cholesky_(matrix: Float[Tensor, "n n"]) -> Float[Tensor, "n n"] | None:
 
 
 def _inverse_upper_(root: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, in place: block columns from the left, each by those before it.
+    """The inverse of an upper triangular matrix, in place, by halves: large products, which are fast everywhere.
 
-    With the inverse of the first columns known, [[A, B], [0, D]]⁻¹ = [[A⁻¹, −A⁻¹ B D⁻¹], [0, D⁻¹]]. Products take parts
-    of a matrix as they lie, where solving with a part of it would copy that part first.
+    [[A, B], [0, D]]⁻¹ = [[A⁻¹, −A⁻¹ B D⁻¹], [0, D⁻¹]]. The corner is made a piece of columns at a time, from the right:
+    a piece reads those of B up to its own, and nothing of the matrix's size is made.
     """
     n = len(root)
-    width = n if n <= SMALL else PIECE_ROWS
-    for first in range(0, n, width):
-        last = min(first + width, n)
-        corner = root[first:last, first:last]
-        inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)).to(corner), upper=True)
-        corner.copy_(inverse)
-        root[last:, first:last] = 0
-        above = root[:first, first:last] @ inverse
-        for start in range(0, first, width):
-            rows = slice(start, start + width)
-            root[rows, first:last] = -(root[rows, start:first] @ above[start:])
+    if n <= CORNER:
+        return root.copy_(torch.linalg.solve_triangular(root, torch.eye(n).to(root), upper=True))
+    half = n // 2
+    left, right = _inverse_upper_(root[:half, :half]), _inverse_upper_(root[half:, half:])
+    root[half:, :half] = 0
+    corner, strip = root[:half, half:], max(half // 4, CORNER)
+    for first in reversed(range(0, n - half, PIECE_ROWS)):
+        last = min(first + PIECE_ROWS, n - half)
+        between = corner[:, :last] @ right[:last, first:last]
+        for start in range(0, half, strip):  # its part below the diagonal is zero
+            rows = slice(start, start + strip)
+            corner[rows, first:last] = -(left[rows, start:] @ between[start:])
     return root
 
 

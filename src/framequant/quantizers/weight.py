@@ -21,17 +21,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from framequant.config import Denoise, FrameQuantConfig
+from framequant.config import Denoise, FrameQuantConfig, Rounding
 from framequant.errors import NumericalError
 from framequant.frames import FrameKind, FrameOperator, FrameSpec, build_frame, choose_frame
 from framequant.frames.order import spread_order
 from framequant.frames.signs import derive_seed
 from framequant.quantizers.coders import make_coder
 from framequant.quantizers.denoise import metric_gains, wiener_gains
-from framequant.quantizers.group_rounding import RowShare, round_group
+from framequant.quantizers.group_rounding import ordered_factor, round_group
 from framequant.quantizers.hessian import NOT_FINITE, FeedbackFactor, Moments, all_finite
 from framequant.quantizers.rounding import proxy_loss
 from framequant.quantizers.safety import shrink, shrinkage
+from framequant.quantizers.sharing import Shares, even_counts, own_rows, targets_beside_factor
 from framequant.quantizers.targets import corrected, correlation
 from framequant.spec import LinearSpec
 from framequant.storage import decode_rows
@@ -40,6 +41,7 @@ from framequant.storage import decode_rows
 SEED_BITS = 32
 #: Matrices of more rows are transformed by pieces of ``PIECE_ROWS``: transforms make several copies.
 LARGE = 4096
+ALL = slice(None)
 PIECE_ROWS = 1024
 
 
@@ -106,7 +108,7 @@ def quantize_group(
     moments: Moments,
     configs: Mapping[str, FrameQuantConfig],
     group: str,
-    share: RowShare | None = None,
+    share: Shares | None = None,
     consume: bool = False,
 ) -> dict[str, QuantizedWeight]:
     """Quantize the linears that read one tensor.
@@ -116,7 +118,7 @@ def quantize_group(
         moments: second moments of the shared input.
         configs: settings of each linear; linears with equal settings are rounded together.
         group: name of the group, for the seed of its input frame.
-        share: rounds some of the rows here and the others elsewhere; for scalar codes without ``output_gram``.
+        share: processes that do this together, each some of the rows; for scalar codes without ``output_gram``.
         consume: let the sums of ``moments`` go as soon as they are used, where nobody else will ask for them.
 
     Returns:
@@ -160,7 +162,7 @@ def _quantize_alike(
     moments: Moments,
     config: FrameQuantConfig,
     group: str,
-    share: RowShare | None,
+    share: Shares | None,
     consume: bool,
 ) -> dict[str, QuantizedWeight]:
     first = next(iter(weights))
@@ -171,24 +173,46 @@ def _quantize_alike(
 
     if moments.hessian_sum is not None:
         _require_finite(moments.hessian_sum, f"{first}: {NOT_FINITE}")
-    targets = _targets(weights, moments, config, make_hessian, consume)
-    for name, target in targets.items():
-        _require_finite(target, f"{name}: {NOT_FINITE}")
     specs = {name: _spec(weight, config, group, name) for name, weight in weights.items()}
     frame_in = build_frame(specs[first].frame_in)
     frames_out = {name: build_frame(spec.frame_out) for name, spec in specs.items()}
-    matrices = [_coefficients(target, frame_in, frames_out[name]) for name, target in targets.items()]
+    spread = spread_order(specs[first].frame_in)
 
     def coefficient_hessian() -> Tensor:
         return _rotated(moments, frame_in, device)
 
+    def make_targets(rows: Mapping[str, slice]) -> dict[str, Tensor]:
+        return _targets(weights, moments, config, make_hessian, rows)
+
+    ready: list[FeedbackFactor] = []  # rounding takes it out: it is the size of H'
+    if share is None or config.rounding is Rounding.NEAREST:
+        targets = make_targets({})
+    else:
+        targets, factor = targets_beside_factor(
+            weights, make_targets, lambda: ordered_factor(coefficient_hessian, config, first, spread), share
+        )
+        ready.append(factor)
+        del factor
+    if consume:
+        moments.drift_sum = None
+    for name, target in targets.items():
+        _require_finite(target, f"{name}: {NOT_FINITE}")
+    matrices = [_coefficients(target, frame_in, frames_out[name]) for name, target in targets.items()]
     grams = [_rotated_gram(moments.output_gram.get(name), frame) for name, frame in frames_out.items()]
     coder = make_coder(matrices, specs[first].code)
     heights = [matrix.shape[0] for matrix in matrices]
     exact = matrices if config.denoise is not Denoise.NONE else []  # else rounding may let them go
-    spread = spread_order(specs[first].frame_in)
-    rounded, factor = round_group(
-        matrices, coefficient_hessian, grams, coder, config, first, share, not exact, spread
+    rounded, used = round_group(
+        matrices,
+        coefficient_hessian,
+        grams,
+        coder,
+        config,
+        first,
+        share=share,
+        consume=not exact,
+        spread=spread,
+        factor=ready.pop if ready else None,
     )
 
     metric = coefficient_hessian() if config.denoise is Denoise.GAIN else None
@@ -202,11 +226,9 @@ def _quantize_alike(
             piece, tensors = _denoised(exact[number], piece, tensors, metric, specs[name])
         restored = _reconstruct(piece, frame_in, frames_out[name])
         weight, target = weights[name].double(), targets[name]
-        loss = _loss(weight, target, restored, hessian, factor)
+        loss = _loss(weight, target, restored, hessian, used, share)
         results[name] = QuantizedWeight(specs[name], tensors, loss)
-        _shrink_if_harmful(
-            results[name], weight, target, restored, hessian, factor, frame_in, frames_out[name]
-        )
+        _shrink_if_harmful(results[name], weight, target, restored, hessian, used, frame_in, frames_out[name])
     return results
 
 
@@ -215,13 +237,11 @@ def _targets(
     moments: Moments,
     config: FrameQuantConfig,
     make_hessian: Callable[[], Tensor],
-    consume: bool,
+    rows: Mapping[str, slice],
 ) -> dict[str, Tensor]:
-    """The weight to round of each linear, float64."""
-    exact = {name: weight.double() for name, weight in weights.items()}
-    correlations = _correlations(exact, moments, config)
-    if consume:
-        moments.drift_sum = None
+    """The weight to round of each linear, float64; some of its rows where that is asked for."""
+    exact = {name: weight[rows.get(name, ALL)].double() for name, weight in weights.items()}
+    correlations = _correlations(exact, moments, config, rows)
     return corrected(exact, correlations, make_hessian)
 
 
@@ -267,14 +287,14 @@ def _denoised(
 
 
 def _correlations(
-    weights: Mapping[str, Tensor], moments: Moments, config: FrameQuantConfig
+    weights: Mapping[str, Tensor], moments: Moments, config: FrameQuantConfig, rows: Mapping[str, slice]
 ) -> dict[str, Tensor | None]:
     drift = moments.drift() if config.float_targets else None
     return {
         name: correlation(
             weight,
             _beside(drift, weight),
-            _beside(moments.residual(name), weight),
+            _beside(moments.residual(name, rows.get(name, ALL)), weight),
             config.float_targets,
             config.residual_targets,
         )
@@ -333,15 +353,28 @@ def _reconstruct(coefficients: Tensor, frame_in: FrameOperator, frame_out: Frame
 
 
 def _loss(
-    weight: Tensor, target: Tensor, restored: Tensor, hessian: Tensor, factor: FeedbackFactor | None
+    weight: Tensor,
+    target: Tensor,
+    restored: Tensor,
+    hessian: Tensor,
+    factor: FeedbackFactor | None,
+    share: Shares | None = None,
 ) -> LinearLoss:
-    proxy = proxy_loss(restored - target, hessian)
-    reference = proxy_loss(weight, hessian)
-    change = float((target - weight).square().sum() / weight.square().sum().clamp(min=1e-300))
+    """What rounding cost; with a share, each process sums over rows of its own."""
+    if share is not None:
+        own = own_rows(even_counts(len(weight), share.size), share.rank)
+        weight, target, restored = weight[own], target[own], restored[own]
+    sums = (
+        proxy_loss(restored - target, hessian),
+        proxy_loss(weight, hessian),
+        float((target - weight).square().sum()),
+        float(weight.square().sum()),
+    )
+    proxy, reference, moved, size = sums if share is None else share.sum(*sums)
     return LinearLoss(
         proxy=proxy,
         relative=proxy / reference if reference > 0 else 0.0,
-        target_change=change,
+        target_change=moved / max(size, 1e-300),
         damping=factor.damping if factor else 0.0,
         escalations=factor.escalations if factor else 0,
         reference=reference,

@@ -322,12 +322,13 @@ def _summed(
             if reader not in summed:
                 summed[reader] = ranks.add_(_or_zeros(one.input_sum, columns, weight.device))
             one.input_sum = summed[reader]
-        one.count, one.inputs = int(ranks.sum(one.count)), int(ranks.sum(one.inputs))
-        one.input_square = ranks.sum(one.input_square)
         values = torch.cat([*one.squares.values()]).double() if one.squares else torch.zeros(0)
-        total, count = ranks.sum(float(values.sum())), int(ranks.sum(values.numel()))
-        mean = torch.full((count,), total / max(count, 1), dtype=torch.float64)
-        everywhere[name] = replace(one, squares={0: mean} if count else {})
+        count, inputs, one.input_square, total, size = ranks.sum(
+            one.count, one.inputs, one.input_square, float(values.sum()), values.numel()
+        )
+        one.count, one.inputs = int(count), int(inputs)
+        mean = torch.full((int(size),), total / max(size, 1), dtype=torch.float64)
+        everywhere[name] = replace(one, squares={0: mean} if size else {})
     return everywhere
 
 

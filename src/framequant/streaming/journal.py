@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -63,6 +64,8 @@ class Journal:
         self.path = partial_path(self.output)
         self.identity, self._overwrite = json.loads(json.dumps(identity)), overwrite
         self._lock: Any = None
+        self._writer, self._writing = ThreadPoolExecutor(1), Future[None]()
+        self._writing.set_result(None)
 
     @property
     def shards(self) -> Path:
@@ -88,6 +91,7 @@ class Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._writer.shutdown()  # a block that is being written is kept, whatever ended the run
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -126,6 +130,7 @@ class Journal:
 
     def record(self, number: int) -> dict[str, Any] | None:
         """What was kept of a block, or None; its shard is checked against its SHA-256."""
+        self.settle()
         path = self.path / "blocks" / f"{number:05d}.json"
         if not path.is_file():
             return None
@@ -145,16 +150,36 @@ class Journal:
         record: BlockRecord,
         more: Mapping[str, Any],
     ) -> None:
-        """Write the shard of a block and then its record.
+        """Write the shard of a block and then its record, while the run goes on; the block before it is done first.
+
+        Args:
+            number: of the block.
+            shard: name of its file.
+            tensors: nobody may change them until ``settle``.
+            record: what the report says of it.
+            more: of the checkpoint's description.
+
+        Raises:
+            CheckpointError: the block before could not be written; what was finished before that is kept.
+        """
+        self.settle()
+        held = {key: tensor.detach().to("cpu") for key, tensor in tensors.items()}
+        data = {"shard": shard, "keys": sorted(held), **more, **asdict(record)}
+        self._writing = self._writer.submit(self._keep, number, held, data)
+
+    def settle(self) -> None:
+        """Wait until all that was to be kept is on the disk.
 
         Raises:
             CheckpointError: the disk is full or not writable; what was finished before is kept.
         """
+        self._writing.result()
+
+    def _keep(self, number: int, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         with self.guarded():
-            self.write_shard(self.shards / shard, tensors)
-            digest = sha256(self.shards / shard)
-            data = {"shard": shard, "sha256": digest, "keys": sorted(tensors), **more, **asdict(record)}
-            self._write(self.path / "blocks" / f"{number:05d}.json", data)
+            path = self.shards / data["shard"]
+            self.write_shard(path, tensors)
+            self._write(self.path / "blocks" / f"{number:05d}.json", {**data, "sha256": sha256(path)})
 
     def write_shard(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Write one safetensors file durably."""

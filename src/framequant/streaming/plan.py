@@ -160,4 +160,5 @@ def plan_memory(
     else:
         place, left = Place.DISK, on_device
     cached = {"cpu": 2 << 30, "cuda": 8 << 30}[device.type]
-    return MemoryPlan(Placement(place, device, scratch), max(min(cached, left // 4), 0), activation_bytes)
+    placement = Placement(place, device, scratch, pinned=2 * activation_bytes <= on_host)
+    return MemoryPlan(placement, max(min(cached, left // 4), 0), activation_bytes)

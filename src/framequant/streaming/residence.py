@@ -294,7 +294,7 @@ class StreamedResidence(Residence):
         return record_of(data)
 
     def leave(self, name: str, record: BlockRecord | None) -> None:
-        """Write the block's shard and record, on the first rank, and let its tensors go."""
+        """Have the block's shard and record written, on the first rank, and let its tensors go."""
         if record is not None and self._journal is not None:
             number = self._numbers[name]
             block = self.model.get_submodule(name)
@@ -319,6 +319,7 @@ class StreamedResidence(Residence):
         """Write what lies outside the blocks (and blocks that were never called) as the last shard, and the index."""
         if self._journal is None:
             return
+        self._journal.settle()
         weight_map, size = {}, 0
         for number in self._numbers.values():
             data = self._journal.record(number)
