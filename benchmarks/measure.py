@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -24,7 +25,9 @@ def best_seconds(run: Callable[[], object], cuda: bool, repeats: int) -> float:
 
 
 def commit() -> str:
-    """Short name of the checked-out commit, or "unknown" outside a repository."""
+    """Short name of the checked-out commit; ``FRAMEQUANT_COMMIT`` for a mere copy; else "unknown"."""
+    if "FRAMEQUANT_COMMIT" in os.environ:
+        return os.environ["FRAMEQUANT_COMMIT"]
     result = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )

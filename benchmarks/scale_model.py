@@ -1,8 +1,9 @@
 """What a quantization run costs on N devices: functions of shapes, settings, a machine and its efficiencies.
 
 The walk as it is: for each block read its weights, run it for every stage of linears that share an input (tokens are
-split over the ranks), sum second moments and all-reduce them, round (rows are split over the ranks, factorisation is
-not), write, go on. Units: seconds, bytes, floating-point operations (a multiply-add is two).
+split over the ranks), sum second moments and all-reduce them, make the targets and beside them the factor (the last
+rank), round (rows are split over the ranks), have it written while the next is worked on. Units: seconds, bytes,
+floating-point operations (a multiply-add is two).
 """
 
 from __future__ import annotations
@@ -133,7 +134,8 @@ class Machine:
         device_bytes: of one device.
         link: bytes per second between devices of a host.
         network: bytes per second of a device to other hosts.
-        disk_read, disk_write: bytes per second of a host.
+        disk_read, disk_write: bytes per second of a host; writing flushed to the disk and read for its checksum, as
+            rows of ``load_h100.csv`` up to 7b9bdc9 have it.
         devices_per_host: devices that share a host's disk.
         start: seconds before the first block: libraries, kernels that are compiled, the first batches.
     """
@@ -145,19 +147,29 @@ class Machine:
     link: float = 450e9
     network: float = 50e9
     disk_read: float = 3e9
-    disk_write: float = 1.5e9
+    disk_write: float = 0.45e9
     devices_per_host: int = 8
     start: float = 15.0
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Measured shares of the peaks."""
+    """Measured shares of the peaks, and what grows with other things than operations.
+
+    Attributes:
+        capture, rounding, forward, link: shares of the peaks.
+        capture_feature, forward_feature: seconds for each token and each feature that a linear reads or writes: what
+            passes through memory.
+        column: seconds for each column that is rounded: steps that follow one another, however many rows there are.
+    """
 
     capture: float = 0.4
     rounding: float = 0.3
     forward: float = 0.4
     link: float = 0.7
+    capture_feature: float = 0.0
+    forward_feature: float = 0.0
+    column: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -222,15 +234,59 @@ def moment_flops(block: tuple[Linear, ...], run: Run) -> float:
     return total
 
 
-def rounding_flops(block: tuple[Linear, ...], run: Run) -> tuple[float, float]:
-    """Operations that rows share out, and those that every rank does: transforms, factorisation, target."""
-    rows = fixed = 0.0
+@dataclass(frozen=True)
+class RoundingFlops:
+    """Operations of rounding a block.
+
+    Attributes:
+        rows: of error feedback, sweeps and losses: every rank has some of the rows.
+        solve: of the targets, shared by all ranks but the last.
+        target: of the factorisation that each of these makes.
+        factor: of the factorisation that the last rank makes beside them.
+    """
+
+    rows: float = 0.0
+    solve: float = 0.0
+    target: float = 0.0
+    factor: float = 0.0
+
+    def on(self, devices: int) -> float:
+        """Operations that follow one another on so many ranks."""
+        if devices == 1:
+            return self.rows + self.solve + self.target + self.factor
+        return self.rows / devices + max(self.factor, self.target + self.solve / (devices - 1))
+
+
+def rounding_flops(block: tuple[Linear, ...], run: Run) -> RoundingFlops:
+    """Operations of rounding the linears of a block."""
+    rows = solve = target = factor = 0.0
     for linear in block:
         wide = linear.inputs * run.redundancy
-        rows += linear.count * 2.0 * linear.out * wide**2 * (1 + 2 * run.sweeps)
-        rows += linear.count * 4.0 * linear.out * linear.inputs**2  # loss and the solve for the target
-        fixed += linear.count * (wide**3 / 3 + wide**3 / 3 + linear.inputs**3 / 3) * 2
-    return rows, fixed
+        rows += linear.count * linear.out * (2.0 * wide**2 * (1 + 2 * run.sweeps) + 4.0 * linear.inputs**2)
+        solve += linear.count * 4.0 * linear.out * linear.inputs**2
+        target += linear.count * linear.inputs**3 / 3
+        factor += linear.count * 2 * wide**3 / 3
+    return RoundingFlops(rows, solve, target, factor)
+
+
+def rounding_seconds(
+    block: tuple[Linear, ...], devices: int, run: Run, machine: Machine, efficiency: Efficiency
+) -> float:
+    """Seconds of rounding the linears of a block; with ``whole_linears`` each of them by one rank."""
+    rate = machine.double * efficiency.rounding
+    total = 0.0
+    for linear in block:
+        columns = linear.inputs * run.redundancy * linear.count * efficiency.column
+        flops = rounding_flops((linear,), run)
+        owners = min(devices, linear.count)
+        alone = (flops.on(1) / rate + columns) / owners
+        total += alone if run.whole_linears else flops.on(devices) / rate + columns
+    return total
+
+
+def features(block: tuple[Linear, ...]) -> float:
+    """Features that the linears of a block read or write for each token."""
+    return sum((linear.inputs + linear.out) * linear.count * linear.share for linear in block)
 
 
 def capture_passes(block: tuple[Linear, ...]) -> dict[int, int]:
@@ -262,13 +318,11 @@ def block_cost(
         number * forward_flops(block, run, model.hidden, stage + (number > 1))
         for stage, number in capture_passes(block).items()
     )
-    capture = passes / (machine.half * efficiency.capture) + moment_flops(block, run) / (
-        machine.half * efficiency.capture
-    )
-    rows, fixed = rounding_flops(block, run)
-    if run.whole_linears:
-        fixed = sum(rounding_flops((linear,), run)[1] / min(devices, linear.count) for linear in block)
+    moved = run.count * features(block)
+    capture = (passes + moment_flops(block, run)) / (machine.half * efficiency.capture)
+    capture += moved * efficiency.capture_feature
     outputs = forward_flops(block, run, model.hidden) * (2 if run.float_stream else 1) / forward
+    outputs += moved * efficiency.forward_feature
     moments = sum(
         4.0 * linear.inputs**2 * linear.count * (2 if run.float_stream and linear.share == 1 else 1)
         for linear in block
@@ -276,19 +330,15 @@ def block_cost(
     exchange, sent = all_reduce(moments / (1 + run.whole_linears), devices, machine, efficiency)
     size = block_weights(block) * WEIGHT_BYTES
     packed = block_weights(block) * run.bits / 8
-    return Cost(
-        {
-            "read": size
-            / machine.disk_read,  # every host reads the block once, its ranks from the page cache
-            "capture": capture / devices,
-            "exchange": exchange,
-            "round": (rows / devices + fixed) / (machine.double * efficiency.rounding),
-            "forward": outputs / devices,
-            "write": packed / machine.disk_write,
-        },
-        network=sent * devices,
-        disk=size * hosts + packed,
-    )
+    seconds = {
+        "read": size / machine.disk_read,  # every host reads the block once, its ranks from the page cache
+        "capture": capture / devices,
+        "exchange": exchange,
+        "round": rounding_seconds(block, devices, run, machine, efficiency),
+        "forward": outputs / devices,
+    }
+    seconds["write"] = max(packed / machine.disk_write - sum(seconds.values()), 0.0)  # beside the next block
+    return Cost(seconds, network=sent * devices, disk=size * hosts + packed)
 
 
 def run_cost(model: Model, devices: int, run: Run, machine: Machine, efficiency: Efficiency) -> Cost:

@@ -4,8 +4,8 @@
 
 Reads every ``benchmarks/*.csv`` with the columns of ``benchmarks/load_test.py`` (``shape, blocks, blocks_measured,
 samples, tokens, ranks, seconds, seconds_first_block, seconds_per_block, block_read, block_capture, block_round,
-block_write``, one device ``cuda``) and fits efficiencies to a run of some blocks, preferably 70B-shaped; a whole
-7B-shaped run it did not see must then be predicted within 20 %, else the exit code is 1. Without such rows the rate
+block_write``, one device ``cuda``) and fits rates to runs of some blocks of a 70B- and a 7B-shaped model, the last of
+each; a whole 7B-shaped run must then be predicted within 20 %, else the exit code is 1. Without such rows the rate
 of rounding comes from ``benchmarks/rounding_h100.csv``, the others are assumed, and the output says so.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from benchmarks.scale_model import (  # noqa: E402
     Run,
     block_cost,
     block_weights,
+    features,
     memory,
     run_cost,
 )
@@ -60,26 +62,49 @@ def of_blocks(model: Model, count: int) -> Model:
     return replace(model, blocks=((count, model.blocks[0][1]),))
 
 
-def fit(row: dict[str, str], run: Run, machine: Machine) -> tuple[Machine, Efficiency]:
-    """Efficiencies, disk rates and start with which the model gives a row's seconds."""
-    model = of_blocks(MODELS[row["shape"]], 1)
-    run = replace(run, samples=int(row["samples"]), tokens=int(row["tokens"]))
-    whole = Efficiency(1.0, 1.0, 1.0, Efficiency().link)
-    ideal = run_cost(model, 1, run, replace(machine, start=0.0), whole).seconds
-    weights = block_weights(model.blocks[0][1])
-    steps = {step: max(float(row[f"block_{step}"]), 1e-3) for step in STEPS}
-    block = float(row["seconds_per_block"])
-    machine = replace(
-        machine,
-        start=max(float(row["seconds_first_block"]) - block, 0.0),
-        disk_read=weights * WEIGHT_BYTES / steps["read"],
-        disk_write=weights * run.bits / 8 / steps["write"],
-    )
+def fit(rows: Sequence[dict[str, str]], run: Run, machine: Machine) -> tuple[Machine, Efficiency]:
+    """Efficiencies, disk rate and start with which the model gives the rows' seconds; the last one's start and disk.
+
+    Two rows of different shapes tell operations from what grows with features or columns; one is all operations.
+    """
+    work: dict[str, list[tuple[float, float, float]]] = {"capture": [], "round": [], "forward": []}
+    for row in rows:
+        model = of_blocks(MODELS[row["shape"]], 1)
+        block = model.blocks[0][1]
+        run = replace(run, samples=int(row["samples"]), tokens=int(row["tokens"]))
+        ideal = block_cost(model, block, 1, run, machine, Efficiency(1.0, 1.0, 1.0, 1.0)).seconds
+        steps = {step: max(float(row[f"block_{step}"]), 1e-3) for step in ("read", "capture", "round")}
+        steps["forward"] = max(float(row["seconds_per_block"]) - sum(steps.values()), 1e-3)
+        moved = run.count * features(block)
+        columns = sum(linear.inputs * linear.count for linear in block) * run.redundancy
+        for step, other in (("capture", moved), ("round", columns), ("forward", moved)):
+            work[step].append((ideal[step], other, steps[step]))
+        machine = replace(
+            machine,
+            start=max(float(row["seconds_first_block"]) - float(row["seconds_per_block"]), 0.0),
+            disk_read=block_weights(block) * WEIGHT_BYTES / steps["read"],
+        )
+    found = {step: two_rates(measurements) for step, measurements in work.items()}
     return machine, Efficiency(
-        capture=ideal["capture"] / steps["capture"],
-        rounding=ideal["round"] / steps["round"],
-        forward=ideal["forward"] / max(block - sum(steps.values()), 1e-3),
+        capture=1 / found["capture"][0],
+        rounding=1 / found["round"][0],
+        forward=1 / found["forward"][0],
+        capture_feature=found["capture"][1],
+        forward_feature=found["forward"][1],
+        column=found["round"][1],
     )
+
+
+def two_rates(measurements: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """a, b ≥ 0 with a·x + b·y = seconds for each measurement (x, y, seconds); b = 0 if there is one, or no such b."""
+    if len(measurements) > 1:
+        (x, y, s), (u, v, t) = measurements
+        determinant = x * v - u * y
+        if determinant:
+            a, b = (s * v - t * y) / determinant, (x * t - u * s) / determinant
+            if a > 0 and b >= 0:
+                return a, b
+    return sum(s / x for x, _, s in measurements) / len(measurements), 0.0
 
 
 def rounding_rate(machine: Machine) -> float:
@@ -102,21 +127,31 @@ def calibrate(rows: list[dict[str, str]], run: Run) -> tuple[Machine, Efficiency
             "benchmarks/*.csv. Rounding runs at the rate of rounding_h100.csv; the other rates are assumptions."
         )
         return machine, replace(Efficiency(), rounding=rounding_rate(machine)), text, False
-    chosen = max(partial, key=lambda row: (row["shape"] == "70b", int(row["blocks_measured"])))
+    chosen = [last for shape in ("70b", "7b") for last in [r for r in partial if r["shape"] == shape][-1:]]
     machine, efficiency = fit(chosen, run, machine)
-    text = f"Calibrated on {chosen['blocks_measured']} measured blocks of the {chosen['shape']}-shaped model"
+    blocks = " and ".join(f"{row['blocks_measured']} of a {row['shape']}-shaped model" for row in chosen)
+    text = f"Calibrated on measured blocks, {blocks}"
     if not full:
         return machine, efficiency, f"{text}; NOT CHECKED: there is no whole 7B-shaped run.", False
-    row = full[-1]
-    settings = replace(run, samples=int(row["samples"]), tokens=int(row["tokens"]))
-    predicted = run_cost(MODELS["7b"], 1, settings, machine, efficiency).total
-    error = predicted / float(row["seconds"]) - 1
+    error, seconds = whole_run_error(full[-1], run, machine, efficiency)
     verdict = "within" if abs(error) <= TOLERANCE else "OUTSIDE"
     text += (
-        f"; checked: the whole 7B-shaped run took {float(row['seconds']):.0f} s, predicted {predicted:.0f} s "
-        f"({error:+.0%}), {verdict} {TOLERANCE:.0%}."
+        f"; checked: the whole 7B-shaped run took {seconds:.0f} s, predicted {(1 + error) * seconds:.0f} s "
     )
-    return machine, efficiency, text, abs(error) > TOLERANCE
+    text += f"({error:+.0%}), {verdict} {TOLERANCE:.0%}"
+    if len(chosen) > 1:
+        alone = whole_run_error(full[-1], run, *fit(chosen[:1], run, Machine()))[0]
+        text += f"; blocks of the {chosen[0]['shape']}-shaped model alone predict it to {alone:+.0%}"
+    return machine, efficiency, f"{text}.", abs(error) > TOLERANCE
+
+
+def whole_run_error(
+    row: dict[str, str], run: Run, machine: Machine, efficiency: Efficiency
+) -> tuple[float, float]:
+    """How far the prediction of a whole run is off, as a share of what it took; and that."""
+    settings = replace(run, samples=int(row["samples"]), tokens=int(row["tokens"]))
+    seconds = float(row["seconds"])
+    return run_cost(MODELS[row["shape"]], 1, settings, machine, efficiency).total / seconds - 1, seconds
 
 
 def table(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from benchmarks import simulate_scale
-from benchmarks.scale_model import MODELS, Efficiency, Machine, Run, memory, run_cost
+from benchmarks.scale_model import MODELS, Efficiency, Machine, Run, memory, rounding_flops, run_cost
 
 TRUE = Efficiency(capture=0.31, rounding=0.17, forward=0.55)
 DISKS = replace(Machine(), disk_read=2.1e9, disk_write=0.9e9)
@@ -60,6 +60,32 @@ def test_fitting_finds_the_rates_and_the_check_passes(tmp_path):
     assert not failed
     assert "checked" in note
     assert "within" in note
+
+
+def test_blocks_of_two_sizes_tell_operations_from_what_grows_otherwise(tmp_path, monkeypatch):
+    true = replace(TRUE, capture_feature=3e-11, forward_feature=1e-11, column=2e-5)
+    monkeypatch.setattr(f"{__name__}.TRUE", true)
+    rows = _measured(tmp_path, _row("7b", 5), _row("70b", 3), _row("7b", 32))
+    _, efficiency, note, failed = simulate_scale.calibrate(rows, Run())
+    for name in ("capture", "rounding", "forward", "capture_feature", "forward_feature", "column"):
+        assert getattr(efficiency, name) == pytest.approx(getattr(true, name), rel=1e-6)
+    assert not failed
+    assert "(+0%)" in note
+    assert "alone predict it to" in note
+
+
+@pytest.mark.parametrize("seconds", [(1.0, 0.1), (1.0, 30.0)])
+def test_rates_that_no_measurements_share_are_all_operations(seconds):
+    per_operation, other = simulate_scale.two_rates([(1.0, 2.0, seconds[0]), (10.0, 3.0, seconds[1])])
+    assert per_operation > 0
+    assert other == 0
+
+
+def test_two_ranks_make_the_factor_beside_the_targets():
+    block = MODELS["7b"].blocks[0][1]
+    flops = rounding_flops(block, Run())
+    assert flops.on(2) < flops.on(1)
+    assert flops.on(2) == pytest.approx(flops.rows / 2 + max(flops.factor, flops.target + flops.solve))
 
 
 def test_a_run_that_was_slower_than_predicted_fails_the_check(tmp_path):
