@@ -62,7 +62,9 @@ def one_token(code: str, shape: tuple[int, int]) -> list[Found]:
 def prompt(tokens: int) -> list[Found]:
     """Panels or launches of 64 tokens; for long prompts sizes of panels, tiles of decoding, warps of transforms."""
     if tokens != PARTS_OF_PROMPT:
-        return [("panels", {(launches, "LOOPS"): 1}), ("launches of 64", {(launches, "LOOPS"): 8})]
+        looped = {False: (0.0,) * 7, True: (0.0,) * 7}
+        never: dict[bool, tuple[float, ...]] = {False: (), True: ()}
+        return [("panels", {(launches, "LOOPED"): never}), ("launches of 64", {(launches, "LOOPED"): looped})]
     found: list[Found] = [("panels of 64 MiB", {(launches, "ROUND_ROWS"): 1 << 20})]
     for tile in (PanelTile(16, 4, 64, 4), PanelTile(16, 2, 128, 8), PanelTile(32, 2, 64, 4)):
         found.append(("x".join(map(str, tile)), {(launches, "PANEL_TILE"): tile}))

@@ -7,7 +7,7 @@ Run from the repository's root with ``PYTHONPATH=src:.``::
 A Llama-shaped model with random weights is quantized by so many gloo processes of one thread each. Seconds are those
 of a process's own processor time, so they hold on a machine with other work; waiting for other ranks is not in them.
 ``split`` is the work of one rank alone over the most that one of several has to do: the speed-up to expect where
-nothing is waited for. Factorisations are not shared, rows and calibration batches are.
+nothing is waited for. The last rank factors for the rounding while the others make the targets.
 """
 
 from __future__ import annotations

@@ -52,11 +52,12 @@ class FusedLinears(nn.Module):
         self._hold(layers, plans)
 
     def _hold(self, layers: list[FrameLinear], plans: list[Any]) -> None:
-        from framequant.kernels import triton_group
+        from framequant.kernels import triton_group, triton_linear
 
         for number, layer in enumerate(layers):
             self.register_parameter(f"bias{number}", layer.bias)
         self._group = triton_group.join(plans)
+        self._loops = triton_linear.loops(self._group.joined, sum(self._group.rows))
         self.register_buffer("words", self._group.joined.words)
         self.register_buffer("scales", self._group.joined.scales)
 
@@ -66,7 +67,7 @@ class FusedLinears(nn.Module):
 
         ``torch.compile`` runs this while it traces, for real.
         """
-        key = dtype, launches.tokens_to_check(tokens)
+        key = dtype, launches.tokens_to_check(tokens, self._loops)
         if key not in self._right:
             if self.words.is_cuda and torch.cuda.is_current_stream_capturing():
                 return False
@@ -96,7 +97,7 @@ class FusedLinears(nn.Module):
         from framequant.kernels import triton_group, triton_linear
 
         size = self.specs[0].in_features
-        kind = launches.tokens_to_check(inputs.numel() // size)
+        kind = launches.tokens_to_check(inputs.numel() // size, self._loops)
         if triton_linear.takes(inputs, size) and self.serves(inputs.dtype, kind):
             return triton_group.linears(self._group, inputs)
         return triton_group.plain(self._group, self._frames, inputs)

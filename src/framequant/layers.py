@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from framequant import storage
+from framequant.codes.trellis import TrellisSpec
 from framequant.frames import FrameOperator, build_frame
 from framequant.kernels import cpu, launches, reference
 from framequant.spec import LinearSpec
@@ -188,7 +189,9 @@ class FrameLinear(nn.Module):
             return None
         if not triton_linear.takes(inputs, self.in_features):
             return None
-        kind = launches.tokens_to_check(inputs.numel() // self.in_features)
+        trellis, size = isinstance(self.spec.code, TrellisSpec), math.prod(self.spec.coefficient_shape)
+        loops = launches.most_loops(trellis, size)
+        kind = launches.tokens_to_check(inputs.numel() // self.in_features, loops)
         if not self._serves(inputs.dtype, kind, inputs.is_cuda):
             return None
         assert self._prepared is not None

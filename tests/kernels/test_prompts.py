@@ -21,7 +21,7 @@ from framequant.kernels import launches, triton_linear
 from tests.kernels.test_cpu import make_layer
 torch.manual_seed(0)
 launches.PANEL_BYTES = 4096  # several panels, the last of them smaller
-launches.FEW_TOKENS, launches.LOOPS = 4, 1
+launches.FEW_TOKENS = 4
 launches.PANEL_TILE = launches.PanelTile(32, 16, 32, 4)  # the interpreter is slow
 cases = (
     (GridSpec("sigma_clip", 4, "symmetric"), (192, 70), (1.125, 1.0), torch.bfloat16),
@@ -70,7 +70,7 @@ import torch
 from framequant.kernels import launches
 from tests.kernels.test_cpu import CODES, make_layer
 torch.manual_seed(0)
-launches.FEW_TOKENS, launches.LOOPS = 8, 2
+launches.FEW_TOKENS, launches.LOOPED = 8, {False: (0,), True: (0,)}
 for code in (CODES[0], CODES[5]):
     layer = make_layer(code, (192, 48))
     x = torch.randn(15, 192).half()
@@ -90,7 +90,7 @@ from framequant.codes.grid import GridSpec
 from framequant.kernels import launches, prompt_ops, triton_linear, triton_ops
 from tests.kernels.test_cpu import CODES, make_layer
 torch.manual_seed(0)
-launches.FEW_TOKENS, launches.LOOPS, launches.PANEL_TILE = 4, 1, launches.PanelTile(32, 16, 32, 4)
+launches.FEW_TOKENS, launches.PANEL_TILE = 4, launches.PanelTile(32, 16, 32, 4)
 inputs = [torch.randn(tokens, 192).half() for tokens in (1, 6)]
 graphs = []
 def traced(graph, examples):
@@ -183,16 +183,25 @@ def test_panels_are_bounded_and_start_at_tiles(rows: int, width: int, tokens: in
     assert found == rows or found % 256 == 0
 
 
-def test_a_number_of_tokens_is_checked_as_its_kind() -> None:
-    kinds = [launches.tokens_to_check(tokens) for tokens in range(1, 200)]
-    assert kinds == [launches.tokens_to_check(kind) for kind in kinds]
+@pytest.mark.parametrize("loops", [1, 2, 4])
+def test_a_number_of_tokens_is_checked_as_its_kind(loops) -> None:
+    kinds = [launches.tokens_to_check(tokens, loops) for tokens in range(1, 300)]
+    assert kinds == [launches.tokens_to_check(kind, loops) for kind in kinds]
     assert len(set(kinds)) == 4
 
 
-def test_launches_of_many_tokens_are_even() -> None:
+@pytest.mark.parametrize("loops", [1, 2, 4])
+def test_launches_of_many_tokens_are_even(loops) -> None:
     for tokens in range(1, 300):
-        few = launches.loop_tokens(tokens)
-        assert bool(few) == (launches.FEW_TOKENS < tokens <= launches.LOOPS * launches.FEW_TOKENS)
+        few = launches.loop_tokens(tokens, loops)
+        assert bool(few) == (launches.FEW_TOKENS < tokens <= loops * launches.FEW_TOKENS)
         if few:
             sizes = [min(few, tokens - start) for start in range(0, tokens, few)]
-            assert {launches.tokens_to_check(size) for size in sizes} == {launches.tokens_to_check(tokens)}
+            kinds = {launches.tokens_to_check(size, loops) for size in sizes}
+            assert kinds == {launches.tokens_to_check(tokens, loops)}
+
+
+@pytest.mark.parametrize(("trellis", "sizes"), [(False, (1, 3, 4)), (True, (1, 1, 2))])
+def test_larger_matrices_take_more_launches(trellis, sizes) -> None:
+    for (rows, columns), most in zip(((4096, 4608), (11008, 4608), (28672, 9216)), sizes, strict=True):
+        assert launches.most_loops(trellis, rows * columns) == most

@@ -14,9 +14,10 @@ VECTOR_TOKENS = 2
 BYTE_TOKENS = 4
 #: Most tokens of one launch of the kernels that decode in their own loop.
 FEW_TOKENS = 64
-#: Most launches of these, one after another; more tokens are a prompt, for which D̃ is decoded in panels: that alone
-#: takes as long as two to four launches (``benchmarks/README.md``, prompts as measured).
-LOOPS = 3
+#: Coefficients from which on two, three, four launches of these, one after another, are faster than a prompt, for which
+#: D̃ is decoded in panels: where lines through what was measured meet (``benchmarks/kernel_tokens_h100.csv``), for
+#: scalar codes and a trellis.
+LOOPED = {False: (24e6, 43e6, 75e6), True: (88e6,)}
 #: Bytes of a panel, at most, and of one that an H100's L2 cache (50 MB) mostly holds until it is multiplied.
 PANEL_BYTES, CACHED_BYTES = 64 << 20, 40 << 20
 #: With as many tokens, rows that make 128 of cuBLAS' tiles (128 by 256): a full round of 132 multiprocessors.
@@ -25,18 +26,28 @@ ROUND_ROWS = 2048
 MOST_SPLITS = 9
 
 
-def tokens_to_check(tokens: int) -> int:
-    """A number of tokens that is launched as ``tokens`` are: each way of launching is checked once."""
+def most_loops(trellis: bool, coefficients: int) -> int:
+    """How many launches of the kernels for few tokens a prompt may take, for a matrix of so many coefficients."""
+    return 1 + sum(coefficients >= least for least in LOOPED[trellis])
+
+
+def tokens_to_check(tokens: int, loops: int) -> int:
+    """A number of tokens that is launched as ``tokens`` are: each way of launching is checked once.
+
+    Args:
+        tokens: how many.
+        loops: from ``most_loops``.
+    """
     if tokens <= VECTOR_TOKENS:
         return VECTOR_TOKENS
     if tokens <= BYTE_TOKENS:
         return BYTE_TOKENS
-    return BYTE_TOKENS + 1 if tokens <= LOOPS * FEW_TOKENS else LOOPS * FEW_TOKENS + 1
+    return BYTE_TOKENS + 1 if tokens <= loops * FEW_TOKENS else loops * FEW_TOKENS + 1
 
 
-def loop_tokens(tokens: int) -> int:
+def loop_tokens(tokens: int, loops: int) -> int:
     """Tokens of a launch where that many take several, all of one kind; 0 where they take one, or panels."""
-    if not FEW_TOKENS < tokens <= LOOPS * FEW_TOKENS:
+    if not FEW_TOKENS < tokens <= loops * FEW_TOKENS:
         return 0
     return -(-tokens // -(-tokens // FEW_TOKENS))
 

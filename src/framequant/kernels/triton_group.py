@@ -118,7 +118,7 @@ def is_right(
     Cost: one decoding of the linears, at first use of their kind. A kind that fails is warned about once.
     """
     plan = group.joined
-    tokens = launches.tokens_to_check(tokens)
+    tokens = launches.tokens_to_check(tokens, triton_linear.loops(plan, sum(group.rows)))
     kinds = tuple((member.spec.scheme(), member.bias is not None) for member in group.members)
     key = (kinds, dtype, plan.words.device, tokens)
     if key not in _verdicts:

@@ -109,6 +109,11 @@ def power_above(scales: Tensor) -> Tensor:
     return torch.ldexp(torch.ones(1, device=scales.device), exponent)
 
 
+def loops(plan: TritonPlan, rows: int) -> int:
+    """How many launches for few tokens a prompt may take, for so many rows of coefficients."""
+    return launches.most_loops(plan.layout.trellis, rows * plan.spec.coefficient_shape[1])
+
+
 def takes(inputs: Tensor, in_features: int) -> bool:
     """Whether the kernels know these inputs: some tokens, a dtype of theirs, and no gradient asked for."""
     return (
@@ -131,7 +136,7 @@ def products(
     plan: TritonPlan, x: Float[Tensor, "t n"], members: Sequence[tuple[TritonPlan, int]]
 ) -> tuple[Float[Tensor, "t o"], ...]:
     """Outputs of linears whose rows, so many of each, lie one below the other in the words of ``plan``."""
-    few = launches.loop_tokens(x.shape[0])
+    few = launches.loop_tokens(x.shape[0], loops(plan, sum(rows for _, rows in members)))
     if few:
         parts = [products(plan, part, members) for part in x.split(few)]
         return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
@@ -196,7 +201,7 @@ def is_right(
 
     Cost: one decoding of the linear, at first use of its kind. A kind that fails is warned about once.
     """
-    tokens = launches.tokens_to_check(tokens)
+    tokens = launches.tokens_to_check(tokens, loops(plan, plan.spec.coefficient_shape[0]))
     key = (plan.spec.scheme(), plan.bias is not None, dtype, plan.words.device, tokens)
     if key not in _verdicts:
         if plan.words.is_cuda and torch.cuda.is_current_stream_capturing():
