@@ -101,7 +101,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--sts", type=Path, help="sentence pairs instead of STS-B's test")
     made.add_argument("--device", default="auto")
     made.add_argument(
-        "--dtype", help="float32 if not given; language models in quick runs: bfloat16 if it is fast"
+        "--dtype",
+        help="float32 if not given; language models on a GPU and in quick runs: bfloat16 if it is fast",
     )
     made.add_argument("--seed", type=int, default=0)
     return made
@@ -123,9 +124,10 @@ def size_of(args: argparse.Namespace) -> Size:
 
 
 def synthesise_(model: nn.Module) -> None:
-    """Turn quantized linears into dense float32 ones: a quick evaluation without the frames, equal up to 1e-6."""
+    """Turn quantized linears into dense ones: an evaluation without the frames, equal up to the dtype's rounding."""
+    dtype = next(model.parameters()).dtype
     for name, layer in quantized_linears(model).items():
-        model.set_submodule(name, layer.to_linear())
+        model.set_submodule(name, layer.to_linear().to(dtype))
 
 
 def default_models() -> list[str]:
@@ -295,8 +297,9 @@ class Bench:
             hasattr(self.model, "get_output_embeddings") and self.model.get_output_embeddings() is not None
         )
         self.kind = "vision" if self.opened.is_vision else "language" if heads else "encoder"
-        if args.quick and args.dtype is None and self.kind == "language":
-            self.model.to(getattr(torch, fast_dtype(choose_device(args.device))))
+        place = choose_device(args.device)
+        if args.dtype is None and self.kind == "language" and (args.quick or place.startswith("cuda")):
+            self.model.to(getattr(torch, fast_dtype(place)))
         self._data: dict[int, Any] = {}
         self._rows: dict[tuple[str, int], Row] = {}
         self._given = args.calibration
@@ -420,8 +423,12 @@ class Bench:
         return dict(self._rows[key])
 
     def dense(self, model: nn.Module, config: fq.FrameQuantConfig) -> nn.Module:
-        """The model without frames where that changes nothing but the time: float32 weights, float activations."""
-        if config.activation_bits is None and next(model.parameters()).dtype == torch.float32:
+        """The model without frames, its weights in its own dtype, where that saves time: in float32, and on a GPU.
+
+        There the kernels of every new frame would have to be compiled. Quantized activations keep the frames.
+        """
+        first = next(model.parameters())
+        if config.activation_bits is None and (first.dtype == torch.float32 or first.is_cuda):
             synthesise_(model)
         return model
 

@@ -1,7 +1,7 @@
 """Every experiment of the paper, one after another, and the page.
 
     python experiments/run_all.py --quick             # two CPU cores, under 20 minutes
-    python experiments/run_all.py --full --jobs 7     # one H100 and 16 cores, under 25 minutes
+    python experiments/run_all.py --full --jobs 8     # one H100 and 16 cores, under 25 minutes
     python experiments/run_all.py --full --add --only tables --only ablations     # in pieces
 
 Each stage is timed and its end is a row of ``run_all.csv``; one that fails says why and the rest goes on. The page,
@@ -55,7 +55,7 @@ def stage_arguments(stage: str, args: Namespace, out: Path, models: Sequence[str
     words = ["--out", str(out), "--device", args.device, "--seed", str(args.seed)]
     words += ["--quick"] if args.quick else STAGES[stage]
     words += ["--add"] if args.add and out == args.out else []
-    for name in ("samples", "length", "windows", "images", "pairs"):
+    for name in ("dtype", "samples", "length", "windows", "images", "pairs"):
         if getattr(args, name) is not None:
             words += [f"--{name}", str(getattr(args, name))]
     for model in models:
