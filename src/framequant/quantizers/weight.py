@@ -14,7 +14,7 @@ Everything here is float64 and free of hooks, devices and modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -157,6 +157,67 @@ def _alike(configs: Mapping[str, FrameQuantConfig]) -> list[list[str]]:
     return [names for _, names in clusters]
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Linears with equal settings that read one tensor, and the frames of their coefficients."""
+
+    weights: Mapping[str, Tensor]
+    moments: Moments
+    config: FrameQuantConfig
+    specs: Mapping[str, LinearSpec]
+    frame_in: FrameOperator
+    frames_out: Mapping[str, FrameOperator]
+
+    @classmethod
+    def of(
+        cls, weights: Mapping[str, Tensor], moments: Moments, config: FrameQuantConfig, group: str
+    ) -> _Group:
+        """Choose the frames."""
+        specs = {name: _spec(weight, config, group, name) for name, weight in weights.items()}
+        frames_out = {name: build_frame(spec.frame_out) for name, spec in specs.items()}
+        frame_in = build_frame(next(iter(specs.values())).frame_in)
+        return cls(weights, moments, config, specs, frame_in, frames_out)
+
+    @property
+    def first(self) -> str:
+        """Name of the first linear, for messages."""
+        return next(iter(self.weights))
+
+    @property
+    def spread(self) -> Tensor | None:
+        """The order in which columns are visited far apart."""
+        return spread_order(self.specs[self.first].frame_in)
+
+    def hessian(self) -> Tensor:
+        """H, float64, made from its float32 sum whenever it is needed: that takes half the memory."""
+        return self.moments.hessian().to(self.weights[self.first].device)
+
+    def coefficient_hessian(self) -> Tensor:
+        """H', float64, a new tensor."""
+        return _rotated(self.moments, self.frame_in, self.weights[self.first].device)
+
+    def factor(self) -> FeedbackFactor:
+        """Of H', for rounding rows that do not interact."""
+        return ordered_factor(self.coefficient_hessian, self.config, self.first, self.spread)
+
+    def targets(self, rows: Mapping[str, slice]) -> dict[str, Tensor]:
+        """The weight to round of each linear, float64; some of its rows where that is asked for."""
+        exact = {name: weight[rows.get(name, ALL)].double() for name, weight in self.weights.items()}
+        correlations = _correlations(exact, self.moments, self.config, rows)
+        return corrected(exact, correlations, self.hessian)
+
+    def coefficients(self, targets: Mapping[str, Tensor]) -> list[Tensor]:
+        """D of each linear."""
+        return [
+            _coefficients(target, self.frame_in, self.frames_out[name]) for name, target in targets.items()
+        ]
+
+    def output_grams(self) -> list[Tensor | None]:
+        """Second moments of the outputs' gradients in the output frames, where they are known."""
+        found = self.moments.output_gram
+        return [_rotated_gram(found.get(name), frame) for name, frame in self.frames_out.items()]
+
+
 def _quantize_alike(
     weights: Mapping[str, Tensor],
     moments: Moments,
@@ -165,84 +226,65 @@ def _quantize_alike(
     share: Shares | None,
     consume: bool,
 ) -> dict[str, QuantizedWeight]:
-    first = next(iter(weights))
-    device = weights[first].device
-
-    def make_hessian() -> Tensor:  # from its float32 sum whenever it is needed: that takes half the memory
-        return moments.hessian().to(device)
-
+    one = _Group.of(weights, moments, config, group)
     if moments.hessian_sum is not None:
-        _require_finite(moments.hessian_sum, f"{first}: {NOT_FINITE}")
-    specs = {name: _spec(weight, config, group, name) for name, weight in weights.items()}
-    frame_in = build_frame(specs[first].frame_in)
-    frames_out = {name: build_frame(spec.frame_out) for name, spec in specs.items()}
-    spread = spread_order(specs[first].frame_in)
-
-    def coefficient_hessian() -> Tensor:
-        return _rotated(moments, frame_in, device)
-
-    def make_targets(rows: Mapping[str, slice]) -> dict[str, Tensor]:
-        return _targets(weights, moments, config, make_hessian, rows)
-
+        _require_finite(moments.hessian_sum, f"{one.first}: {NOT_FINITE}")
     ready: list[FeedbackFactor] = []  # rounding takes it out: it is the size of H'
     if share is None or config.rounding is Rounding.NEAREST:
-        targets = make_targets({})
+        targets = one.targets({})
     else:
-        targets, factor = targets_beside_factor(
-            weights, make_targets, lambda: ordered_factor(coefficient_hessian, config, first, spread), share
-        )
+        targets, factor = targets_beside_factor(weights, one.targets, one.factor, share)
         ready.append(factor)
         del factor
     if consume:
         moments.drift_sum = None
     for name, target in targets.items():
         _require_finite(target, f"{name}: {NOT_FINITE}")
-    matrices = [_coefficients(target, frame_in, frames_out[name]) for name, target in targets.items()]
-    grams = [_rotated_gram(moments.output_gram.get(name), frame) for name, frame in frames_out.items()]
-    coder = make_coder(matrices, specs[first].code)
-    heights = [matrix.shape[0] for matrix in matrices]
+    matrices = one.coefficients(targets)
+    coder = make_coder(matrices, one.specs[one.first].code)
     exact = matrices if config.denoise is not Denoise.NONE else []  # else rounding may let them go
     rounded, used = round_group(
         matrices,
-        coefficient_hessian,
-        grams,
+        one.coefficient_hessian,
+        one.output_grams(),
         coder,
         config,
-        first,
+        one.first,
         share=share,
         consume=not exact,
-        spread=spread,
+        spread=one.spread,
         factor=ready.pop if ready else None,
     )
+    return _stored(one, targets, exact, rounded, coder.tensors(), used, share, consume)
 
-    metric = coefficient_hessian() if config.denoise is Denoise.GAIN else None
-    hessian = make_hessian()
+
+def _stored(
+    one: _Group,
+    targets: Mapping[str, Tensor],
+    exact: list[Tensor],
+    rounded: Tensor,
+    stored: Sequence[dict[str, Tensor]],
+    used: FeedbackFactor | None,
+    share: Shares | None,
+    consume: bool,
+) -> dict[str, QuantizedWeight]:
+    """What is stored of each linear, and what its rounding cost; ``exact`` is D of each where it is denoised."""
+    metric = one.coefficient_hessian() if one.config.denoise is Denoise.GAIN else None
+    hessian = one.hessian()
     if consume:
-        moments.hessian_sum = None
+        one.moments.hessian_sum = None
     results = {}
-    pieces = zip(rounded.split(heights), coder.tensors(), strict=True)
-    for number, (name, (piece, tensors)) in enumerate(zip(weights, pieces, strict=True)):
+    pieces = rounded.split([spec.coefficient_shape[0] for spec in one.specs.values()])
+    for number, (name, piece, tensors) in enumerate(zip(one.weights, pieces, stored, strict=True)):
         if exact:
-            piece, tensors = _denoised(exact[number], piece, tensors, metric, specs[name])
-        restored = _reconstruct(piece, frame_in, frames_out[name])
-        weight, target = weights[name].double(), targets[name]
+            piece, tensors = _denoised(exact[number], piece, tensors, metric, one.specs[name])
+        frames = one.frame_in, one.frames_out[name]
+        restored = _reconstruct(piece, *frames)
+        weight, target = one.weights[name].double(), targets[name]
         loss = _loss(weight, target, restored, hessian, used, share)
-        results[name] = QuantizedWeight(specs[name], tensors, loss)
-        _shrink_if_harmful(results[name], weight, target, restored, hessian, used, frame_in, frames_out[name])
+        results[name] = QuantizedWeight(one.specs[name], tensors, loss)
+        _shrink_if_harmful(results[name], weight, target, restored, hessian, used, *frames)
     return results
-
-
-def _targets(
-    weights: Mapping[str, Tensor],
-    moments: Moments,
-    config: FrameQuantConfig,
-    make_hessian: Callable[[], Tensor],
-    rows: Mapping[str, slice],
-) -> dict[str, Tensor]:
-    """The weight to round of each linear, float64; some of its rows where that is asked for."""
-    exact = {name: weight[rows.get(name, ALL)].double() for name, weight in weights.items()}
-    correlations = _correlations(exact, moments, config, rows)
-    return corrected(exact, correlations, make_hessian)
 
 
 def _shrink_if_harmful(
