@@ -69,7 +69,7 @@ def fit(rows: Sequence[dict[str, str]], run: Run, machine: Machine) -> tuple[Mac
     """
     work: dict[str, list[tuple[float, float, float]]] = {"capture": [], "round": [], "forward": []}
     for row in rows:
-        model = of_blocks(MODELS[row["shape"]], 1)
+        model = MODELS[row["shape"]]
         block = model.blocks[0][1]
         run = replace(run, samples=int(row["samples"]), tokens=int(row["tokens"]))
         ideal = block_cost(model, block, 1, run, machine, Efficiency(1.0, 1.0, 1.0, 1.0)).seconds

@@ -319,7 +319,6 @@ class StreamedResidence(Residence):
         """Write what lies outside the blocks (and blocks that were never called) as the last shard, and the index."""
         if self._journal is None:
             return
-        self._journal.settle()
         weight_map, size = {}, 0
         for number in self._numbers.values():
             data = self._journal.record(number)
