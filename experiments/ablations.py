@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from bench import Bench, Record, Row, benches, parse, parse_row, parser, shared, spread
 
+from framequant.errors import FrameQuantError
 from framequant.report.results import Plot
 
 BASE = "framequant-paper:two_sided=false,redundancy=1.125"
@@ -92,7 +93,12 @@ def add(
 
 
 def add_samples(record: Record, bench: Bench, counts: Sequence[int]) -> None:
-    for count in counts:
+    """Numbers of calibration samples; all there are instead of more."""
+    try:
+        most = bench.at_hand()
+    except FrameQuantError:  # every row says why
+        most = max(counts)
+    for count in dict.fromkeys(min(count, most) for count in counts):
         add(record, bench, "samples", "r = 1.125", count, BASE, count)
 
 

@@ -32,11 +32,11 @@ from torch import nn
 import framequant as fq
 from framequant.cli.console import Reporter
 from framequant.cli.demo import fast_dtype
-from framequant.cli.inputs import calibration_tensor, find_calibration
+from framequant.cli.inputs import CalibrationSource, calibration_tensor, find_calibration
 from framequant.cli.options import choose_device
 from framequant.evaluation.accuracy import accuracy
 from framequant.evaluation.forward import logits_of
-from framequant.evaluation.images import image_batches, labelled_images, subset
+from framequant.evaluation.images import find_images, image_batches, labelled_images, subset
 from framequant.evaluation.kl import kl_divergence
 from framequant.evaluation.mix import PLAIN
 from framequant.evaluation.perplexity import perplexity
@@ -75,6 +75,9 @@ class Size:
     kl_windows: int = 16
 
 
+#: Sentences that count as one calibration sample of an encoder.
+SENTENCES = 4
+
 FULL = Size()
 QUICK = Size(samples=16, length=128, windows=12, images=100, pairs=300, kl_windows=2)
 
@@ -112,7 +115,8 @@ def parse(made: argparse.ArgumentParser, file: str, argv: Sequence[str] | None) 
     """Read the options, and keep the command that they make."""
     words = list(sys.argv[1:] if argv is None else argv)
     args = made.parse_args(words)
-    args.command = shlex.join(["python", f"experiments/{Path(file).name}", *words])
+    script = Path(file).resolve().relative_to(ROOT)
+    args.command = shlex.join(["python", str(script), *words])
     return args
 
 
@@ -323,6 +327,15 @@ class Bench:
             self.size.pairs
         )
 
+    def at_hand(self) -> int:
+        """How many calibration samples there are."""
+        if self.kind == "encoder":
+            return len(self._sentences()) // SENTENCES
+        source = self._source()
+        if source.folder is not None:
+            return len(find_images(source.folder))
+        return len(evaluation_windows(self.opened.require_tokenizer(), source.text or "", self.size.length))
+
     def data(self, samples: int | None = None) -> Any:
         """Calibration data."""
         count = samples or self.size.samples
@@ -332,14 +345,21 @@ class Bench:
 
     def _read_data(self, samples: int) -> Any:
         if self.kind == "encoder":
-            table = read_pairs(self._given or shared() / "data" / "stsb" / "stsb-en-dev.csv")
-            count = min(4 * samples, len(table.sentences))
-            return calibration_sentences(self.opened.tokenizer, table.sentences, 128, count, self.seed)
-        folder = "imagenet/train" if self.kind == "vision" else "wikitext-2-raw/calibration.txt"
-        source = find_calibration(self._given or str(shared() / "data" / folder))
+            sentences = self._sentences()
+            count = min(SENTENCES * samples, len(sentences))
+            return calibration_sentences(self.opened.tokenizer, sentences, 128, count, self.seed)
         length = self.size.length
         mix = PLAIN if self.plain else None
-        return calibration_tensor(source, self.opened, samples, length, self.seed, Reporter(False), mix)
+        return calibration_tensor(
+            self._source(), self.opened, samples, length, self.seed, Reporter(False), mix
+        )
+
+    def _sentences(self) -> Sequence[str]:
+        return read_pairs(self._given or shared() / "data" / "stsb" / "stsb-en-dev.csv").sentences
+
+    def _source(self) -> CalibrationSource:
+        folder = "imagenet/train" if self.kind == "vision" else "wikitext-2-raw/calibration.txt"
+        return find_calibration(self._given or str(shared() / "data" / folder))
 
     def evaluate(self, model: nn.Module) -> Row:
         """The figures of a model."""
@@ -379,7 +399,11 @@ class Bench:
             found = evaluate_tasks(model, self.opened.tokenizer, names, folder=folder, limit=limit)
         except Exception as error:  # the row's other figures stay
             return {"tasks_error": reason(error)}
-        return {f"{name}_acc": round(values["acc"], 4) for name, values in found.items()}
+        return {
+            f"{name}_{column}": round(values[metric], 4)
+            for name, values in found.items()
+            for column, metric in (("acc", "acc"), ("acc_error", "acc_stderr"))
+        }
 
     def float_row(self) -> Row:
         """The float model as a row."""

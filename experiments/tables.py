@@ -1,7 +1,7 @@
 """The paper's tables: method × bits for language, vision and sentence models, with measured bits per weight.
 
     python experiments/tables.py --quick
-    python experiments/tables.py --model meta-llama/Llama-2-7b-hf --dtype bfloat16 --bits 2 --tasks
+    python experiments/tables.py --model meta-llama/Llama-2-7b-hf --dtype bfloat16 --bits 2 --tasks 100
 
 Rows: float, round to nearest, GPTQ with a scale per row and per group, QuIP (Hadamard, one scale of 2.4σ per matrix),
 QuIP with the paper's 2σ clip per row, PTQ4ViT (vision, weights only), FrameQuant with redundancy on the input side and

@@ -81,7 +81,7 @@ def prepare(bench: Bench, folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--env", action="append", default=[], metavar="PEER=PYTHON|FOLDER")
-    args = parse(options, "peers/run.py", argv)
+    args = parse(options, __file__, argv)
     places = dict(
         entry.partition("=")[::2] for entry in [*os.environ.get("FRAMEQUANT_PEERS", "").split(), *args.env]
     )

@@ -159,7 +159,7 @@ def test_sentence_tables_are_no_images(tmp_path, vit_directory, llama_directory)
         pairs,
     )
     fails("no sentence encoder", "evaluate", llama_directory, "--sts", pairs)
-    fails("no text file", "evaluate", llama_directory, "--sts", tmp_path / "missing.csv")
+    fails("no such file", "evaluate", llama_directory, "--sts", tmp_path / "missing.csv")
 
 
 def test_settings_come_from_preset_then_file_then_flags(tmp_path, llama_directory, text_file):
@@ -214,7 +214,7 @@ def test_bad_calibration(tmp_path, llama_directory, vit_directory, image_folder,
     bad.write_bytes(b"broken")
     fails("empty.txt is empty", "quantize", llama_directory, "--calibration", empty, *base)
     fails("binary.txt is not text", "quantize", llama_directory, "--calibration", binary, *base)
-    fails("no text file", "quantize", llama_directory, "--calibration", tmp_path / "nowhere.txt", *base)
+    fails("no such file", "quantize", llama_directory, "--calibration", tmp_path / "nowhere.txt", *base)
     fails(
         "the Hugging Face hub cannot be reached",
         "quantize",
@@ -256,7 +256,7 @@ def test_output_is_protected(tmp_path, llama_directory, quantized, text_file):
 def test_bad_evaluations(tmp_path, quantized, llama_directory, vit_directory, image_folder, text_file):
     out, _ = quantized
     fails("nothing to measure", "evaluate", out)
-    fails("no text file", "evaluate", out, "--perplexity", tmp_path / "nowhere.txt")
+    fails("no such file", "evaluate", out, "--perplexity", tmp_path / "nowhere.txt")
     fails("one window needs 128", "evaluate", out, "--perplexity", _short(tmp_path))
     fails("does not read images", "evaluate", out, "--imagenet", image_folder)
     fails("has no tokenizer", "evaluate", vit_directory, "--perplexity", text_file)

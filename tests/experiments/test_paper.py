@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from framequant.errors import CalibrationError
 from framequant.report.results import collect, read_table
 from tests.conftest import ROOT, make_image, make_text
 
@@ -131,6 +132,25 @@ def test_missing_calibration_data_are_a_reason_in_every_row_that_needs_them(data
     assert rows[0]["top1"]
     assert len(rows) > 8
     assert all("train" in row["error"] for row in rows[1:])
+
+
+def test_samples_go_up_to_all_that_are_there(data, vit_directory):
+    shown = run("ablations", data / "out", vit_directory, extra=["--only", "samples"])
+    assert [row["value"] for row in shown.rows] == ["8", "12"]
+    assert problems(shown) == []
+    shutil.rmtree(data / "shared" / "data" / "imagenet" / "train")
+    shown = run("ablations", data / "out2", vit_directory, extra=["--only", "samples"])
+    assert [row["value"] for row in shown.rows if row.get("error")] == ["16", "32"]  # 8 were measured before
+
+
+def test_the_count_of_calibration_samples_is_what_can_be_taken(data, llama_directory):
+    bench = importlib.import_module("bench")
+    words = ["--quick", "--length", "24", "--model", str(llama_directory)]
+    subject = bench.Bench(words[-1], bench.parse(bench.parser(None), bench.__file__, words))
+    most = subject.at_hand()
+    assert len(subject.data(most)) == most > 1
+    with pytest.raises(CalibrationError):
+        subject.data(most + 1)
 
 
 def test_any_error_of_a_row_is_a_reason_and_the_next_rows_follow(data, vit_directory, monkeypatch):

@@ -34,7 +34,7 @@ def read_text(path: str | Path) -> str:
     if not file.exists():
         names = [entry.name for entry in file.parent.iterdir()] if file.parent.is_dir() else []
         hint = nearest(file.name, names) if len(names) < 1000 else ""
-        raise CalibrationError(f"no text file {path}.{hint if 'Did you mean' in hint else ''}")
+        raise CalibrationError(f"no such file: {path}.{hint if 'Did you mean' in hint else ''}")
     if file.is_dir():
         raise CalibrationError(f"{path} is a folder; expected a text file.")
     try:
