@@ -10,7 +10,8 @@ import torch
 import framequant as fq
 from framequant.errors import ConfigError, NumericalError
 from framequant.model import train_ahead
-from framequant.model.train_ahead import rows_of, take
+from framequant.model.rows import count_rows, form_of, pick
+from framequant.model.tune_loss import distance
 from tests.model.architectures import make
 from tests.model.test_tune import data_for
 
@@ -115,20 +116,56 @@ def test_a_head_is_quantized_after_all_was_trained():
     assert "lm_head" in {entry.name for entry in report.linears}
 
 
-def test_rows_are_taken_from_everything_that_has_them():
+def test_a_step_runs_samples_of_several_batches_together(monkeypatch):
+    """Only how many runs it takes depends on how the samples are cut into batches."""
+    data, found = data_for("llama"), []
+    assert len(data) >= 6
+    for batches in (data, list(data.split(2)), [data[:3], data[3:]]):
+        model, runs = float_model("llama"), []
+        monkeypatch.setattr(
+            train_ahead, "distance", lambda *args, runs=runs: runs.append(len(args[0])) or distance(*args)
+        )
+        draw = iter(number for _ in range(9) for number in (0, 5, 1, 3, 4, 2, 5, 0))
+        counts = [count_rows(batch) for batch in (data.split(len(data)) if batches is data else batches)]
+        starts = [sum(counts[:i]) for i in range(len(counts))]
+        places = [
+            (max(i for i, s in enumerate(starts) if s <= n), n - max(s for s in starts if s <= n))
+            for n in draw
+        ]
+        monkeypatch.setattr(train_ahead, "_order", lambda *_, places=places: iter(places))
+        report = fq.quantize_(
+            model, batches, replace(COARSE, train_ahead=1, float_targets=0, residual_targets=0)
+        )
+        assert set(runs) == {8}
+        found.append(report.trained_ahead["losses"][0])
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-3)
+
+
+def test_samples_of_other_forms_run_by_themselves():
+    model, ids = float_model("llama"), data_for("llama")
+    data = [ids[:2], ids[2:4, :-3], {"input_ids": ids[4:], "attention_mask": torch.ones_like(ids[4:])}]
+    report = fq.quantize_(model, data, replace(COARSE, train_ahead=2))
+    assert all(loss > 0 for loss in report.trained_ahead["losses"])
+
+
+def test_rows_are_picked_from_everything_that_has_them():
     batch = {
         "ids": torch.arange(12).view(4, 3),
         "mask": torch.ones(4, 3),
         "flag": True,
         "bias": torch.ones(7),
     }
-    assert rows_of(batch) == 4
-    found = take(batch, [2, 0])
-    assert found["ids"].tolist() == [[6, 7, 8], [0, 1, 2]]
+    assert count_rows(batch) == 4
+    other = {**batch, "ids": 100 + torch.arange(6).view(2, 3), "mask": torch.zeros(2, 3)}
+    assert form_of(batch, 4) == form_of(other, 2)
+    assert form_of(batch, 4) != form_of({**other, "flag": False}, 2)
+    assert form_of(batch, 4) != form_of({**other, "ids": torch.zeros(2, 5)}, 2)
+    found = pick([batch, other], [4, 2], [[2, 0], [1]])
+    assert found["ids"].tolist() == [[6, 7, 8], [0, 1, 2], [103, 104, 105]]
+    assert found["mask"].sum() == 6
     assert found["flag"] is True
     assert found["bias"].shape == (7,)
-    output = (torch.zeros(4, 2), None, [torch.zeros(4), torch.zeros(())])
-    taken = take(output, [1], 4)
+    taken = pick([(torch.zeros(4, 2), None, [torch.zeros(4), torch.zeros(())])], [4], [[1]])
     assert taken[0].shape == (1, 2)
     assert taken[1] is None
     assert [part.ndim for part in taken[2]] == [1, 0]

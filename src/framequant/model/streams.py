@@ -5,7 +5,7 @@ Must not import layers or quantizers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from framequant.model import discovery
 from framequant.model.activations import Activations
 from framequant.model.capture import Seen, observe
 from framequant.model.replay import Call, Replay
+from framequant.model.rows import count_rows, pick
 from framequant.model.trace import Group
 
 
@@ -66,15 +67,26 @@ class Stream:
             self._ends[index] = ends
 
     @contextmanager
-    def behind_blocks(
-        self, number: int, count: int | None = None, part: Callable[[Any], Any] = lambda stored: stored
-    ) -> Iterator[None]:
-        """A model that skips its first ``count`` blocks, all of them by default.
+    def behind_blocks(self, number: int) -> Iterator[None]:
+        """A model that skips its blocks, of which the last gives its stored output on batch ``number``."""
+        with self._replay.stubs(self._outputs.get(number), self._chain_ends(number)):
+            yield
 
-        The last one skipped gives its stored output on batch ``number``, or ``part`` of it.
+    @contextmanager
+    def behind_rows(self, rows: Mapping[int, list[int]], count: int) -> Iterator[None]:
+        """A model that skips its first ``count`` blocks, on some rows of several batches put together.
+
+        Args:
+            rows: positions by number of the batch; batches of one form, see ``rows.pick``.
+            count: blocks to skip, of which the last gives its stored outputs.
         """
-        ends = {index: part(stored) for index, stored in self._chain_ends(number).items()}
-        with self._replay.stubs(part(self._outputs.get(number)), ends, count):
+        sizes = [count_rows(self._batches[number]) for number in rows]
+
+        def stored(store: Activations) -> Any:
+            return pick([store.get(number) for number in rows], sizes, list(rows.values()))
+
+        ends = {index: stored(store) for index, store in self._ends.items()}
+        with self._replay.stubs(stored(self._outputs), ends, count):
             yield
 
     def _chain_ends(self, number: int) -> dict[int, Any]:

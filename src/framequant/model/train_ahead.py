@@ -10,7 +10,7 @@ Must not import layers, quantizers or checkpoint.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from framequant.errors import NumericalError
 from framequant.memory import return_freed_memory
 from framequant.model.calibration import as_samples, to_device
+from framequant.model.capture import token_mask
 from framequant.model.replay import Replay, call_model
+from framequant.model.rows import count_rows, form_of, pick
 from framequant.model.streams import Stream
 from framequant.model.tune_loss import distance, output_of, probe, samples_at_once, weight_of
 
@@ -42,7 +44,6 @@ class AheadTrainer:
         model: all of it float yet; in evaluation mode.
         replay: its blocks in the order of the walk.
         batches: the calibration batches of the walk, on the model's device.
-        masks: real positions of each batch, flat; None for all.
         steps: after each block.
         rate: of a step, relative to the size of a parameter's entries.
         seed: of the order of the samples.
@@ -53,12 +54,11 @@ class AheadTrainer:
         model: nn.Module,
         replay: Replay,
         batches: Sequence[Any],
-        masks: Sequence[Tensor | None],
         steps: int,
         rate: float,
         seed: int,
     ) -> None:
-        self._model, self._replay, self._batches, self._masks = model, replay, batches, masks
+        self._model, self._replay, self._batches = model, replay, batches
         self._steps, self._rate = steps, rate
         parameter = next(model.parameters())
         self._device, dtype = parameter.device, parameter.dtype
@@ -69,6 +69,7 @@ class AheadTrainer:
         sample = as_samples([batches[0]])[0]
         self._kind, outputs = probe(model, sample, "auto")
         self._at_once = samples_at_once(sample, outputs, self._device.type, SAMPLES_PER_STEP)
+        self._forms = [form_of(batch, count_rows(batch)) for batch in batches]
         self._order = _order(batches, seed)
         self._state: dict[str, dict[str, Any]] = {}
 
@@ -116,7 +117,7 @@ class AheadTrainer:
             }
             for value in values.values()
         ]
-        optimizer = torch.optim.Adam(groups, betas=BETAS)
+        optimizer = torch.optim.Adam(groups, betas=BETAS, fused=self._device.type == "cuda")
         for name, value in values.items():
             if name in self._state:
                 optimizer.state[value] = self._state.pop(name)
@@ -138,46 +139,53 @@ class AheadTrainer:
                 parameter.grad = None
 
     def _step(self, index: int, stream: Stream, values: dict[str, Tensor]) -> float:
-        rows = [next(self._order) for _ in range(SAMPLES_PER_STEP)]
-        by_batch: dict[int, list[int]] = {}
-        for number, row in rows:
-            by_batch.setdefault(number, []).append(row)
-        parts = [
-            (number, taken[start : start + self._at_once])
-            for number, taken in by_batch.items()
-            for start in range(0, len(taken), self._at_once)
-        ]
-        loss = 0.0
-        inputs = [take(self._batches[number], taken) for number, taken in parts]
-        weights = [weight_of(batch) for batch in inputs]
-        total = sum(weights)
-        for (number, taken), batch, weight in zip(parts, inputs, weights, strict=True):
+        parts = self._parts([next(self._order) for _ in range(SAMPLES_PER_STEP)])
+        batches = [self._batch(rows) for rows in parts]
+        weights = [weight_of(batch) for batch in batches]
+        loss = torch.zeros((), device=self._device)
+        for rows, batch, weight in zip(parts, batches, weights, strict=True):
             with torch.enable_grad():
-                value = self._loss(index, stream, number, taken, batch) * (weight / total)
+                value = self._loss(index, stream, rows, batch) * (weight / sum(weights))
             value.backward()
-            loss += float(value.detach())
-        if not np.isfinite(loss):
+            loss += value.detach()
+        if not bool(torch.isfinite(loss)):
             raise NumericalError(
-                f"training ahead of block {self._replay.names[index]}: the loss is {loss}; try a smaller train_rate."
+                f"training ahead of block {self._replay.names[index]}: the loss is {float(loss)}; try a smaller "
+                "train_rate."
             )
         for name, value in values.items():
             parameter = self._model.get_parameter(name)
             value.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
-        return loss
+        return float(loss)
 
-    def _loss(self, index: int, stream: Stream, number: int, taken: list[int], batch: Any) -> Tensor:
-        """Mean distance to the float model over ``batch``, the rows ``taken`` of batch ``number``."""
-        count = rows_of(self._batches[number])
-        mask = self._masks[number]
-        if mask is not None and mask.numel() % count == 0:
-            mask = mask.reshape(count, -1)[taken].flatten()
+    def _parts(self, chosen: list[tuple[int, int]]) -> list[dict[int, list[int]]]:
+        """Samples, as batch and row, in parts that can be run at once: rows by batch."""
+        by_form: dict[Hashable, list[tuple[int, int]]] = {}
+        for number, row in sorted(chosen):
+            by_form.setdefault(self._forms[number], []).append((number, row))
+        parts: list[dict[int, list[int]]] = []
+        for alike in by_form.values():
+            size = -(-len(alike) // -(-len(alike) // self._at_once))  # parts of nearly one size
+            for start in range(0, len(alike), size):
+                rows: dict[int, list[int]] = {}
+                for number, row in alike[start : start + size]:
+                    rows.setdefault(number, []).append(row)
+                parts.append(rows)
+        return parts
+
+    def _batch(self, rows: dict[int, list[int]]) -> Any:
+        batches = [self._batches[number] for number in rows]
+        return pick(batches, [count_rows(batch) for batch in batches], list(rows.values()))
+
+    def _loss(self, index: int, stream: Stream, rows: dict[int, list[int]], batch: Any) -> Tensor:
+        """Mean distance to the float model over ``batch``, some rows of the calibration batches."""
         half = torch.autocast(self._device.type, torch.bfloat16) if self._mixed else nullcontext()
         with half, torch.no_grad():
             target = output_of(call_model(self._teacher, self._for_teacher(batch)), self._kind)
-        with half, stream.behind_blocks(number, index + 1, lambda stored: take(stored, taken, count)):
+        with half, stream.behind_rows(rows, index + 1):
             output = output_of(call_model(self._model, batch), self._kind)
-        total, positions = distance(output, target, mask, self._kind)
+        total, positions = distance(output, target, token_mask(batch), self._kind)
         return total / max(positions, 1)
 
     def _for_teacher(self, batch: Any) -> Any:
@@ -190,27 +198,9 @@ class AheadTrainer:
             self._model.get_parameter(name).copy_(value)
 
 
-def rows_of(batch: Any) -> int:
-    """Samples of a batch."""
-    values = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, tuple) else [batch]
-    return next(len(value) for value in values if isinstance(value, Tensor) and value.ndim)
-
-
-def take(value: Any, rows: list[int], count: int | None = None) -> Any:
-    """Some rows of every tensor in a batch or in a block's output that has ``count`` of them, in the same form."""
-    count = rows_of(value) if count is None else count
-    if isinstance(value, Tensor):
-        return value[rows] if value.ndim and len(value) == count else value
-    if isinstance(value, dict):
-        return {key: take(entry, rows, count) for key, entry in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(take(entry, rows, count) for entry in value)
-    return value
-
-
 def _order(batches: Sequence[Any], seed: int) -> Iterator[tuple[int, int]]:
     """Batch and row of one sample after the other: permutations of all of them without end."""
-    every = [(number, row) for number, batch in enumerate(batches) for row in range(rows_of(batch))]
+    every = [(number, row) for number, batch in enumerate(batches) for row in range(count_rows(batch))]
     draw = np.random.RandomState(seed % 2**32)
     while True:
         for place in draw.permutation(len(every)):

@@ -152,7 +152,7 @@ class _Walk:
         if not steps:
             return None
         self.report.trained_ahead = {"steps": steps, "rate": rate, "losses": []}
-        return AheadTrainer(self.model, replay, self.batches, self.masks, steps, rate, self.config.seed)
+        return AheadTrainer(self.model, replay, self.batches, steps, rate, self.config.seed)
 
     def _pass_block(
         self,
