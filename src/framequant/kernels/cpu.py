@@ -31,12 +31,13 @@ from framequant.codes.trellis import TrellisSpec
 from framequant.codes.trellis_codebook import CENTRE, codebook
 from framequant.codes.trellis_storage import decode_factors
 from framequant.frames import FrameOperator, FusionFrame, RandomizedHadamard
+from framequant.kernels import openmp
 from framequant.spec import LinearSpec
 
 #: Up to this many tokens are multiplied with codes in registers; more take a dense product of decoded tiles.
 FEW = 8
 #: Products of codes and tokens above which a layer's rows are shared out to threads.
-SHARED = 1 << 22
+SHARED = 1 << 16
 #: Rows that are decoded together for a dense product.
 TILE = 512
 SIZES = 5  # place of the product's sizes among a plan's arrays
@@ -222,18 +223,14 @@ def linear(plan: CpuPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"
     out = x.new_empty((*x.shape[:-1], plan.out_features))
     kind = kind or 0
     parts = 2 if inputs.dtype == torch.float32 else plan.parts
+    arguments = (x.data_ptr(), out.data_ptr(), tokens, kind, parts, plan.header)
     threads = torch.get_num_threads() if plan.products * tokens >= SHARED else 1
-    if threads == 1:
-        kernels.linear(x.data_ptr(), out.data_ptr(), tokens, kind, parts, plan.header)
+    if threads == 1 or not openmp.fork_address():
+        kernels.linear(*arguments)
     else:
-        arranged = kernels.prepare(x.data_ptr(), tokens, kind, parts, plan.header)
-        u = np.zeros((tokens, plan.rows))
-        share(
-            lambda start, stop: kernels.multiply(*arranged, parts, plan.header, u, start, stop),
-            plan.rows,
-            threads,
-        )
-        kernels.finish(u, out.data_ptr(), kind, plan.header)
+        from framequant.kernels import team_cpu
+
+        team_cpu.linear(*arguments, openmp.fork_address(), team_cpu.PART, threads)
     return out if out.dtype == inputs.dtype else out.to(inputs.dtype)
 
 

@@ -31,22 +31,22 @@ BITS, ROWS, COLS, STRIDE, CHUNKS, SPLIT, TRELLIS, ACROSS, WORDS = range(9)
 CODES, FRAME_IN, SIZES_IN, FRAME_OUT, SIZES_OUT, SIZES, PLACES, BOOK, SCALES, OFFSETS, BIAS = range(0, 22, 2)
 
 
-def _pointer(element):  # type: ignore[no-untyped-def]
+def pointer(element):  # type: ignore[no-untyped-def]
     """The intrinsic that takes an address for a pointer to ``element``."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     @intrinsic
-    def pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    def cast(typing_context, address):  # type: ignore[no-untyped-def]
         return types.CPointer(element)(types.intp), generate
 
-    return pointer
+    return cast
 
 
-_float_pointer, _long_pointer = _pointer(types.float32), _pointer(types.int64)
-_int_pointer = _pointer(types.uint32)
-_short_pointer, _byte_pointer = _pointer(types.uint16), _pointer(types.uint8)
+_float_pointer, _long_pointer = pointer(types.float32), pointer(types.int64)
+_int_pointer = pointer(types.uint32)
+_short_pointer, _byte_pointer = pointer(types.uint16), pointer(types.uint8)
 
 
 @njit(nogil=True, cache=True)
