@@ -151,7 +151,9 @@ def _trellis_product(spec: LinearSpec, code: TrellisSpec, tensors: Mapping[str, 
     stored = tensors["packed_codes"].contiguous().view(torch.int32).view(down, across, words)
     codes = torch.zeros((down, words, padded), dtype=torch.int32)
     codes[:, :, :across] = stored.transpose(1, 2)
-    places = [(offset // 32, (offset // 32 + 1) % words, offset % 32) for offset in code.offsets]
+    places = [
+        (offset // 32 * padded, (offset // 32 + 1) % words * padded, offset % 32) for offset in code.offsets
+    ]
     book = codebook(code.state_bits)
     numbers = np.array([(1 << code.state_bits) - 1, book.multiplier, book.addend], np.uint32)
     sizes = [0, rows, cols, 4 * words * padded, 0, 0, 1, padded, words]

@@ -92,13 +92,16 @@ def _add_to_results(builder: ir.IRBuilder, sums: list[list[Any]], results: Any) 
     """Add each stream's sum to the 64-bit integer at ``results`` + 8 * stream."""
     for stream, pair in enumerate(sums):
         total = builder.add(builder.load(pair[0]), builder.load(pair[1]))
-        place = builder.add(results, results.type(8 * stream))
-        pointer = builder.inttoptr(place, _I64.as_pointer())
-        total = builder.sext(total, ir.VectorType(_I64, TILES))
-        kind = ir.FunctionType(_I64, [total.type])
-        call = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{TILES}i64")
-        result = builder.add(builder.load(pointer), builder.call(call, [total]))
-        builder.store(result, pointer)
+        _add_lanes(builder, total, builder.add(results, results.type(8 * stream)))
+
+
+def _add_lanes(builder: ir.IRBuilder, lanes: Any, place: Any) -> None:
+    """Add the sum of 32-bit lanes to the 64-bit integer at the address ``place``."""
+    pointer = builder.inttoptr(place, _I64.as_pointer())
+    wide = builder.sext(lanes, ir.VectorType(_I64, TILES))
+    kind = ir.FunctionType(_I64, [wide.type])
+    call = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.add.v{TILES}i64")
+    builder.store(builder.add(builder.load(pointer), builder.call(call, [wide])), pointer)
 
 
 def _scalar_dot(bits: int, streams: int) -> Callable[..., Any]:
@@ -181,61 +184,88 @@ def _extract(builder: ir.IRBuilder, groups: list[Any], first: int, bits: int) ->
 
 
 def _trellis_dot(streams: int) -> Callable[..., Any]:
-    """The intrinsic ``dot(words, word_stride, places, z, z_stride, z_column, chunks, book, results)``.
+    """The intrinsic ``dot(words, places, rows, z, z_stride, chunks, book, sums, results)``, addresses as integers.
 
-    Adds up one row of tiles: 16 columns of ``TILES * chunks`` tiles. ``words`` is the first tile's 32-bit word 0,
-    ``word_stride`` the bytes from a word of all tiles to the next; ``places`` 16 triples of int64 (the word that
-    holds a state's lowest bit, the one above it, the bit); ``z`` the activations, column by column (``z_column``
-    bytes), each integer twice in a 32-bit lane; ``book`` the int32 numbers mask, multiplier, addend. The sums hold the
-    bytes' sums as they are, without the centre.
+    Adds up some rows of one row of tiles, over ``TILES * chunks`` tiles side by side. ``words`` is the first tile's
+    32-bit word 0; ``places`` has for each of the row's 16 columns three int64: words from there to the one that holds a
+    state's lowest bit, to the one above it, and the bit. ``z`` holds, a chunk after the other, column by column the
+    activations of ``TILES`` tiles, each integer twice in a 32-bit lane. ``book`` are the int32 numbers mask,
+    multiplier, addend; ``sums`` is room for (rows, streams, TILES) int32, results (rows, streams) int64, added to.
+    They are sums of bytes as they are, without the centre.
+
+    A row's columns are written out one after the other: loops over the few chunks of a short row would be left, and
+    that mispredicted, eight times a row.
     """
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        words, word_stride, places, z, z_stride, z_column, chunks, book, results = arguments
+        words, places, rows, z, z_stride, chunks, book, sums, results = arguments
         number = words.type
-        sums = _accumulators(builder, streams)
+        size = 4 * TILES
 
         def constant(index: int) -> Any:
             pointer = builder.inttoptr(builder.add(book, number(4 * index)), _I32.as_pointer())
             return _splat(builder, builder.load(pointer))
 
+        def total(row: Any, stream: int) -> Any:
+            place = builder.add(builder.mul(row, number(size * streams)), number(size * stream))
+            pointer = builder.inttoptr(builder.add(sums, place), _V32.as_pointer())
+            return pointer
+
         mask, multiplier, addend = (constant(index) for index in range(3))
-
-        def place(column: Any, part: int) -> Any:
-            offset = builder.add(builder.mul(column, number(24)), number(8 * part))
-            return builder.load(builder.inttoptr(builder.add(places, offset), _I64.as_pointer()))
-
-        with cgutils.for_range(builder, number(8), intp=number) as pair:
-            columns = [builder.add(builder.mul(pair.index, number(2)), number(i)) for i in range(2)]
-            low = [builder.add(words, builder.mul(place(c, 0), word_stride)) for c in columns]
-            high = [builder.add(words, builder.mul(place(c, 1), word_stride)) for c in columns]
-            shifts = [_splat(builder, builder.trunc(place(c, 2), _I32)) for c in columns]
-            bases = [builder.add(z, builder.mul(c, z_column)) for c in columns]
-            with cgutils.for_range(builder, chunks, intp=number) as loop:
-                step = builder.mul(loop.index, number(4 * TILES))
-                for i in range(2):
-                    state = _funnel(
-                        builder,
-                        _load(builder, high[i], step, _V32),
-                        _load(builder, low[i], step, _V32),
-                        shifts[i],
-                    )
+        with cgutils.for_range(builder, builder.mul(rows, number(streams)), intp=number) as loop:
+            place = builder.add(sums, builder.mul(loop.index, number(size)))
+            _store(builder, _constant(_V32, 0), builder.inttoptr(place, _V32.as_pointer()))
+        with cgutils.for_range(builder, chunks, intp=number) as chunk:
+            tiles = builder.add(words, builder.mul(chunk.index, number(size)))
+            first = builder.add(z, builder.mul(chunk.index, number(16 * size)))
+            with cgutils.for_range(builder, rows, intp=number) as row:
+                spots = builder.add(places, builder.mul(row.index, number(16 * 24)))
+                held = [[_load_at(builder, total(row.index, s)), _constant(_V32, 0)] for s in range(streams)]
+                for column in range(16):
+                    state = _state(builder, tiles, builder.add(spots, number(24 * column)))
                     hashed = builder.mul(builder.and_(state, mask), multiplier)
                     levels = _byte_pairs(builder, builder.add(hashed, addend))
-                    for stream in range(streams):
-                        at = builder.add(step, builder.mul(z_stride, number(stream)))
-                        value = _pair_products(builder, levels, _load(builder, bases[i], at, _V16))
-                        builder.store(builder.add(builder.load(sums[stream][i]), value), sums[stream][i])
-        _add_to_results(builder, sums, results)
+                    for stream, pair in enumerate(held):
+                        at = builder.add(builder.mul(z_stride, number(stream)), number(size * column))
+                        value = _pair_products(builder, levels, _load(builder, first, at, _V16))
+                        pair[column % 2] = builder.add(pair[column % 2], value)
+                for stream, pair in enumerate(held):
+                    _store(builder, builder.add(*pair), total(row.index, stream))
+        with cgutils.for_range(builder, builder.mul(rows, number(streams)), intp=number) as loop:
+            place = builder.add(sums, builder.mul(loop.index, number(size)))
+            lanes = _load_at(builder, builder.inttoptr(place, _V32.as_pointer()))
+            _add_lanes(builder, lanes, builder.add(results, builder.mul(loop.index, number(8))))
         return _I64(0)
 
     @intrinsic
     def dot(  # type: ignore[no-untyped-def]
-        typing_context, words, word_stride, places, z, z_stride, z_column, chunks, book, results
+        typing_context, words, places, rows, z, z_stride, chunks, book, sums, results
     ):
         return types.int64(*[types.intp] * 9), generate
 
     return dot
+
+
+def _state(builder: ir.IRBuilder, tiles: Any, spot: Any) -> Any:
+    """The bits of ``TILES`` tiles from a state's lowest on, at one of the ``places`` of ``_trellis_dot``."""
+    number = tiles.type
+
+    def words(part: int) -> Any:
+        pointer = builder.inttoptr(builder.add(spot, number(8 * part)), _I64.as_pointer())
+        return _load(builder, tiles, builder.mul(builder.load(pointer), number(4)), _V32)
+
+    bit = builder.load(builder.inttoptr(builder.add(spot, number(16)), _I32.as_pointer()))
+    return _funnel(builder, words(1), words(0), _splat(builder, bit))
+
+
+def _load_at(builder: ir.IRBuilder, pointer: Any) -> Any:
+    loaded = builder.load(pointer)
+    loaded.align = 1
+    return loaded
+
+
+def _store(builder: ir.IRBuilder, value: Any, pointer: Any) -> None:
+    builder.store(value, pointer).align = 1
 
 
 def _splat(builder: ir.IRBuilder, value: Any) -> Any:

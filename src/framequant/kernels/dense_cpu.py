@@ -6,6 +6,7 @@ rising. ``framequant.kernels.cpu`` orders the activations to match. Values are t
 the last bit. Imports numba and numpy, no torch.
 """
 
+# Compiled in: f7efdbe335ba (tests/kernels/test_stamps.py says why)
 from __future__ import annotations
 
 import numpy as np
@@ -75,8 +76,8 @@ def trellis_rows(codes, words, across, places, book, scales, out, kind, start, s
         scale = scales[r]
         for c in range(16):
             t = r % 16 * 16 + c
-            low = tiles[places[t, 0] * across : places[t, 0] * across + across]
-            high = tiles[places[t, 1] * across : places[t, 1] * across + across]
+            low = tiles[places[t, 0] : places[t, 0] + across]
+            high = tiles[places[t, 1] : places[t, 1] + across]
             shift = np.uint32(places[t, 2])
             part = values[c * across : (c + 1) * across]
             for j in range(across):

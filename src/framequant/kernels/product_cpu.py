@@ -8,6 +8,7 @@ points, the centre of the codebook) act on the sum of q alone.
 Only ``framequant.kernels.cpu`` imports this module. Imports numba and numpy, no torch.
 """
 
+# Compiled in: b31ba395daa2 (tests/kernels/test_stamps.py says why)
 from __future__ import annotations
 
 import numpy as np
@@ -118,10 +119,11 @@ def _arrange_scalar(q, place, codes):
 
 
 @njit(nogil=True, cache=True)
-def _arrange_trellis(q, place, across):
-    """Integers column by column of the tiles, each in both halves of a 32-bit lane."""
+def _arrange_trellis(q, place):
+    """Integers of a chunk of tiles column by column, each in both halves of a 32-bit lane."""
     for k in range(q.size):
-        at = 2 * (k % 16 * across + k // 16)
+        tile = k // 16
+        at = 2 * ((tile // TILES * 16 + k % 16) * TILES + tile % TILES)
         place[at] = q[k]
         place[at + 1] = q[k]
 
@@ -151,7 +153,7 @@ def activations(x, tokens, kind, parts, constants, frame_sizes, sizes):
             for k in range(cols):
                 totals[stream] += integers[part, k]
             if sizes[TRELLIS]:
-                _arrange_trellis(integers[part], z[stream], sizes[ACROSS])
+                _arrange_trellis(integers[part], z[stream])
             else:
                 _arrange_scalar(integers[part], z[stream], 16 // _gcd(sizes[BITS]))
     return z, totals, units
@@ -197,25 +199,18 @@ def _scalar_rows(bits, words, row_stride, rows, z, stride, chunks, split, result
 
 
 @njit(nogil=True, cache=True)
-def _trellis_row(words, places, z, stride, across, book, results, streams):
-    """The same for one row of tiles; see ``cpu_vectors`` for the arguments."""
-    step = 4 * TILES * SEGMENT
+def _trellis_rows(words, places, rows, z, stride, across, book, sums, results, streams):
+    """The same for rows of one row of tiles; see ``cpu_vectors`` for the arguments."""
     chunks = across // TILES
     for start in range(0, chunks, SEGMENT):
         count = min(SEGMENT, chunks - start)
-        shift = start // SEGMENT * step
+        w, a = words + 4 * TILES * start, z + 16 * 4 * TILES * start
         if streams == 1:
-            vectors.trellis_dot_1(
-                words + shift, 4 * across, places, z + shift, stride, 4 * across, count, book, results
-            )
+            vectors.trellis_dot_1(w, places, rows, a, stride, count, book, sums, results)
         elif streams == 2:
-            vectors.trellis_dot_2(
-                words + shift, 4 * across, places, z + shift, stride, 4 * across, count, book, results
-            )
+            vectors.trellis_dot_2(w, places, rows, a, stride, count, book, sums, results)
         else:
-            vectors.trellis_dot_4(
-                words + shift, 4 * across, places, z + shift, stride, 4 * across, count, book, results
-            )
+            vectors.trellis_dot_4(w, places, rows, a, stride, count, book, sums, results)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -246,7 +241,7 @@ def product(codes, size, z, totals, units, parts, sizes, places, book, scales, o
         offsets: (rows,) added to every code of a row, in code steps.
     """
     streams, stride, row_stride = z.shape[0], 2 * z.shape[1], sizes[STRIDE]
-    results = np.empty(BLOCK * 4, np.int64)
+    results, sums = np.empty(BLOCK * 4, np.int64), np.empty(16 * 4 * TILES, np.int32)
     bits, chunks, split = sizes[BITS], sizes[CHUNKS], sizes[SPLIT]
     needed = 0 if sizes[TRELLIS] else chunks * 2 * LANES * (bits // _gcd(bits))
     # Loads reach beyond a row, where activations are zero; they must not leave the tensor.
@@ -254,6 +249,8 @@ def product(codes, size, z, totals, units, parts, sizes, places, book, scales, o
     bounce = np.zeros(needed, np.uint8)
     # Asked for once: numba counts references atomically.
     z_start, results_start, bounce_start = z.ctypes.data, results.ctypes.data, bounce.ctypes.data
+    sums_start = sums.ctypes.data
+    # What only an address names is freed: ``sums`` is written to in the loop, and so stays.
     first = start
     while first < stop:
         if sizes[TRELLIS]:
@@ -261,6 +258,7 @@ def product(codes, size, z, totals, units, parts, sizes, places, book, scales, o
         else:
             rows = min(BLOCK, safe - first) if first < safe else 1
         words = codes + (first // 16 if sizes[TRELLIS] else first) * row_stride
+        sums[0] = 0
         if first >= safe:
             bounce[: size - first * row_stride] = carray(_byte_pointer(words), size - first * row_stride)[
                 :needed
@@ -272,10 +270,10 @@ def product(codes, size, z, totals, units, parts, sizes, places, book, scales, o
             results[: rows * count] = 0
             at = z_start + stream * stride
             if sizes[TRELLIS]:
-                for r in range(rows):
-                    spot = places + (first + r) % 16 * 16 * 24
-                    to = results_start + 8 * r * count
-                    _trellis_row(words, spot, at, stride, sizes[ACROSS], book, to, count)
+                spots = places + first % 16 * 16 * 24
+                _trellis_rows(
+                    words, spots, rows, at, stride, sizes[ACROSS], book, sums_start, results_start, count
+                )
             else:
                 _scalar_rows(bits, words, row_stride, rows, at, stride, chunks, split, results_start, count)
             _end_rows(results, count, stream, totals, units, parts, scales, offsets, u, first, rows)
