@@ -1,6 +1,7 @@
 """Decoding and prompts on the CPU: SmolLM2 with quantized linears against bfloat16 transformers, in one run.
 
-The codes are random: they cost what real codes cost, and nothing here asks what the model says. For each model a
+The codes are random: they cost what real codes cost, and nothing here asks what the model says. Each model is run
+several times in turn with the others, and figures and ratios are medians over these rounds. A
 fresh process prints tokens/s for decoding (median and best of single steps) and for a prompt, the bytes of its
 tensors with what the kernels keep beside them, and its resident memory. ``cpu`` columns are processor time, which
 a busy machine disturbs less than it does the clock.
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
 from measure import commit
@@ -101,11 +103,38 @@ def measure(kind: str, threads: int, prompt: int, steps: int) -> dict[str, float
     }
 
 
+def run(kind: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One model in a process of its own."""
+    command = [sys.executable, __file__, "--only", kind]
+    for name in ("threads", "prompt", "steps"):
+        command += [f"--{name}", str(getattr(options, name))]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return dict(json.loads(output.splitlines()[-1]))
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> None:
+    """Add what each row of a round is relative to its first."""
+    first = rows[0]
+    for row in rows:
+        row["decode_ratio"] = row["decode_tokens_s"] / first["decode_tokens_s"]
+        row["decode_cpu_ratio"] = first["decode_cpu_ms"] / row["decode_cpu_ms"]
+        row["memory_ratio"] = row["model_mb"] / first["model_mb"]
+
+
+def typical(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The median of every figure."""
+    return {
+        key: value if isinstance(value, str) else statistics.median(row[key] for row in rows)
+        for key, value in rows[0].items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS[:3]))
     parser.add_argument("--csv")
     parser.add_argument("--only", choices=KINDS, help=argparse.SUPPRESS)
@@ -113,23 +142,15 @@ def main() -> None:
     if options.only:
         print(json.dumps(measure(options.only, options.threads, options.prompt, options.steps)))
         return
-    rows = []
-    for kind in options.kinds:
-        command = [sys.executable, __file__, "--only", kind]
-        for name in ("threads", "prompt", "steps"):
-            command += [f"--{name}", str(getattr(options, name))]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        row = json.loads(output.splitlines()[-1])
-        first = rows[0] if rows else row
-        row["decode_ratio"] = row["decode_tokens_s"] / first["decode_tokens_s"]
-        row["decode_cpu_ratio"] = first["decode_cpu_ms"] / row["decode_cpu_ms"]
-        row["memory_ratio"] = row["model_mb"] / first["model_mb"]
-        rows.append(row)
-        print(
-            " ".join(
-                f"{key}={value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()
-            )
-        )
+    rounds = [[run(kind, options) for kind in options.kinds] for _ in range(options.rounds)]
+    for rows in rounds:
+        with_ratios(rows)
+    rows = [
+        typical([row for rows in rounds for row in rows if row["kind"] == kind]) for kind in options.kinds
+    ]
+    for row in rows:
+        row["rounds"] = options.rounds
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
     if options.csv:
         with open(options.csv, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, [*rows[0], "commit"])

@@ -37,8 +37,8 @@ def test_the_stamp_is_that_of_what_is_compiled_in(path):
     if not names:
         assert found is None
         return
-    expected = stamp_of(names)
-    assert found is not None and found[1] == expected, (
+    expected, stamp = stamp_of(names), found and found[1]
+    assert stamp == expected, (
         f"{', '.join(names)} changed: write '# Compiled in: {expected}' into {path.name}"
     )
 
