@@ -127,15 +127,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                     record.attempt(
                         lambda b=bench, s=settings: b.row(parse_row(s)[0]), **known, settings=settings
                     )
-    columns = {column for row in record.table for column in row}
-    best = next((c for c in ("perplexity", "top1", "spearman") if c in columns), None)
-    plots = [
-        Plot("Loss of the layers", "mean_relative_loss", "grid", "denoise", {"rounding": "ldlq"}, "bars")
-    ]
-    if best:
-        plots.append(
-            Plot("Quality", best, "grid", "denoise", {"rounding": "ldlq"}, "bars", log_y=best == "perplexity")
-        )
+    describe(record)
+
+
+def describe(record: Record) -> None:
+    plots = []
+    for model in dict.fromkeys(row["model"] for row in record.table if "denoise" in row):
+        rows = [row for row in record.table if row.get("model") == model]
+        where = {"model": model, "rounding": "ldlq"}
+        best = next((c for c in ("perplexity", "top1", "spearman") if any(c in row for row in rows)), None)
+        for title, column in (("Loss of the layers", "mean_relative_loss"), ("Quality", best)):
+            if column is not None and any(column in row for row in rows):
+                log = column == "perplexity"
+                plots.append(Plot(f"{title}, {model}", column, "grid", "denoise", where, "bars", log_y=log))
     record.plots(
         "Denoising on models",
         "Scales multiplied by a factor per row; the measured bits do not change.",

@@ -20,6 +20,8 @@ from framequant.report.results import Results, Row, Run, Table, number
 TEMPLATES = Path(__file__).parent / "templates"
 #: Tables with more rows than this get a field to filter them by.
 ROWS_TO_FILTER = 12
+#: A front is drawn where some rows have so many times the bits of others.
+MANY_BITS = 1.01
 #: Columns that say where a row comes from; shown once where all rows agree.
 ORIGIN = ("seed", "commit", "device", "command", "dtype", "torch")
 
@@ -121,7 +123,8 @@ def table_section(table: Table) -> Section:
     for measure in pareto.measures(table):
         for model in pareto.models(table):
             points = pareto.points(table, measure, model)
-            if len([p for p in points if p.bits <= figures.FLOAT_BITS]) >= 2:
+            bits = [p.bits for p in points if p.bits <= figures.FLOAT_BITS]
+            if bits and max(bits) > MANY_BITS * min(bits):
                 title = f"{measure.title} against measured bits{f', {model}' if model else ''}"
                 data = figures.pareto_figure(points, measure)
                 _add_figure(section, title, data=data)
