@@ -79,13 +79,19 @@ def test_callers_at_one_time_get_their_own_results(shared):
     assert wrong == []
 
 
-def test_without_openmp_one_thread_serves(shared, monkeypatch):
-    layer, x = make_layer(CODES[7], (100, 700)), torch.randn(1, 100)
+@pytest.mark.parametrize("code", [CODES[0], CODES[7]], ids=str)
+def test_without_openmp_one_thread_serves_or_a_pool(code, shared, monkeypatch):
+    layer, x = make_layer(code, (100, 700)), torch.randn(3, 100)
     expected = layer(x)
     monkeypatch.setattr(openmp, "_loaded", list)
     assert openmp.fork_address.__wrapped__() == 0
     monkeypatch.setattr(openmp, "fork_address", lambda: 0)
     assert torch.equal(layer(x), expected)
+    asked = []
+    monkeypatch.setattr(cpu, "POOLED", 0)
+    monkeypatch.setattr(cpu, "share", lambda *args, share=cpu.share: (asked.append(args[2]), share(*args)))
+    assert torch.equal(layer(x), expected)
+    assert asked == [3]
 
 
 def _child(layer, x, results):

@@ -36,8 +36,9 @@ from framequant.spec import LinearSpec
 
 #: Up to this many tokens are multiplied with codes in registers; more take a dense product of decoded tiles.
 FEW = 8
-#: Products of codes and tokens above which a layer's rows are shared out to threads.
-SHARED = 1 << 16
+#: Products of codes and tokens above which a layer's rows are shared out to threads: of torch's OpenMP, or else, since
+#: waking them takes longer, of Python.
+SHARED, POOLED = 1 << 16, 1 << 22
 #: Rows that are decoded together for a dense product.
 TILE = 512
 SIZES = 5  # place of the product's sizes among a plan's arrays
@@ -226,14 +227,35 @@ def linear(plan: CpuPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"
     kind = kind or 0
     parts = 2 if inputs.dtype == torch.float32 else plan.parts
     arguments = (x.data_ptr(), out.data_ptr(), tokens, kind, parts, plan.header)
-    threads = torch.get_num_threads() if plan.products * tokens >= SHARED else 1
-    if threads == 1 or not openmp.fork_address():
-        kernels.linear(*arguments)
-    else:
+    products = plan.products * tokens
+    threads = torch.get_num_threads() if products >= SHARED else 1
+    if threads > 1 and openmp.fork_address():
         from framequant.kernels import team_cpu
 
         team_cpu.linear(*arguments, openmp.fork_address(), team_cpu.PART, threads)
+    elif threads > 1 and products >= POOLED:
+        _linear_by_pool(plan, threads, *arguments)
+    else:
+        kernels.linear(*arguments)
     return out if out.dtype == inputs.dtype else out.to(inputs.dtype)
+
+
+def _linear_by_pool(
+    plan: CpuPlan,
+    threads: int,
+    x: int,
+    out: int,
+    tokens: int,
+    kind: int,
+    parts: int,
+    header: NDArray[np.int64],
+) -> None:
+    """``product_cpu.linear`` on Python threads."""
+    kernels: Any = compiled()
+    prepared = kernels.prepare(x, tokens, kind, parts, header)
+    u = np.zeros((tokens, plan.rows))
+    share(lambda start, stop: kernels.multiply(*prepared, parts, header, u, start, stop), plan.rows, threads)
+    kernels.finish(u, out, kind, header)
 
 
 def _groups(plan: CpuPlan) -> tuple[int, int]:
