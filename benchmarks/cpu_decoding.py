@@ -1,10 +1,9 @@
 """Decoding and prompts on the CPU: SmolLM2 with quantized linears against bfloat16 transformers, in one run.
 
-The codes are random: they cost what real codes cost, and nothing here asks what the model says. Each model is run
-several times in turn with the others, and figures and ratios are medians over these rounds. A
-fresh process prints tokens/s for decoding (median and best of single steps) and for a prompt, the bytes of its
-tensors with what the kernels keep beside them, and its resident memory. ``cpu`` columns are processor time, which
-a busy machine disturbs less than it does the clock.
+The codes are random: they cost what real codes cost, and nothing here asks what the model says. The models take turns
+of a few tokens in one process, since a machine that others use changes its speed by half within seconds. Printed are
+tokens/s for decoding (median of single steps) and for a prompt, and the bytes of a model's tensors with what kernels
+keep beside them. ``cpu`` columns are processor time, which includes that of threads that wait for work.
 
     python benchmarks/cpu_decoding.py --threads 2 --csv benchmarks/cpu_decoding.csv
 """
@@ -13,19 +12,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from measure import commit
 
 KINDS = ("bfloat16", "scalar", "trellis", "reference")
+TOKENS_A_TURN = 4
 
 
 def quantize_at_random(model: torch.nn.Module, kind: str) -> None:
@@ -67,89 +63,91 @@ def num_bytes(model: torch.nn.Module) -> int:
     return sum(seen.values())
 
 
-def measure(kind: str, threads: int, prompt: int, steps: int) -> dict[str, float | str]:
-    from framequant.cli.demo import MODEL
-    from framequant.integrations.sources import open_model
+class Subject:
+    """A model, what it has cached, and the seconds of its steps.
 
-    torch.set_num_threads(threads)
-    model = open_model(MODEL, "bfloat16", "cpu").model.eval()
-    if kind != "bfloat16":
-        quantize_at_random(model, kind)
-    ids = torch.randint(0, model.config.vocab_size, (1, prompt))
-    clocks, seconds, processor, prompts = (time.perf_counter, time.process_time), [], [], []
-    with torch.inference_mode():
-        for _ in range(3):
-            start = [clock() for clock in clocks]
-            cache = model(ids, use_cache=True).past_key_values
-            prompts.append([clock() - before for clock, before in zip(clocks, start, strict=True)])
-        token = ids[:, -1:]
-        for step in range(steps + 3):
-            start = [clock() for clock in clocks]
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-            if step >= 3:
-                seconds.append(clocks[0]() - start[0])
-                processor.append(clocks[1]() - start[1])
-    return {
-        "kind": kind,
-        "threads": threads,
-        "decode_tokens_s": 1 / statistics.median(seconds),
-        "decode_best_tokens_s": 1 / min(seconds),
-        "decode_cpu_ms": 1e3 * statistics.median(processor),
-        "prompt_tokens_s": prompt / min(p[0] for p in prompts),
-        "prompt_cpu_ms": 1e3 * min(p[1] for p in prompts),
-        "model_mb": num_bytes(model) / 1e6,
-        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "load": os.getloadavg()[0],
-    }
+    Args:
+        kind: one of ``KINDS``.
+        prompt: tokens of the prompt.
+    """
+
+    def __init__(self, kind: str, prompt: int) -> None:
+        from framequant.cli.demo import MODEL
+        from framequant.integrations.sources import open_model
+
+        self.kind, self.model = kind, open_model(MODEL, "bfloat16", "cpu").model.eval()
+        if kind != "bfloat16":
+            quantize_at_random(self.model, kind)
+        self.ids = torch.randint(0, self.model.config.vocab_size, (1, prompt))
+        self.token = self.ids[:, -1:]
+        self.prompts: list[tuple[float, float]] = []
+        self.steps: list[tuple[float, float]] = []
+
+    def read(self) -> None:
+        """Run the prompt."""
+        output, spent = timed(lambda: self.model(self.ids, use_cache=True))
+        self.cache = output.past_key_values
+        self.prompts.append(spent)
+
+    def write(self) -> None:
+        """Decode one token."""
+        output, spent = timed(lambda: self.model(self.token, past_key_values=self.cache, use_cache=True))
+        self.token = output.logits[:, -1:].argmax(-1)
+        self.steps.append(spent)
+
+    def row(self, warm_up: int) -> dict[str, Any]:
+        """The figures, without the first steps and prompts."""
+        seconds, processor = zip(*self.steps[warm_up:], strict=True)
+        prompt, prompt_processor = zip(*self.prompts[1:], strict=True)
+        return {
+            "kind": self.kind,
+            "threads": torch.get_num_threads(),
+            "decode_tokens_s": 1 / statistics.median(seconds),
+            "decode_best_tokens_s": 1 / min(seconds),
+            "decode_cpu_ms": 1e3 * statistics.median(processor),
+            "prompt_tokens_s": self.ids.numel() / statistics.median(prompt),
+            "prompt_cpu_ms": 1e3 * statistics.median(prompt_processor),
+            "model_mb": num_bytes(self.model) / 1e6,
+        }
 
 
-def run(kind: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One model in a process of its own."""
-    command = [sys.executable, __file__, "--only", kind]
-    for name in ("threads", "prompt", "steps"):
-        command += [f"--{name}", str(getattr(options, name))]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return dict(json.loads(output.splitlines()[-1]))
+def timed(function: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
+    """What a function returns, its seconds, and its processor time."""
+    start = time.perf_counter(), time.process_time()
+    found = function()
+    return found, (time.perf_counter() - start[0], time.process_time() - start[1])
 
 
-def with_ratios(rows: list[dict[str, Any]]) -> None:
-    """Add what each row of a round is relative to its first."""
-    first = rows[0]
+@torch.inference_mode()
+def measure(kinds: list[str], prompt: int, rounds: int) -> list[dict[str, Any]]:
+    """Rows of all kinds, with what each is relative to the first."""
+    subjects = [Subject(kind, prompt) for kind in kinds]
+    for turn in range(rounds + 1):
+        for subject in subjects:
+            if turn < 6:
+                subject.read()
+            for _ in range(TOKENS_A_TURN):
+                subject.write()
+    rows = [subject.row(TOKENS_A_TURN) for subject in subjects]
     for row in rows:
-        row["decode_ratio"] = row["decode_tokens_s"] / first["decode_tokens_s"]
-        row["decode_cpu_ratio"] = first["decode_cpu_ms"] / row["decode_cpu_ms"]
-        row["memory_ratio"] = row["model_mb"] / first["model_mb"]
-
-
-def typical(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median of every figure."""
-    return {
-        key: value if isinstance(value, str) else statistics.median(row[key] for row in rows)
-        for key, value in rows[0].items()
-    }
+        row["decode_ratio"] = row["decode_tokens_s"] / rows[0]["decode_tokens_s"]
+        row["decode_cpu_ratio"] = rows[0]["decode_cpu_ms"] / row["decode_cpu_ms"]
+        row["prompt_ratio"] = row["prompt_tokens_s"] / rows[0]["prompt_tokens_s"]
+        row["memory_ratio"] = row["model_mb"] / rows[0]["model_mb"]
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=30, help=f"turns of {TOKENS_A_TURN} tokens")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS[:3]))
     parser.add_argument("--csv")
-    parser.add_argument("--only", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.only:
-        print(json.dumps(measure(options.only, options.threads, options.prompt, options.steps)))
-        return
-    rounds = [[run(kind, options) for kind in options.kinds] for _ in range(options.rounds)]
-    for rows in rounds:
-        with_ratios(rows)
-    rows = [
-        typical([row for rows in rounds for row in rows if row["kind"] == kind]) for kind in options.kinds
-    ]
+    torch.set_num_threads(options.threads)
+    rows = measure(options.kinds, options.prompt, options.rounds)
     for row in rows:
-        row["rounds"] = options.rounds
         print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
     if options.csv:
         with open(options.csv, "w", newline="", encoding="utf-8") as file:
