@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bench import Bench, Record, Row, benches, parse, parse_row, parser, shared, spread
+from bench import Bench, Record, Row, benches, parse, parse_row, parser, quality_column, shared, spread
 
 from framequant.errors import FrameQuantError
 from framequant.report.results import Plot
@@ -117,7 +117,7 @@ def describe(record: Record) -> None:
     plots = []
     for model in dict.fromkeys(row["model"] for row in record.table if "ablation" in row):
         rows = [row for row in record.table if row.get("model") == model]
-        column = next((c for c in ("perplexity", "top1", "spearman") if any(c in row for row in rows)), None)
+        column = quality_column(rows)
         for name in dict.fromkeys(row["ablation"] for row in rows if column and column in row):
             words = name in ("transform", "order", "no clip", "seeds")
             where = {"model": model, "ablation": name}

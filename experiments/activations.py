@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import Record, benches, parse, parse_row, parser, shared
+from bench import Record, benches, parse, parse_row, parser, quality_column, shared
 
 from framequant.report.results import Plot
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def describe(record: Record) -> None:
     plots = []
     for row in record.table:
-        column = next((c for c in ("perplexity", "top1", "spearman") if c in row), None)
+        column = quality_column([row])
         where = {"model": row.get("model", ""), "weights": row.get("weights", "")}
         if column and not any(plot.where == where for plot in plots):
             title = f"Activations, {row.get('model')}, weights of {row['weights']}"

@@ -222,6 +222,11 @@ IDENTITY = (
 )
 
 
+def quality_column(rows: Sequence[Row]) -> str | None:
+    """The column that says how good a model's rows are; None if none was measured."""
+    return next((c for c in ("perplexity", "top1", "spearman") if any(c in row for row in rows)), None)
+
+
 def identity(row: Row) -> tuple[str, ...]:
     """What tells a row from the others of its table."""
     return tuple(str(row.get(key, "")) for key in IDENTITY)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from bench import Record, Row, benches, parse, parse_row, parser, shared
+from bench import Record, Row, benches, parse, parse_row, parser, quality_column, shared
 
 from framequant.codes.grid import GridKind, GridSpec, decode, encode, fit_grid
 from framequant.quantizers.denoise import consistent_reconstruction, wiener_gains
@@ -135,7 +135,7 @@ def describe(record: Record) -> None:
     for model in dict.fromkeys(row["model"] for row in record.table if "denoise" in row):
         rows = [row for row in record.table if row.get("model") == model]
         where = {"model": model, "rounding": "ldlq"}
-        best = next((c for c in ("perplexity", "top1", "spearman") if any(c in row for row in rows)), None)
+        best = quality_column(rows)
         for title, column in (("Loss of the layers", "mean_relative_loss"), ("Quality", best)):
             if column is not None and any(column in row for row in rows):
                 log = column == "perplexity"

@@ -56,6 +56,12 @@ def _load(builder: ir.IRBuilder, base: Any, place: Any, kind: ir.VectorType) -> 
     return loaded
 
 
+def _store(builder: ir.IRBuilder, value: Any, base: Any, place: Any) -> None:
+    """Store a vector ``place`` bytes behind the address ``base``, however it is aligned."""
+    pointer = builder.inttoptr(builder.add(base, place), value.type.as_pointer())
+    builder.store(value, pointer).align = 1
+
+
 def _pair_products(builder: ir.IRBuilder, a: Any, b: Any) -> Any:
     """``a[2i] * b[2i] + a[2i + 1] * b[2i + 1]`` as 32-bit lanes; LLVM knows the pattern as one instruction."""
     product = builder.mul(builder.sext(a, _WIDE), builder.sext(b, _WIDE))
@@ -206,21 +212,21 @@ def _trellis_dot(streams: int) -> Callable[..., Any]:
             pointer = builder.inttoptr(builder.add(book, number(4 * index)), _I32.as_pointer())
             return _splat(builder, builder.load(pointer))
 
-        def total(row: Any, stream: int) -> Any:
-            place = builder.add(builder.mul(row, number(size * streams)), number(size * stream))
-            pointer = builder.inttoptr(builder.add(sums, place), _V32.as_pointer())
-            return pointer
+        def place(index: Any) -> Any:
+            """Bytes from ``sums`` to a sum; those of a row's streams follow one another."""
+            return builder.mul(index, number(size))
 
         mask, multiplier, addend = (constant(index) for index in range(3))
         with cgutils.for_range(builder, builder.mul(rows, number(streams)), intp=number) as loop:
-            place = builder.add(sums, builder.mul(loop.index, number(size)))
-            _store(builder, _constant(_V32, 0), builder.inttoptr(place, _V32.as_pointer()))
+            _store(builder, _constant(_V32, 0), sums, place(loop.index))
         with cgutils.for_range(builder, chunks, intp=number) as chunk:
             tiles = builder.add(words, builder.mul(chunk.index, number(size)))
             first = builder.add(z, builder.mul(chunk.index, number(16 * size)))
             with cgutils.for_range(builder, rows, intp=number) as row:
                 spots = builder.add(places, builder.mul(row.index, number(16 * 24)))
-                held = [[_load_at(builder, total(row.index, s)), _constant(_V32, 0)] for s in range(streams)]
+                start = builder.mul(row.index, number(streams))
+                own = [place(builder.add(start, number(stream))) for stream in range(streams)]
+                held = [[_load(builder, sums, at, _V32), _constant(_V32, 0)] for at in own]
                 for column in range(16):
                     state = _state(builder, tiles, builder.add(spots, number(24 * column)))
                     hashed = builder.mul(builder.and_(state, mask), multiplier)
@@ -229,11 +235,10 @@ def _trellis_dot(streams: int) -> Callable[..., Any]:
                         at = builder.add(builder.mul(z_stride, number(stream)), number(size * column))
                         value = _pair_products(builder, levels, _load(builder, first, at, _V16))
                         pair[column % 2] = builder.add(pair[column % 2], value)
-                for stream, pair in enumerate(held):
-                    _store(builder, builder.add(*pair), total(row.index, stream))
+                for pair, at in zip(held, own, strict=True):
+                    _store(builder, builder.add(*pair), sums, at)
         with cgutils.for_range(builder, builder.mul(rows, number(streams)), intp=number) as loop:
-            place = builder.add(sums, builder.mul(loop.index, number(size)))
-            lanes = _load_at(builder, builder.inttoptr(place, _V32.as_pointer()))
+            lanes = _load(builder, sums, place(loop.index), _V32)
             _add_lanes(builder, lanes, builder.add(results, builder.mul(loop.index, number(8))))
         return _I64(0)
 
@@ -256,16 +261,6 @@ def _state(builder: ir.IRBuilder, tiles: Any, spot: Any) -> Any:
 
     bit = builder.load(builder.inttoptr(builder.add(spot, number(16)), _I32.as_pointer()))
     return _funnel(builder, words(1), words(0), _splat(builder, bit))
-
-
-def _load_at(builder: ir.IRBuilder, pointer: Any) -> Any:
-    loaded = builder.load(pointer)
-    loaded.align = 1
-    return loaded
-
-
-def _store(builder: ir.IRBuilder, value: Any, pointer: Any) -> None:
-    builder.store(value, pointer).align = 1
 
 
 def _splat(builder: ir.IRBuilder, value: Any) -> Any:

@@ -49,7 +49,7 @@ def _none() -> int:
 
 def _after_fork() -> None:
     global fork_address
-    fork_address = cache(_none)
+    fork_address = _none
 
 
 if hasattr(os, "register_at_fork"):

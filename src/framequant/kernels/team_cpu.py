@@ -7,7 +7,7 @@ took what.
 Only ``framequant.kernels.cpu`` imports this module. Imports numba, llvmlite and numpy, no torch.
 """
 
-# Compiled in: f7efdbe335ba (tests/kernels/test_stamps.py says why)
+# Compiled in: c1554736bcbd (tests/kernels/test_stamps.py says why)
 from __future__ import annotations
 
 import numpy as np
@@ -15,12 +15,12 @@ from llvmlite import ir
 from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
-from framequant.kernels.product_cpu import SCALES, finish, multiply, pointer, prepare
+from framequant.kernels.product_cpu import BIAS, SCALES, finish, multiply, pointer, prepare
 
 #: Places in a job: the next row that nobody has taken, rows, rows of a piece, then the arguments of ``multiply``.
 NEXT, ROWS, PIECE, Z, STREAMS, LENGTH, TOTALS, UNITS, TOKENS, PARTS, HEADER, SUMS = range(12)
 JOB_SIZE = 12
-HEADER_SIZE = 22
+HEADER_SIZE = BIAS + 2
 #: Pieces for each thread.
 PIECES = 4
 
