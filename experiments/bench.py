@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -38,7 +38,7 @@ from framequant.evaluation.accuracy import accuracy
 from framequant.evaluation.forward import logits_of
 from framequant.evaluation.images import find_images, image_batches, labelled_images, subset
 from framequant.evaluation.kl import kl_divergence
-from framequant.evaluation.mix import PLAIN
+from framequant.evaluation.mix import PLAIN, Mix
 from framequant.evaluation.perplexity import perplexity
 from framequant.evaluation.sentences import calibration_sentences, embeddings, read_pairs, sentence_similarity
 from framequant.evaluation.tasks import evaluate_tasks
@@ -269,15 +269,22 @@ def device_name(place: str | torch.device) -> str:
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def parse_row(row: str) -> tuple[fq.FrameQuantConfig, int, int | None]:
-    """Settings of ``preset:key=value,…``, steps of its tuning (``tune=``), its own calibration ``samples=``."""
+class Amount(NamedTuple):
+    """How much calibration data a row takes, and what share of it the model writes itself; None for the usual."""
+
+    samples: int | None = None
+    generated: float | None = None
+
+
+def parse_row(row: str) -> tuple[fq.FrameQuantConfig, int, Amount]:
+    """Settings of ``preset:key=value,…``, steps of its tuning (``tune=``), its data (``samples=``, ``generated=``)."""
     name, _, settings = row.partition(":")
     values = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in settings.split(",") if part)}
     steps = values.pop("tune", 0)
     if steps:
         values.setdefault("row_factors", name == "framequant")
-    samples = values.pop("samples", None)
-    return fq.preset(name, **values), steps, samples
+    amount = Amount(values.pop("samples", None), values.pop("generated", None))
+    return fq.preset(name, **values), steps, amount
 
 
 class Bench:
@@ -309,7 +316,7 @@ class Bench:
         place = choose_device(args.device)
         if args.dtype is None and self.kind == "language" and (args.quick or place.startswith("cuda")):
             self.model.to(getattr(torch, fast_dtype(place)))
-        self._data: dict[int, Any] = {}
+        self._data: dict[Amount, Any] = {}
         self._rows: dict[tuple[str, int], Row] = {}
         self._given = args.calibration
         getattr(self, f"_open_{self.kind}")(args)
@@ -341,20 +348,21 @@ class Bench:
             return len(find_images(source.folder))
         return len(evaluation_windows(self.opened.require_tokenizer(), source.text or "", self.size.length))
 
-    def data(self, samples: int | None = None) -> Any:
+    def data(self, amount: Amount | None = None) -> Any:
         """Calibration data."""
-        count = samples or self.size.samples
-        if count not in self._data:
-            self._data[count] = self._read_data(count)
-        return self._data[count]
+        amount = amount or Amount()
+        amount = amount._replace(samples=amount.samples or self.size.samples)
+        if amount not in self._data:
+            self._data[amount] = self._read_data(amount.samples, amount.generated)
+        return self._data[amount]
 
-    def _read_data(self, samples: int) -> Any:
+    def _read_data(self, samples: int, generated: float | None) -> Any:
         if self.kind == "encoder":
             sentences = self._sentences()
             count = min(SENTENCES * samples, len(sentences))
             return calibration_sentences(self.opened.tokenizer, sentences, 128, count, self.seed)
         length = self.size.length
-        mix = PLAIN if self.plain else None
+        mix = PLAIN if self.plain else Mix(generated=generated)
         return calibration_tensor(
             self._source(), self.opened, samples, length, self.seed, Reporter(False), mix
         )
@@ -419,11 +427,11 @@ class Bench:
         return dict(self._rows[key])
 
     def quantized(
-        self, config: fq.FrameQuantConfig, samples: int | None = None, tune_steps: int = 0
+        self, config: fq.FrameQuantConfig, amount: Amount | None = None, tune_steps: int = 0
     ) -> tuple[nn.Module, Any, Row]:
         """A quantized copy, its report, and the columns that every row has; without what judges a tuning to come."""
         model = copy.deepcopy(self.model)
-        data = None if config.is_data_free else self.data(samples)
+        data = None if config.is_data_free else self.data(amount)
         if tune_steps:
             data = without_judges(data, fq.TuneConfig(tune_steps), next(model.parameters()).device.type)
         start = time.perf_counter()
@@ -447,7 +455,7 @@ class Bench:
         key = json.dumps(config.to_dict(), sort_keys=True), samples or self.size.samples
         if key in self._rows:
             return {**self._rows[key], "note": "measured for an earlier row of the same settings"}
-        model, _, row = self.quantized(config, samples)
+        model, _, row = self.quantized(config, Amount(samples))
         self._rows[key] = {**row, **self.evaluate(self.dense(model, config))}
         return dict(self._rows[key])
 

@@ -11,7 +11,7 @@ Vision::
         --calibration ../shared/data/imagenet/train --imagenet ../shared/data/imagenet/val
 
 Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards and
-``samples=N`` for other than ``--samples``; without ``--row``
+``samples=N`` for other than ``--samples``, ``generated=SHARE`` of which the model writes itself; without ``--row``
 the rows of the issue are run. Every figure is that of the model *reloaded* from disk, and "equal" says whether its
 logits are the in-memory model's, bit for bit.
 """
@@ -56,11 +56,11 @@ def example(bench: Bench) -> torch.Tensor:
 
 
 def run_row(row: str, bench: Bench) -> Row:
-    config, steps, samples = parse_row(row)
+    config, steps, amount = parse_row(row)
     start = time.perf_counter()
-    data = bench.data(samples)
+    data = bench.data(amount)
     data_seconds = time.perf_counter() - start
-    model, report, figures = bench.quantized(config, samples, steps)
+    model, report, figures = bench.quantized(config, amount, steps)
     tuned = {}
     if steps:
         found = fq.tune_(model, bench.model, data, steps)

@@ -140,6 +140,16 @@ def run_row(row: str, opened: Any, data: Data) -> dict[str, Any]:
     report = fq.quantize_(model, data.calibration(samples, shares), fq.preset(name, **values))
     seconds = time.perf_counter() - start
     result = {"row": row, "bits": round(report.bits_per_weight, 4), "seconds": round(seconds, 1)}
+    if report.trained_ahead:
+        losses = report.trained_ahead["losses"]
+        print(
+            row,
+            "ahead",
+            round(report.trained_ahead["seconds"], 1),
+            "s",
+            [round(x, 3) for x in losses],
+            flush=True,
+        )
     for key, text in data.texts.items():
         result[key] = round(perplexity(model, text).perplexity, 3)
     return result

@@ -176,7 +176,7 @@ class FrameQuantConfig:
     float_targets: float = 0.5
     residual_targets: float = 0.5
     train_ahead: int = 0
-    train_rate: float = 1e-3
+    train_rate: float = 2e-3
     walk_dtype: str | None = None
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()

@@ -148,9 +148,9 @@ def test_the_count_of_calibration_samples_is_what_can_be_taken(data, llama_direc
     words = ["--quick", "--length", "24", "--model", str(llama_directory)]
     subject = bench.Bench(words[-1], bench.parse(bench.parser(None), bench.__file__, words))
     most = subject.at_hand()
-    assert len(subject.data(most)) == most > 1
+    assert len(subject.data(bench.Amount(most))) == most > 1
     with pytest.raises(CalibrationError):
-        subject.data(most + 1)
+        subject.data(bench.Amount(most + 1))
 
 
 def test_any_error_of_a_row_is_a_reason_and_the_next_rows_follow(data, vit_directory, monkeypatch):

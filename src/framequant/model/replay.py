@@ -11,6 +11,7 @@ Must not import layers or quantizers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -160,6 +161,12 @@ class Replay:
         ends = {names[-1] for names in chains.values()}
         self.chain_ends = [index for index, name in enumerate(self.names) if name in ends]
 
+    def on(self, twin: nn.Module) -> Replay:
+        """The same blocks of a copy of the model."""
+        other = copy.copy(self)
+        other.model, other.blocks = twin, [twin.get_submodule(name) for name in self.names]
+        return other
+
     def call(self, index: int, batch: Any, previous: Any, ends: Mapping[int, Any] | None = None) -> Call:
         """What block ``index`` is called with.
 
@@ -182,6 +189,27 @@ class Replay:
         ):
             call_model(self.model, batch)
         return caught[0]
+
+    def run_through(self, batch: Any) -> dict[int, Any]:
+        """Run all blocks on a batch; what the last of them and the ``chain_ends`` return, by position."""
+        last, found = len(self.names) - 1, {}
+
+        def keep(index: int, output: Any) -> None:
+            found[index] = output
+            if index == last:
+                raise EndOfRunError
+
+        hooks = [
+            self.blocks[index].register_forward_hook(lambda *call, index=index: keep(index, call[-1]))
+            for index in {*self.chain_ends, last}
+        ]
+        try:
+            with suppress(EndOfRunError):
+                call_model(self.model, batch)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
 
     @contextmanager
     def stubs(

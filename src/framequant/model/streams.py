@@ -66,6 +66,20 @@ class Stream:
         if ends is not None:
             self._ends[index] = ends
 
+    def run_through(self, batch_of: Callable[[int], Any]) -> None:
+        """Run the model through all its blocks at once, in place of ``advance`` from block to block.
+
+        Args:
+            batch_of: the model's input for the number of a batch.
+        """
+        last = len(self._replay.names) - 1
+        self._ends = {index: self._new_store(f"end-{index}") for index in self._replay.chain_ends}
+        for number in range(len(self._batches)):
+            found = self._replay.run_through(batch_of(number))
+            self._outputs.put(number, found[last])
+            for index, store in self._ends.items():
+                store.put(number, found[index])
+
     @contextmanager
     def behind_blocks(self, number: int) -> Iterator[None]:
         """A model that skips its blocks, of which the last gives its stored output on batch ``number``."""

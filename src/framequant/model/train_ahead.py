@@ -10,6 +10,7 @@ Must not import layers, quantizers or checkpoint.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -63,15 +64,22 @@ class AheadTrainer:
         parameter = next(model.parameters())
         self._device, dtype = parameter.device, parameter.dtype
         self._mixed = dtype == torch.float32 and self._device.type in HALF_DEVICES
-        self._teacher = copy.deepcopy(model)
-        if self._mixed:
-            self._teacher.to(torch.bfloat16)
         sample = as_samples([batches[0]])[0]
         self._kind, outputs = probe(model, sample, "auto")
         self._at_once = samples_at_once(sample, outputs, self._device.type, SAMPLES_PER_STEP)
+        self._teacher = copy.deepcopy(model)
+        if self._mixed:
+            self._teacher.to(torch.bfloat16)
+        self._targets = self._run_teacher()
         self._forms = [form_of(batch, count_rows(batch)) for batch in batches]
         self._order = _order(batches, seed)
         self._state: dict[str, dict[str, Any]] = {}
+
+    def _run_teacher(self) -> Stream:
+        """The float model's activations behind its last block: a step needs no more of it than its head."""
+        targets = Stream(self._replay.on(self._teacher), self._batches)
+        targets.run_through(lambda number: self._for_teacher(self._batches[number]))
+        return targets
 
     def train(self, index: int, stream: Stream) -> float:
         """Train what comes after block ``index``, whose outputs the stream holds.
@@ -97,27 +105,33 @@ class AheadTrainer:
         return total / self._steps
 
     def _values(self, index: int) -> dict[str, Tensor]:
-        """Float32 leaves of what is trained: all of the blocks to come, and vectors outside of blocks."""
+        """Float32 leaves of what is trained: all of the blocks to come, and vectors outside of blocks.
+
+        A leaf is its parameter over the root mean square of the entries, so that one rate suits all.
+        """
         done = tuple(f"{name}." for name in self._replay.names[: index + 1])
         ahead = tuple(f"{name}." for name in self._replay.names[index + 1 :])
         held = {id(p) for name, p in self._model.named_parameters() if name.startswith(done)}
-        return {
-            name: parameter.detach().float().clone().requires_grad_(True)
+        chosen = {
+            name: parameter
             for name, parameter in self._model.named_parameters()
             if parameter.is_floating_point()
             and id(parameter) not in held
             and (name.startswith(ahead) or (parameter.ndim == 1 and bool(ahead)))
         }
+        counts = torch.tensor([p.numel() for p in chosen.values()], device=self._device)
+        norms = torch._foreach_norm([p.detach().float() for p in chosen.values()])
+        sizes = torch.stack(norms) / counts.sqrt()
+        self._sizes = list(sizes.clamp(min=SMALLEST_SIZE).unbind())
+        return {
+            name: (parameter.detach().float() / size).requires_grad_(True)
+            for (name, parameter), size in zip(chosen.items(), self._sizes, strict=True)
+        }
 
     def _optimizer(self, values: dict[str, Tensor]) -> torch.optim.Adam:
-        groups = [
-            {
-                "params": [value],
-                "lr": self._rate * max(float(value.detach().square().mean().sqrt()), SMALLEST_SIZE),
-            }
-            for value in values.values()
-        ]
-        optimizer = torch.optim.Adam(groups, betas=BETAS, fused=self._device.type == "cuda")
+        optimizer = torch.optim.Adam(
+            list(values.values()), lr=self._rate, betas=BETAS, fused=self._device.type == "cuda"
+        )
         for name, value in values.items():
             if name in self._state:
                 optimizer.state[value] = self._state.pop(name)
@@ -148,16 +162,18 @@ class AheadTrainer:
                 value = self._loss(index, stream, rows, batch) * (weight / sum(weights))
             value.backward()
             loss += value.detach()
-        if not bool(torch.isfinite(loss)):
+        found = float(loss)
+        if not math.isfinite(found):
             raise NumericalError(
-                f"training ahead of block {self._replay.names[index]}: the loss is {float(loss)}; try a smaller "
-                "train_rate."
+                f"training ahead of block {self._replay.names[index]}: the loss is {found}; try a smaller train_rate."
             )
-        for name, value in values.items():
-            parameter = self._model.get_parameter(name)
-            value.grad = None if parameter.grad is None else parameter.grad.float()
+        for parameter, leaf in zip(self._parameters(values), values.values(), strict=True):
+            leaf.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
-        return float(loss)
+        return found
+
+    def _parameters(self, values: dict[str, Tensor]) -> list[nn.Parameter]:
+        return [self._model.get_parameter(name) for name in values]
 
     def _parts(self, chosen: list[tuple[int, int]]) -> list[dict[int, list[int]]]:
         """Samples, as batch and row, in parts that can be run at once: rows by batch."""
@@ -181,7 +197,7 @@ class AheadTrainer:
     def _loss(self, index: int, stream: Stream, rows: dict[int, list[int]], batch: Any) -> Tensor:
         """Mean distance to the float model over ``batch``, some rows of the calibration batches."""
         half = torch.autocast(self._device.type, torch.bfloat16) if self._mixed else nullcontext()
-        with half, torch.no_grad():
+        with half, torch.no_grad(), self._targets.behind_rows(rows, len(self._replay.names)):
             target = output_of(call_model(self._teacher, self._for_teacher(batch)), self._kind)
         with half, stream.behind_rows(rows, index + 1):
             output = output_of(call_model(self._model, batch), self._kind)
@@ -194,8 +210,8 @@ class AheadTrainer:
 
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self._model.get_parameter(name).copy_(value)
+        scaled = torch._foreach_mul([value.detach() for value in values.values()], self._sizes)
+        torch._foreach_copy_(self._parameters(values), scaled)
 
 
 def _order(batches: Sequence[Any], seed: int) -> Iterator[tuple[int, int]]:

@@ -12,7 +12,7 @@ from framequant.model.calibration import to_device
 from framequant.model.replay import call_model
 
 #: Bytes of one model's outputs, and tokens, that are worked on at once.
-OUTPUT_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+OUTPUT_BYTES = {"cpu": 1 << 28, "cuda": 2 << 30}
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -76,6 +76,24 @@ def output_of(result: Any, kind: str) -> Tensor:
     )
 
 
+class _Divergence(torch.autograd.Function):
+    """Divergence of distributions from logits, with few copies of them: those of a vocabulary are large."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target: Tensor) -> Tensor:
+        log_q = output.log_softmax(-1, dtype=torch.float32)
+        log_p = target.log_softmax(-1, dtype=torch.float32)
+        p = log_p.exp()
+        ctx.save_for_backward(p, log_q)
+        ctx.dtype = output.dtype
+        return log_p.sub_(log_q).mul_(p).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        p, log_q = ctx.saved_tensors
+        return (log_q.exp().sub_(p).mul_(gradient[:, None])).to(ctx.dtype), None
+
+
 def distance(output: Tensor, target: Tensor, mask: Tensor | None, kind: str) -> tuple[Tensor, int]:
     """Sum over positions of how far an output is from its target, and the number of positions.
 
@@ -86,11 +104,11 @@ def distance(output: Tensor, target: Tensor, mask: Tensor | None, kind: str) -> 
         kind: "kl": divergence of the target's distribution from the output's, in nats; "mse": squared error
             over the target's squared norm.
     """
-    output, target = output.flatten(0, -2).float(), target.flatten(0, -2).float()
+    output, target = output.flatten(0, -2), target.flatten(0, -2)
     if kind == "kl":
-        log_p, log_q = target.log_softmax(-1), output.log_softmax(-1)
-        values = (log_p.exp() * (log_p - log_q)).sum(-1)
+        values = _Divergence.apply(output, target)
     else:
+        output, target = output.float(), target.float()
         values = (output - target).square().sum(-1) / target.square().sum(-1).clamp(min=1e-12)
     if mask is not None and mask.numel() == len(values):
         values = values[mask.to(values.device)]

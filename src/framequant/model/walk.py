@@ -151,7 +151,7 @@ class _Walk:
         steps, rate = self.config.train_ahead, self.config.train_rate
         if not steps:
             return None
-        self.report.trained_ahead = {"steps": steps, "rate": rate, "losses": []}
+        self.report.trained_ahead = {"steps": steps, "rate": rate, "losses": [], "seconds": 0.0}
         return AheadTrainer(self.model, replay, self.batches, steps, rate, self.config.seed)
 
     def _pass_block(
@@ -187,7 +187,9 @@ class _Walk:
         if onward:
             quantized.advance(index, (call.run(block) for call in calls))
             if ahead is not None and index + 1 < len(replay.names):
+                start = time.perf_counter()
                 self.report.trained_ahead["losses"].append(ahead.train(index, quantized))
+                self.report.trained_ahead["seconds"] += time.perf_counter() - start
             elif original is not None:
                 floating.advance(index, original.outputs())
         release_decoded(block)
