@@ -150,6 +150,9 @@ def run_row(row: str, opened: Any, data: Data) -> dict[str, Any]:
             [round(x, 3) for x in losses],
             flush=True,
         )
+    print(
+        row, "bits", {name: c["bits"] for name, c in report.allocation.get("choices", {}).items()}, flush=True
+    )
     for key, text in data.texts.items():
         result[key] = round(perplexity(model, text).perplexity, 3)
     return result

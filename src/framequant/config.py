@@ -40,6 +40,7 @@ class Allocation(StrEnum):
 
     UNIFORM = "uniform"
     SENSITIVITY = "sensitivity"
+    MEASURED = "measured"
 
 
 class Rounding(StrEnum):
@@ -100,7 +101,9 @@ class FrameQuantConfig:
         activation_space: "frame": coefficients T_in x are rounded; "input": the features x.
         row_factors: a byte per row of a trellis matrix for a factor that a later tuning trains.
         allocation: "uniform": every linear has ``bits``; "sensitivity" (trellis): ``bits`` is what all linears
-            together take on disk per weight, any real number, and each gets the rate that serves the model best.
+            together take on disk per weight, any real number, and each gets the rate that serves the model best, as
+            predicted from output gradients; "measured": likewise, as measured by running the model with noise in one
+            linear after the other.
         rate_spread: how far these rates part, 0 to 1: the exponent of the sensitivities. 1 is the optimum if what
             calibration says of a linear held for every text; 0 gives all linears one rate.
         rounding: "ldlq" or "nearest".
@@ -276,8 +279,10 @@ class FrameQuantConfig:
             raise ConfigError(
                 f"output_block = {self.output_block}: expected a multiple of tile_rows = {self.tile_rows}."
             )
-        if self.code is CodeKind.SCALAR and self.allocation is Allocation.SENSITIVITY:
-            raise ConfigError("allocation = 'sensitivity' needs code = 'trellis', whose rates are fractions.")
+        if self.code is CodeKind.SCALAR and self.shares_bits:
+            raise ConfigError(
+                f"allocation = {self.allocation.value!r} needs code = 'trellis', whose rates are fractions."
+            )
         if self.denoise is not Denoise.NONE and (self.code is not CodeKind.SCALAR or self.per_tensor_scale):
             raise ConfigError(f"denoise = {self.denoise.value!r} needs a scalar code with scales per row.")
         if self.code is CodeKind.SCALAR and self.row_factors:
@@ -325,7 +330,7 @@ class FrameQuantConfig:
             ConfigError: the code does not exist.
         """
         if self.code is CodeKind.TRELLIS:
-            bits = round(8 * self.bits) / 8 if self.allocation is Allocation.SENSITIVITY else self.bits
+            bits = round(8 * self.bits) / 8 if self.shares_bits else self.bits
             return TrellisSpec(
                 self.state_bits,
                 rate_pattern(bits),
@@ -391,7 +396,12 @@ class FrameQuantConfig:
     @property
     def needs_gradients(self) -> bool:
         """Whether a backward pass through the float model comes before the walk."""
-        return self.allocation is Allocation.SENSITIVITY or self.output_feedback or self.token_weights > 0
+        return self.shares_bits or self.output_feedback or self.token_weights > 0
+
+    @property
+    def shares_bits(self) -> bool:
+        """Whether ``bits`` is a budget on disk that the linears share."""
+        return self.allocation is not Allocation.UNIFORM
 
     @property
     def carries_float_stream(self) -> bool:
