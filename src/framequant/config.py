@@ -40,7 +40,6 @@ class Allocation(StrEnum):
 
     UNIFORM = "uniform"
     SENSITIVITY = "sensitivity"
-    MEASURED = "measured"
 
 
 class Rounding(StrEnum):
@@ -101,9 +100,7 @@ class FrameQuantConfig:
         activation_space: "frame": coefficients T_in x are rounded; "input": the features x.
         row_factors: a byte per row of a trellis matrix for a factor that a later tuning trains.
         allocation: "uniform": every linear has ``bits``; "sensitivity" (trellis): ``bits`` is what all linears
-            together take on disk per weight, any real number, and each gets the rate that serves the model best, as
-            predicted from output gradients; "measured": likewise, as measured by running the model with noise in one
-            linear after the other.
+            together take on disk per weight, any real number, and each gets the rate that serves the model best.
         rate_spread: how far these rates part, 0 to 1: the exponent of the sensitivities. 1 is the optimum if what
             calibration says of a linear held for every text; 0 gives all linears one rate.
         rounding: "ldlq" or "nearest".

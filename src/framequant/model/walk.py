@@ -27,7 +27,6 @@ from framequant.model.capture import Seen, add_moments, observe, token_mask
 from framequant.model.data_free import quantize_data_free
 from framequant.model.gradients import OutputGradients
 from framequant.model.group_sharing import quantize_shared
-from framequant.model.noise_probe import measured_sensitivities
 from framequant.model.ranks import reduce_moments, require_batches
 from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode
 from framequant.model.report import QuantizationReport, environment, linear_report
@@ -247,10 +246,6 @@ class _Walk:
         if allocate:
             use = mixture.expert_shares(seen, self.families)
             known = self.home.sensitivities()
-            if self.config.allocation is Allocation.MEASURED:
-                known = measured_sensitivities(
-                    self.model, self.batches, self.selected, self.gradients, self.config
-                )
             shares = allocate_bits(self.model, self.selected, self.gradients, self.config, use, known)
             self.choices, self.report.allocation = shares.choices, shares.to_dict()
         for found in self.gradients.values():
