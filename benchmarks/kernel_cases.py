@@ -15,7 +15,7 @@ from framequant.kernels.product_triton import product
 from framequant.kernels.transform_plan import transform_plan
 from framequant.kernels.transform_triton import LAST_BIT, transform
 from framequant.kernels.vector_triton import vector_transform
-from framequant.kernels.words import to_words, word_layout
+from framequant.kernels.words import row_shifts, to_words, word_layout
 from framequant.spec import LinearSpec
 
 SCALAR = GridSpec("sigma_clip", 4, "symmetric")
@@ -46,6 +46,7 @@ class Case:
         self.spec = LinearSpec(shape[1], shape[0], frame_in, frame_out, code)
         self.rows, self.cols = self.spec.coefficient_shape
         self.layout = word_layout(self.spec)
+        self.shifts = row_shifts(self.layout, DEVICE)
         stored = storage.layout(self.spec)["packed_codes"][0]
         self.bytes = stored[0] * stored[1]
         copies = max(1, min(48, -(-int(cold) // self.bytes)))
@@ -106,9 +107,10 @@ class Case:
             )  # fmt: skip
             return
         product[(-(-self.rows // rows), splits, -(-tokens // columns))](
-            words, self.z, sums, self.scales, self.u, self.rows, self.count, lay.stride, span, tokens, lay.factor,
-            TRELLIS=lay.trellis, BITS=lay.bits, MULTIPLIER=lay.multiplier, ADDEND=lay.addend,
-            CENTRED=not lay.trellis, ROW_SCALES=scaled, PREFETCH=ahead, **tile,
+            words, self.z, sums, self.scales, self.scales if self.shifts is None else self.shifts, self.u, self.rows,
+            self.count, lay.stride, span, tokens, lay.factor, TRELLIS=lay.trellis, BITS=lay.bits,
+            MULTIPLIER=lay.multiplier, ADDEND=lay.addend, PATTERN=lay.pattern, CENTRED=not lay.trellis,
+            ROW_SCALES=scaled, PREFETCH=ahead, **tile,
         )  # fmt: skip
 
     def transform(

@@ -2,6 +2,7 @@
 
     PYTHONPATH=src:. python benchmarks/kernel_linear.py --csv $OUT/linear.csv
     PYTHONPATH=src:. python benchmarks/kernel_linear.py --tokens 128 512 2048 --shapes 0 1 3        # prompts alone
+    PYTHONPATH=src:. python benchmarks/kernel_linear.py --tokens 1 --codes trellis trellis2.25      # rates of a trellis
 
 Random codes and inputs; the operators of ``framequant.kernels.triton_ops`` in a CUDA graph over enough copies of the
 codes to make them cold; medians. Each result is compared with the same linear in plain torch, in float32.
@@ -24,11 +25,18 @@ import torch
 from kernel_cases import COLD, DEVICE, SCALAR, TRELLIS, Case, graph_us
 from measure import commit
 
+from framequant.codes.grid import GridSpec
+from framequant.codes.trellis import TrellisSpec, rate_pattern
 from framequant.kernels import launches, prompt_ops, reference, triton_linear, triton_ops
 from framequant.kernels.launches import PanelTile, Tile
 
 SHAPES = ((4096, 4096), (11008, 4096), (22016, 4096), (28672, 8192))
-CODES = {"scalar": (SCALAR, 1.125), "trellis": (TRELLIS, 1.0)}
+RATES = (1, 1.5, 2.25, 2.5, 3, 4)
+CODES: dict[str, tuple[GridSpec | TrellisSpec, float]] = {
+    "scalar": (SCALAR, 1.125),
+    "trellis": (TRELLIS, 1.0),
+}
+CODES |= {f"trellis{rate}": (TrellisSpec(12, rate_pattern(rate)), 1.0) for rate in RATES}
 PARTS_OF_PROMPT = 2048  # tokens of the prompt whose operators are timed one by one, and with other launches
 Patch = dict[tuple[Any, str], Any]  # module, name and value for the while
 Found = tuple[str, Patch]
@@ -44,7 +52,7 @@ def tiles(name: str, *found: Tile) -> list[tuple[str, dict[tuple[Any, str], Any]
 
 def one_token(code: str, shape: tuple[int, int]) -> list[Found]:
     """Several tiles of the product."""
-    if code == "trellis":
+    if code != "scalar":
         return tiles(
             "half_tile", Tile(64, 32, 8, 2, 4, 1100), Tile(64, 32, 8, 3, 4, 1100), Tile(32, 32, 8, 3, 2, 1100)
         )
@@ -67,7 +75,7 @@ def prompt(tokens: int) -> list[Found]:
         return [("panels", {(launches, "LOOPED"): never}), ("launches of 64", {(launches, "LOOPED"): looped})]
     found: list[Found] = [("panels of 64 MiB", {(launches, "ROUND_ROWS"): 1 << 20})]
     for tile in (PanelTile(16, 4, 64, 4), PanelTile(16, 2, 128, 8), PanelTile(32, 2, 64, 4)):
-        found.append(("x".join(map(str, tile)), {(launches, "PANEL_TILE"): tile}))
+        found.append(("x".join(map(str, tile)), {(launches, "panel_tile"): fixed(tile)}))
     for factor in (0.5, 2):
         warps = {
             (launches, "prompt_warps"): lambda sizes, f=factor, g=launches.prompt_warps: (
@@ -84,7 +92,7 @@ def variants(code: str, shape: tuple[int, int], tokens: int) -> list[Found]:
         return prompt(tokens)
     if tokens == 1:
         return one_token(code, shape)
-    if code == "trellis":
+    if code != "scalar":
         return tiles(
             "half_tile",
             Tile(128, 32, 16, 2, 8, 900),
@@ -118,7 +126,9 @@ def make(code: str, shape: tuple[int, int], cold: float) -> tuple[Case, list[tri
     case = Case(shape, CODES[code][0], CODES[code][1], cold=cold)
     top = triton_linear.power_above(case.scales)
     plans = [
-        triton_linear.TritonPlan(case.spec, case.layout, words, case.scales, top, case.into, case.out, None)
+        triton_linear.TritonPlan(
+            case.spec, case.layout, words, case.scales, top, case.into, case.out, None, case.shifts
+        )
         for words in case.words
     ]
     return case, plans
@@ -127,12 +137,12 @@ def make(code: str, shape: tuple[int, int], cold: float) -> tuple[Case, list[tri
 Job = tuple[str, tuple[int, int], int]
 
 
-def jobs(shapes: list[int], only: list[int]) -> Iterator[Job]:
+def jobs(shapes: list[int], codes: list[str], only: list[int]) -> Iterator[Job]:
     """Code, shape and tokens of the rows of the table; ``only`` chooses tokens."""
     for shape in (SHAPES[i] for i in shapes):
-        for code in CODES:
+        for code in codes:
             large = shape in SHAPES[2:]
-            few = (1, 16) if large and code == "trellis" else (1, 4, 16, 64) if large else (1,)
+            few = (1, 16) if large and code != "scalar" else (1, 4, 16, 64) if large else (1,)
             yield from ((code, shape, tokens) for tokens in only or (*few, 512, PARTS_OF_PROMPT))
 
 
@@ -242,7 +252,7 @@ def measure(table: Table, code: str, shape: tuple[int, int], tokens: int, base: 
     mine, torchs = error(case, plans[0], x)
     mark = "" if mine <= 2 * torchs else " !!"
     others = ", ".join(f"{us:.2f} {name}" for us, name in best)
-    print(f"{shape} {tokens:3d} {code:8} {default:7.2f} us {base / default:5.2f}x cuBLAS {base:.2f}; "
+    print(f"{shape} {tokens:3d} {code:11} {default:7.2f} us {base / default:5.2f}x cuBLAS {base:.2f}; "
           f"error {mine:.1e}, torch {torchs:.1e}{mark}; best {others}", flush=True)  # fmt: skip
     if tokens == 1 or tokens == 16:
         parts(table, plans, shape, tokens, code, x)
@@ -294,7 +304,14 @@ def parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple[int,
 
     def middle(p: triton_linear.TritonPlan) -> torch.Tensor:
         return ops.product(
-            p.codes(tokens), z, sums, p.scales, p.spec.coefficient_shape[0], p.numbers(words), p.layout.factor
+            p.codes(tokens),
+            z,
+            sums,
+            p.scales,
+            p.shifts,
+            p.spec.coefficient_shape[0],
+            p.numbers(words),
+            p.layout.factor,
         )
 
     u = middle(plan)
@@ -328,10 +345,11 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="*", default=[], help="these only, for every code and shape"
     )
+    parser.add_argument("--codes", nargs="*", default=["scalar", "trellis"], choices=CODES)
     parser.add_argument("--limit", type=float, default=90, help="seconds for compiling")
     parser.add_argument("--worker")
     arguments = parser.parse_args()
-    todo = list(jobs(arguments.shapes, arguments.tokens))
+    todo = list(jobs(arguments.shapes, arguments.codes, arguments.tokens))
     torch.manual_seed(0)
     if arguments.worker:
         compile_part(arguments.worker, todo)

@@ -143,8 +143,13 @@ class PanelTile(NamedTuple):
     warps: int
 
 
-#: A word (or half of a trellis' word) for each thread, so that its codes are one vector to store.
-PANEL_TILE = PanelTile(16, 2, 64, 4)
+def panel_tile(trellis: bool) -> PanelTile:
+    """A word, or half a row of a trellis tile, for each thread, so that its codes are one vector to store.
+
+    Of a trellis one row at a time: Triton 3.6 gives the threads of a warp two, and then moves all values through shared
+    memory.
+    """
+    return PanelTile(16, 1, 64, 2) if trellis else PanelTile(16, 2, 64, 4)
 
 
 def panel_rows(rows: int, width: int, tokens: int) -> int:

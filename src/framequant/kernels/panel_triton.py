@@ -3,7 +3,7 @@
 A prompt has so many tokens that multiplying takes longer than writing the decoded weights, and no loop of ours
 multiplies as fast as cuBLAS: so rows are decoded into a bounded buffer that mostly stays in the L2 cache, and
 multiplied from there. Bound by the two bytes written for a weight, so codes are read once and stores are vectors:
-a thread holds adjacent words, all codes of which it makes itself.
+a thread holds a word, or half of the row of a trellis tile, all codes of which it makes itself.
 
 Levels are scaled to at most 1/2 and a row by its scale over a power of two above all scales, so no product of a panel
 with coefficients of ``prompt_transform_triton`` leaves the range of halves. Two-bit codes stay exact (scales have
@@ -17,7 +17,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from framequant.kernels.trellis_triton import (
+    is_aligned,
+    loaded_words,
+    moved,
+    moved_words,
+    offset,
+    run_place,
+    tile_words,
+    window,
+    word_around,
+)
 from framequant.kernels.triton_support import COMPILED
+
+#: Weights of a trellis that one thread makes: half a row of a tile.
+RUN = tl.constexpr(8)
 
 #: Value of a unit of a trellis level in a panel: levels are -510 ... 510.
 TRELLIS_UNIT = 2.0**-10
@@ -36,19 +50,36 @@ def _trellis_level(h):
 
 
 @triton.jit
-def _values(
-    w, ratio, INDEX: tl.constexpr, TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr,
-    ADDEND: tl.constexpr,
+def _trellis_values(
+    words, ratio, INDEX: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
+    PATTERN: tl.constexpr,
 ):  # fmt: skip
-    """The INDEX-th levels of words times their row's ratio: of 8 states, or of all scalar codes, halves."""
-    if TRELLIS:
-        state = (w >> (14 - 2 * INDEX)) & ((1 << BITS) - 1)
-        values = _trellis_level(state * MULTIPLIER + ADDEND) * (ratio * 0.0009765625)
-    else:
-        code = (w >> (BITS * INDEX)) & ((1 << BITS) - 1)
-        one_and_code = ((code << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)  # 1 + code / 2**BITS
-        values = one_and_code * ratio - (1.0 + ((1 << BITS) - 1) / (2 << BITS)) * ratio
-    return values.to(tl.float16)
+    """The INDEX-th levels of runs in place times their row's ratio, halves."""
+    state = window(words, offset(PATTERN, RUN, INDEX), BITS).to(tl.uint32, bitcast=True) & ((1 << BITS) - 1)
+    return (_trellis_level(state * MULTIPLIER + ADDEND) * (ratio * 0.0009765625)).to(tl.float16)
+
+
+@triton.jit
+def _values(w, ratio, INDEX: tl.constexpr, BITS: tl.constexpr):
+    """The INDEX-th levels of words of scalar codes times their row's ratio, halves."""
+    code = (w.to(tl.uint32) >> (BITS * INDEX)) & ((1 << BITS) - 1)
+    one_and_code = ((code << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)  # 1 + code / 2**BITS
+    return (one_and_code * ratio - (1.0 + ((1 << BITS) - 1) / (2 << BITS)) * ratio).to(tl.float16)
+
+
+@triton.jit
+def _runs(
+    words_ptr, r, k, there, stride, BITS: tl.constexpr, PATTERN: tl.constexpr
+):  # fmt: skip
+    """The words of the ``k``-th half rows of rows ``r`` of a trellis, in place."""
+    word, shift = run_place((r % 16 * 2)[:, None] + (k % 2)[None, :], PATTERN, RUN)
+    tile_at = (
+        words_ptr + ((r // 16).to(tl.int64) * (tile_words(PATTERN) * stride))[:, None] + (k // 2)[None, :]
+    )
+    loaded = ()
+    for i in tl.static_range(loaded_words(PATTERN, RUN, BITS)):
+        loaded += (tl.load(tile_at + word_around(word, i, PATTERN) * stride, mask=there, other=0),)
+    return moved(loaded, shift, moved_words(PATTERN, RUN, BITS), is_aligned(PATTERN, RUN))
 
 
 @triton.jit
@@ -64,18 +95,18 @@ def _halved(values, COUNT: tl.constexpr):
 def decode_panel(
     words_ptr, scale_ptr, top_ptr, panel_ptr, rows, stride, width,
     TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
-    ROW_SCALES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
+    PATTERN: tl.constexpr, ROW_SCALES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Decode BR * STEPS rows by BK words (or half words, trellis); see the module's text.
+    """Decode BR * STEPS rows by BK words, or half rows of trellis tiles; see the module's text.
 
     Args:
-        words_ptr: int16 (or int32, trellis) (rows, stride), the first row one of a tile's sixteen.
+        words_ptr: int16 (rows, stride); for a trellis int32 (words of a tile * tiles down, stride), from a tile's first.
         scale_ptr: scales, (rows,) or one.
         top_ptr: a power of two above all scales, float32.
         panel_ptr: halves (rows, width).
         width: coefficients of a row and what fills it up to a multiple of 16; the filling is finite.
     """
-    codes: tl.constexpr = 8 if TRELLIS else 16 // BITS
+    codes: tl.constexpr = RUN if TRELLIS else 16 // BITS
     k = tl.program_id(0) * BK + tl.arange(0, BK)
     column = tl.program_id(0) * (BK * codes) + tl.arange(0, BK * codes)
     word = k // 2 if TRELLIS else k
@@ -83,21 +114,20 @@ def decode_panel(
     for step in tl.static_range(STEPS):
         r = (tl.program_id(1) * STEPS + step) * BR + tl.arange(0, BR)
         there = (r < rows)[:, None] & (word < stride)[None, :]
-        w = tl.load(words_ptr + (r.to(tl.int64) * stride)[:, None] + word[None, :], mask=there, other=0)
-        w = w.to(tl.uint32)
-        if TRELLIS:  # 32 bits hold eight states: the later eight of a word, or the earlier ones
-            up = ((r & -16) | ((r - 1) & 15)).to(tl.int64)
-            above = tl.load(words_ptr + (up * stride)[:, None] + word[None, :], mask=there, other=0).to(
-                tl.uint32
-            )
-            w = tl.where((k % 2 == 0)[None, :], (above << 16) | (w >> 16), w)
+        if TRELLIS:
+            w = _runs(words_ptr, r, k, there, stride, BITS, PATTERN)
+        else:
+            w = tl.load(words_ptr + (r.to(tl.int64) * stride)[:, None] + k[None, :], mask=there, other=0)
         if ROW_SCALES:
             ratio = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) * over_top
         else:
             ratio = tl.load(scale_ptr + r * 0).to(tl.float32) * over_top
         values = ()
         for i in tl.static_range(codes):
-            values += (_values(w, ratio[:, None], i, TRELLIS, BITS, MULTIPLIER, ADDEND),)
+            if TRELLIS:
+                values += (_trellis_values(w, ratio[:, None], i, BITS, MULTIPLIER, ADDEND, PATTERN),)
+            else:
+                values += (_values(w, ratio[:, None], i, BITS),)
         if codes > 8:
             values = _halved(values, codes)
         if codes > 4:

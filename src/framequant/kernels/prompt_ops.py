@@ -14,6 +14,7 @@ from torch import Tensor
 from framequant.kernels import launches
 from framequant.kernels.panel_triton import TRELLIS_UNIT, decode_panel
 from framequant.kernels.prompt_transform_triton import prompt_transform
+from framequant.kernels.trellis_triton import tile_words
 
 
 def width(columns: int) -> int:
@@ -47,21 +48,23 @@ def _(x, signs, matrices, sizes, norm, columns):  # type: ignore[no-untyped-def]
 def product(words: Tensor, z: Tensor, scales: Tensor, top: Tensor, rows: int, layout: list[int]) -> Tensor:
     """``D̃ z`` as halves (tokens, rows), over ``top`` and what ``gain`` returns; no more than a panel is decoded.
 
-    ``layout`` holds: trellis or not, bits, multiplier, addend.
+    ``layout`` holds: trellis or not, bits, multiplier, addend, pattern (``WordLayout``).
     """
-    trellis, bits, multiplier, addend = layout
+    trellis, bits, multiplier, addend, pattern = layout
     tokens, wide = z.shape
     u = torch.empty((tokens, rows), dtype=torch.float16, device=z.device)
     most = launches.panel_rows(rows, wide, tokens)
     panel = torch.empty((most, wide), dtype=torch.float16, device=z.device)
-    tile, codes = launches.PANEL_TILE, 8 if trellis else 16 // bits
+    tile, codes = launches.panel_tile(bool(trellis)), 8 if trellis else 16 // bits
+    height = tile_words(pattern) if trellis else 16  # rows of words for sixteen rows
     for start in range(0, rows, most):
         count = min(most, rows - start)
         row_scales = scales[start : start + count] if scales.numel() > 1 else scales
         decode_panel[(-(-wide // (tile.words * codes)), -(-count // tile.rows))](
-            words[start:], row_scales, top, panel, count, words.shape[1], wide, TRELLIS=bool(trellis), BITS=bits,
-            MULTIPLIER=multiplier, ADDEND=addend, ROW_SCALES=scales.numel() > 1, BR=tile.step, BK=tile.words,
-            STEPS=tile.rows // tile.step, num_warps=tile.warps,
+            words[start * height // 16 :], row_scales, top, panel, count, words.shape[1], wide,
+            TRELLIS=bool(trellis), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, PATTERN=pattern,
+            ROW_SCALES=scales.numel() > 1, BR=tile.step, BK=tile.words, STEPS=tile.rows // tile.step,
+            num_warps=tile.warps,
         )  # fmt: skip
         torch.mm(z, panel[:count].t(), out=u[:, start : start + count])
     return u

@@ -58,14 +58,15 @@ def join(plans: Sequence[TritonPlan]) -> GroupPlan:
     Args:
         plans: of the linears. One alone keeps its tensors; of several the words are copied.
     """
-    rows = tuple(len(plan.words) for plan in plans)
+    rows = tuple(plan.rows for plan in plans)
     if len(plans) == 1:
         return GroupPlan(tuple(plans), rows, plans[0])
     words = torch.cat([plan.words for plan in plans])
     scales = torch.cat([_row_scales(plan) for plan in plans])
+    parts = words.split([len(plan.words) for plan in plans])
     members = tuple(
         replace(plan, words=part, scales=scale[: plan.spec.coefficient_shape[0]])
-        for plan, part, scale in zip(plans, words.split(rows), scales.split(rows), strict=True)
+        for plan, part, scale in zip(plans, parts, scales.split(rows), strict=True)
     )
     return GroupPlan(
         members, rows, replace(plans[0], words=words, scales=scales, top=triton_linear.power_above(scales))
@@ -73,8 +74,8 @@ def join(plans: Sequence[TritonPlan]) -> GroupPlan:
 
 
 def _row_scales(plan: TritonPlan) -> Tensor:
-    """A scale for each row of words; the rows that pad a trellis have 0."""
-    scales = torch.zeros((len(plan.words), 1), dtype=plan.scales.dtype, device=plan.scales.device)
+    """A scale for each row of coefficients; the rows that pad a trellis have 0."""
+    scales = torch.zeros((plan.rows, 1), dtype=plan.scales.dtype, device=plan.scales.device)
     scales[: plan.spec.coefficient_shape[0]] = plan.scales
     return scales
 
@@ -85,6 +86,7 @@ def stored(plan: TritonPlan) -> dict[str, Tensor]:
     return {
         "packed_codes": stored_bytes(plan.words, plan.spec, plan.layout),
         "scales": plan.scales[: shape[0]].clone(),
+        **{name: tensor.clone() for name, tensor in plan.kept.items()},
     }
 
 

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from framequant.codes.trellis_storage import decode_factors
 from framequant.frames import FrameOperator
 from framequant.kernels import launches, prompt_ops, reference
 from framequant.kernels import triton_ops as operators
 from framequant.kernels.transform_plan import TransformPlan, transform_plan
-from framequant.kernels.words import WordLayout, to_words, word_layout
+from framequant.kernels.words import WordLayout, row_shifts, to_words, word_layout
 from framequant.spec import LinearSpec
 
 #: Relative difference from plain torch in float32 above which a kernel counts as wrong.
@@ -41,11 +42,13 @@ class TritonPlan:
         spec: the linear.
         layout: of its words.
         words: the codes, int32 for a trellis, else int16.
-        scales: as stored, contiguous.
+        scales: (rows, 1) or (1, 1), contiguous: as stored, or in float32 with the rows' factors multiplied in.
         top: (1,) float32, a power of two above all scales.
         into: plan of analysis.
         out: plan of synthesis.
         bias: (out_features,) or None.
+        shifts: ``words.row_shifts``.
+        kept: stored tensors that ``words`` and ``scales`` do not give back, by name.
     """
 
     spec: LinearSpec
@@ -56,6 +59,13 @@ class TritonPlan:
     into: TransformPlan
     out: TransformPlan
     bias: Tensor | None
+    shifts: Tensor | None = None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows of coefficients in ``words``, those included that pad a trellis."""
+        return self.layout.rows(len(self.words))
 
     def codes(self, tokens: int) -> Tensor:
         """The words as the product takes them for so many tokens: bytes for few tokens of scalar codes."""
@@ -75,7 +85,8 @@ class TritonPlan:
     @property
     def code(self) -> list[int]:
         """The ``layout`` of a prompt's product."""
-        return [int(self.layout.trellis), self.layout.bits, self.layout.multiplier, self.layout.addend]
+        layout = self.layout
+        return [int(layout.trellis), layout.bits, layout.multiplier, layout.addend, layout.pattern]
 
     def numbers(self, words: Tensor) -> list[int]:
         """The ``layout`` of the product of few tokens."""
@@ -99,8 +110,14 @@ def triton_plan(
     scales = tensors["scales"]
     if scales.numel() not in (1, spec.coefficient_shape[0]):
         return None
+    kept = {name: tensors[name] for name in ("scales", "row_factors") if "row_factors" in tensors}
+    if kept:
+        scales = scales * decode_factors(tensors["row_factors"], scales.dtype)
     words = to_words(tensors["packed_codes"], spec, layout)
-    return TritonPlan(spec, layout, words, scales.contiguous(), power_above(scales), into, out, bias)
+    shifts = row_shifts(layout, device)
+    return TritonPlan(
+        spec, layout, words, scales.contiguous(), power_above(scales), into, out, bias, shifts, kept
+    )
 
 
 def power_above(scales: Tensor) -> Tensor:
@@ -163,7 +180,10 @@ def _multiply(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int) -> tuple[Ten
         x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
         words.dtype == torch.int8,
     )  # fmt: skip
-    return operators.product(words, z, sums, plan.scales, rows, plan.numbers(words), plan.layout.factor), unit
+    products = operators.product(
+        words, z, sums, plan.scales, plan.shifts, rows, plan.numbers(words), plan.layout.factor
+    )
+    return products, unit
 
 
 def _synthesise(

@@ -107,15 +107,23 @@ def product_launch(trellis: bool, as_bytes: bool, rows: int, count: int, tokens:
 
 @torch.library.custom_op("framequant::product", mutates_args=())
 def product(
-    words: Tensor, z: Tensor, sums: Tensor, scales: Tensor, rows: int, layout: list[int], factor: float
+    words: Tensor,
+    z: Tensor,
+    sums: Tensor,
+    scales: Tensor,
+    shifts: Tensor | None,
+    rows: int,
+    layout: list[int],
+    factor: float,
 ) -> Tensor:
     """``D̃ z`` as partial sums, float32 (splits, tokens, rows).
 
-    ``layout`` holds: trellis or not, bits, multiplier, addend, words of a row that are codes, words from row to row.
+    ``layout`` holds: trellis or not, bits, multiplier, addend, pattern, words of a row that are codes, words from row
+    to row (``WordLayout``). ``shifts`` are those of ``words.row_shifts``.
     Words are int32 for a trellis, with coefficients as halves; int16 for scalar codes, with halves, too; or int8, with
     coefficients as planes.
     """
-    trellis, bits, multiplier, addend, count, stride = layout
+    trellis, bits, multiplier, addend, pattern, count, stride = layout
     as_bytes = words.dtype == torch.int8
     tokens, early = z.shape[0], _early(z.device)
     how = product_launch(bool(trellis), as_bytes, rows, count, tokens)
@@ -128,8 +136,9 @@ def product(
     options |= {"PARTS": parts, "PADDED_PARTS": 1 << (parts - 1).bit_length()}
     if not as_bytes:
         half_product[(blocks, how.splits, -(-tokens // tile.columns))](
-            words, z, sums, scales, u, rows, count, stride, how.span, tokens, factor, TRELLIS=bool(trellis),
-            MULTIPLIER=multiplier, ADDEND=addend, CENTRED=not trellis, PREFETCH=0, **options,
+            words, z, sums, scales, scales if shifts is None else shifts, u, rows, count, stride, how.span, tokens,
+            factor, TRELLIS=bool(trellis),
+            MULTIPLIER=multiplier, ADDEND=addend, PATTERN=pattern, CENTRED=not trellis, PREFETCH=0, **options,
         )  # fmt: skip
         return u
     byte_product[(blocks, how.splits, -(-tokens * 4 // tile.columns))](
@@ -140,8 +149,8 @@ def product(
 
 
 @product.register_fake
-def _(words, z, sums, scales, rows, layout, factor):  # type: ignore[no-untyped-def]
-    how = product_launch(bool(layout[0]), words.dtype == torch.int8, rows, layout[4], z.shape[0])
+def _(words, z, sums, scales, shifts, rows, layout, factor):  # type: ignore[no-untyped-def]
+    how = product_launch(bool(layout[0]), words.dtype == torch.int8, rows, layout[5], z.shape[0])
     return z.new_empty((how.splits, z.shape[0], rows), dtype=torch.float32)
 
 
