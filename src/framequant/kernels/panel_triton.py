@@ -100,7 +100,7 @@ def decode_panel(
     """Decode BR * STEPS rows by BK words, or half rows of trellis tiles; see the module's text.
 
     Args:
-        words_ptr: int16 (rows, stride); for a trellis int32 (words of a tile * tiles down, stride), from a tile's first.
+        words_ptr: int16 (rows, stride); for a trellis int32 (words of a tile * tiles down, stride), whole tiles.
         scale_ptr: scales, (rows,) or one.
         top_ptr: a power of two above all scales, float32.
         panel_ptr: halves (rows, width).
