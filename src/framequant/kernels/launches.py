@@ -167,7 +167,16 @@ def panel_rows(rows: int, width: int, tokens: int) -> int:
 PROMPT_REGISTERS = 128
 
 
-def prompt_warps(sizes: list[int]) -> int:
-    """Warps of a program that makes a whole token: 64 float32 registers of each thread for the padded vector."""
+def vector_warps(sizes: list[int]) -> int:
+    """Warps of a program that makes one index of the first axis: a thread has 32 of the vector, 64 of the last matrix."""
     first, second, third_in, third_out = sizes[4:]
-    return min(16, max(2, first * second * max(third_in, third_out) // 2048))
+    return min(16, max(4, first * second * third_in // 1024, third_in * third_out // 2048))
+
+
+def prompt_warps(sizes: list[int]) -> int:
+    """Warps of a program that makes a whole token: 64 float32 registers of each thread for the padded vector.
+
+    And no more than 64 for the last matrix, as halves.
+    """
+    first, second, third_in, third_out = sizes[4:]
+    return min(16, max(2, first * second * max(third_in, third_out) // 2048, third_in * third_out // 4096))

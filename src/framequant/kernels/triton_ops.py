@@ -38,7 +38,7 @@ def _transform(tokens: int, sizes: list[int], arguments: tuple[Any, ...], rows: 
     early = _early(arguments[0].device)
     options |= {"PDL": early, "launch_pdl": early}
     if tokens <= launches.VECTOR_TOKENS:
-        warps = min(16, max(4, sizes[4] * sizes[5] * sizes[6] // 1024))
+        warps = launches.vector_warps(sizes)
         vector_transform[(tokens, sizes[0])](*arguments, *sizes, **options, num_warps=warps)
         return
     tiled_transform[(tokens, rows // ROWS)](*arguments, *sizes, ROWS=ROWS, LOW=True, **options, num_warps=8)
