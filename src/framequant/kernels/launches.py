@@ -168,7 +168,7 @@ PROMPT_REGISTERS = 128
 
 
 def vector_warps(sizes: list[int]) -> int:
-    """Warps of a program that makes one index of the first axis: a thread has 32 of the vector, 64 of the last matrix."""
+    """Warps of a program that makes one index of the first axis: 32 of the vector a thread, 64 of the last matrix."""
     first, second, third_in, third_out = sizes[4:]
     return min(16, max(4, first * second * third_in // 1024, third_in * third_out // 2048))
 
