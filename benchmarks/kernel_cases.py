@@ -54,7 +54,7 @@ class Case:
         self.words = [to_words(packed, self.spec, self.layout) for packed in self.packed]
         if as_bytes:
             self.words = [words.view(torch.int8) for words in self.words]
-        self.count = -(-self.cols * self.layout.bits // 8) if as_bytes else self.layout.words
+        self.count = -(-self.cols * self.layout.bits // 8) if as_bytes else self.layout.length
         self.interleave = 8 // self.layout.bits if as_bytes else self.layout.codes_per_word
         scales = torch.rand(storage.layout(self.spec)["scales"][0], device=DEVICE) * 0.1 + 0.05
         self.scales = scales.to(storage.layout(self.spec)["scales"][1])
@@ -109,8 +109,8 @@ class Case:
         product[(-(-self.rows // rows), splits, -(-tokens // columns))](
             words, self.z, sums, self.scales, self.scales if self.shifts is None else self.shifts, self.u, self.rows,
             self.count, lay.stride, span, tokens, lay.factor, TRELLIS=lay.trellis, BITS=lay.bits,
-            MULTIPLIER=lay.multiplier, ADDEND=lay.addend, PATTERN=lay.pattern, CENTRED=not lay.trellis,
-            ROW_SCALES=scaled, PREFETCH=ahead, **tile,
+            MULTIPLIER=lay.multiplier, ADDEND=lay.addend, PATTERN=lay.pattern, LEVELS=lay.levels,
+            CENTRED=not lay.trellis, ROW_SCALES=scaled, PREFETCH=ahead, **tile,
         )  # fmt: skip
 
     def transform(

@@ -90,6 +90,7 @@ model = make_model(code, count=1)
 state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 launches.FEW_TOKENS = 4
 launches.panel_tile = lambda _: launches.PanelTile(32, 16, 32, 4)  # the interpreter is slow
+launches.PACKED_PANEL_TILE = launches.PanelTile(16, 16, 128, 4)
 one, many = torch.randn(1, 64).half(), torch.randn(6, 64).half()
 before, expected = (run(set_backend(model, "triton"), x) for x in (one, many))
 made = fuse_(model)
@@ -120,7 +121,7 @@ print("all right")
 """
 
 
-@pytest.mark.parametrize("code", [0, 5])
+@pytest.mark.parametrize("code", [0, 4, 5, 7])
 def test_fused_linears_through_the_interpreter(code):
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

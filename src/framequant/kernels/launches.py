@@ -134,6 +134,14 @@ def half_tile(trellis: bool, rows: int, tokens: int, compiled: bool) -> Tile:
     return Tile(128, 32, 32, 2, 8, 512)
 
 
+def packed_tile(codes: int, tokens: int, compiled: bool) -> Tile:
+    """For scalar codes in planes; so many ``codes`` are a unit, and as many tiles of coefficients are a step's."""
+    columns = 8 if tokens <= 8 and compiled else 16
+    if codes == 16 and tokens > 16:
+        columns = 32 if tokens <= 32 else 64
+    return Tile(64, 32, columns, 3 if codes * columns <= 256 else 2, 4, 512)
+
+
 class PanelTile(NamedTuple):
     """What one program decodes: ``rows`` of ``words``, of which ``step`` rows at a time; and its warps."""
 
@@ -150,6 +158,10 @@ def panel_tile(trellis: bool) -> PanelTile:
     memory.
     """
     return PanelTile(16, 1, 64, 2) if trellis else PanelTile(16, 2, 64, 4)
+
+
+#: The same for codes in planes: a word a thread, all rows at a time.
+PACKED_PANEL_TILE = PanelTile(4, 4, 128, 4)
 
 
 def panel_rows(rows: int, width: int, tokens: int) -> int:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from framequant.kernels.packed_triton import is_plain, num_planes, packed_fields, unit_codes
 from framequant.kernels.trellis_triton import (
     is_aligned,
     loaded_words,
@@ -61,8 +62,11 @@ def _trellis_values(
 
 @triton.jit
 def _values(w, ratio, INDEX: tl.constexpr, BITS: tl.constexpr):
-    """The INDEX-th levels of words of scalar codes times their row's ratio, halves."""
-    code = (w.to(tl.uint32) >> (BITS * INDEX)) & ((1 << BITS) - 1)
+    """The INDEX-th levels of words, or units, of scalar codes times their row's ratio, halves."""
+    if is_plain(BITS):
+        code = (w[0].to(tl.uint32) >> (BITS * INDEX)) & ((1 << BITS) - 1)
+    else:
+        code = packed_fields(w, INDEX, BITS).to(tl.uint32)
     one_and_code = ((code << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)  # 1 + code / 2**BITS
     return (one_and_code * ratio - (1.0 + ((1 << BITS) - 1) / (2 << BITS)) * ratio).to(tl.float16)
 
@@ -97,16 +101,16 @@ def decode_panel(
     TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
     PATTERN: tl.constexpr, ROW_SCALES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Decode BR * STEPS rows by BK words, or half rows of trellis tiles; see the module's text.
+    """Decode BR * STEPS rows by BK words, units, or half rows of trellis tiles; see the module's text.
 
     Args:
-        words_ptr: int16 (rows, stride); for a trellis int32 (words of a tile * tiles down, stride), whole tiles.
+        words_ptr: int16 (rows, planes, stride), or int32 (words of a tile * tiles down, stride) of a trellis.
         scale_ptr: scales, (rows,) or one.
         top_ptr: a power of two above all scales, float32.
         panel_ptr: halves (rows, width).
         width: coefficients of a row and what fills it up to a multiple of 16; the filling is finite.
     """
-    codes: tl.constexpr = RUN if TRELLIS else 16 // BITS
+    codes: tl.constexpr = RUN if TRELLIS else unit_codes(1 << BITS, BITS)
     k = tl.program_id(0) * BK + tl.arange(0, BK)
     column = tl.program_id(0) * (BK * codes) + tl.arange(0, BK * codes)
     word = k // 2 if TRELLIS else k
@@ -117,7 +121,10 @@ def decode_panel(
         if TRELLIS:
             w = _runs(words_ptr, r, k, there, stride, BITS, PATTERN)
         else:
-            w = tl.load(words_ptr + (r.to(tl.int64) * stride)[:, None] + k[None, :], mask=there, other=0)
+            w = ()
+            for i in tl.static_range(num_planes(BITS)):
+                place = (r.to(tl.int64) * num_planes(BITS) + i) * stride
+                w += (tl.load(words_ptr + place[:, None] + k[None, :], mask=there, other=0),)
         if ROW_SCALES:
             ratio = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) * over_top
         else:

@@ -1,11 +1,12 @@
 """The product with packed codes, ``u = D̃ z``: codes become halves in registers and go to the tensor cores.
 
-Codes lie in words: 16 bits hold ``16 / BITS`` scalar codes of a row, and the 32-bit words of adjacent trellis tiles
-lie side by side (``words.py``). Coefficients come transposed to match, ``z[token, i, word]``: the i-th codes of
-adjacent words, or tiles, stand beside adjacent coefficients, so the loop over ``i`` takes one shift and mask for two
-codes and no data moves between threads. A scalar code is or-ed into the mantissa of 1.0, giving ``1 + code / 2**BITS``,
-from which one packed subtraction makes an exact multiple of the centred level. How trellis states are cut out of words
-is told in ``trellis_triton.py``; their levels are exact too. Scales act on the float32 sums.
+Codes lie in words (``words.py``): 16 bits hold ``16 / BITS`` scalar codes of a row, of other widths BITS planes of
+16-bit words hold units, and the 32-bit words of adjacent trellis tiles lie side by side. Coefficients come transposed
+to match, ``z[token, i, word]``: the i-th codes of adjacent words, units or tiles stand beside adjacent coefficients,
+and the loop over ``i`` takes one shift and mask for two codes and no data moves between threads. A scalar code is or-
+ed into the mantissa of 1.0, giving ``1 + code / 2**BITS``, from which one packed subtraction makes an exact multiple
+of the centred level. How codes come out of units is told in ``packed_triton.py``, how trellis states are cut out of
+words in ``trellis_triton.py``; their levels are exact too. Scales act on the float32 sums.
 
 With few tokens the columns are split over programs (``program_id(1)``) and the partial sums are written side
 by side: synthesis adds them in a fixed order. The interpreter takes plain Triton where the compiled kernel
@@ -17,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from framequant.kernels.packed_triton import is_plain, num_planes, packed_levels, unit_codes
 from framequant.kernels.trellis_triton import (
     is_aligned,
     levels,
@@ -79,16 +81,16 @@ def product(
     rows, words, stride, span, tokens, factor,
     PARTS: tl.constexpr, PADDED_PARTS: tl.constexpr,
     TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
-    PATTERN: tl.constexpr, CENTRED: tl.constexpr, ROW_SCALES: tl.constexpr,
+    PATTERN: tl.constexpr, LEVELS: tl.constexpr, CENTRED: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, one span of words, one block of tokens; see the module's text.
 
     Args:
-        words_ptr: int16 (rows, stride); int32 (words of a tile * tiles down, stride) for a trellis. ``words`` of a row
-            are codes.
-        z_ptr: halves (tokens, 16 / BITS or 16, words).
+        words_ptr: int16 (rows, planes, stride); int32 (words of a tile * tiles down, stride) for a trellis. ``words``
+            of a row, or of a plane of it, meet coefficients; see ``WordLayout.length``.
+        z_ptr: halves (tokens, codes of a word, unit or row of a tile, words).
         sum_ptr: float32 (tokens, parts): sums of a token's halves; read without CENTRED only.
         scale_ptr: scales, (rows,) or one.
         shift_ptr: int32 (16,), ``words.row_shifts`` of a trellis. Only what is loaded is moved to the threads that the
@@ -99,7 +101,10 @@ def product(
     """
     let_next_start(PDL)
     block, split, column_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    codes: tl.constexpr = 16 if TRELLIS else 16 // BITS
+    codes: tl.constexpr = 16 if TRELLIS else unit_codes(LEVELS, BITS)
+    stride = stride // 8 * 8  # as it is anyway; so the compiler knows that vectors can be loaded
+    if TRELLIS or not is_plain(BITS):
+        words = words // 8 * 8
     r = block * BR + tl.arange(0, BR)
     start = split * span
     stop = tl.minimum(start + span, words)  # the last step may reach into the next program's words
@@ -117,7 +122,9 @@ def product(
             place = (r // 16).to(tl.int64) * tile_words(PATTERN) + word_around(word, i, PATTERN)
             w_at += (words_ptr + (place * stride)[:, None] + k[None, :],)
     else:
-        w_at += (words_ptr + (r.to(tl.int64) * stride)[:, None] + k[None, :],)
+        for i in tl.static_range(num_planes(BITS)):
+            place = r.to(tl.int64) * num_planes(BITS) + i
+            w_at += (words_ptr + (place * stride)[:, None] + k[None, :],)
     z_at = z_ptr + (n.to(tl.int64) * (codes * words))[None, :] + k[:, None]
     few = n[None, :] < tokens
     wait_for_previous(PDL)
@@ -131,8 +138,14 @@ def product(
         if TRELLIS:
             w = moved(w, shift[:, None], moved_words(PATTERN, codes, BITS), is_aligned(PATTERN, codes))
         piece = tl.zeros([BR, BN], tl.float32)  # tensor cores cut off what they add, so chains are kept short
-        for i in tl.static_range(codes):
-            if not TRELLIS:
+        for i in tl.static_range(codes if TRELLIS or is_plain(BITS) else 16):
+            if not TRELLIS and not is_plain(BITS):
+                several = packed_levels(w, i, LEVELS, BITS)
+                for j in tl.static_range(len(several)):
+                    code = len(several) * (i + 1) - 1 - j
+                    z = tl.load(z_at + (code * words + done), mask=inside, other=0.0)
+                    piece = tl.dot(several[j], z, piece)
+            elif not TRELLIS:
                 z = tl.load(z_at + (i * words + done), mask=inside, other=0.0)
                 piece = tl.dot(scalar_levels(w[0], i, BITS, CENTRED), z, piece)
             elif partner(PATTERN, codes, BITS, i) != -2:

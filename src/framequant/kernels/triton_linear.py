@@ -69,7 +69,7 @@ class TritonPlan:
 
     def codes(self, tokens: int) -> Tensor:
         """The words as the product takes them for so many tokens: bytes for few tokens of scalar codes."""
-        few = not self.layout.trellis and tokens <= launches.BYTE_TOKENS
+        few = not self.layout.trellis and self.layout.planes == 1 and tokens <= launches.BYTE_TOKENS
         return self.words.view(torch.int8) if few else self.words
 
     def interleave(self, words: Tensor) -> int:
@@ -77,20 +77,27 @@ class TritonPlan:
         return 8 // self.layout.bits if words.dtype == torch.int8 else self.layout.codes_per_word
 
     def count(self, words: Tensor) -> int:
-        """Words, or bytes, of a row that are codes."""
+        """Words, or bytes, of a row that meet coefficients."""
         if words.dtype != torch.int8:
-            return self.layout.words
+            return self.layout.length
         return -(-self.spec.coefficient_shape[1] * self.layout.bits // 8)
 
     @property
     def code(self) -> list[int]:
         """The ``layout`` of a prompt's product."""
         layout = self.layout
-        return [int(layout.trellis), layout.bits, layout.multiplier, layout.addend, layout.pattern]
+        return [
+            int(layout.trellis),
+            layout.bits,
+            layout.multiplier,
+            layout.addend,
+            layout.pattern,
+            layout.levels,
+        ]
 
     def numbers(self, words: Tensor) -> list[int]:
         """The ``layout`` of the product of few tokens."""
-        return [*self.code, self.count(words), words.shape[1]]
+        return [*self.code, self.count(words), words.shape[1] // self.layout.planes]
 
 
 def triton_plan(

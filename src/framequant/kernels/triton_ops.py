@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from framequant.kernels import launches
-from framequant.kernels.launches import Launch, Tile
+from framequant.kernels.launches import Launch
+from framequant.kernels.packed_triton import is_plain, unit_codes
 from framequant.kernels.product_bytes_triton import byte_product
 from framequant.kernels.product_triton import product as half_product
 from framequant.kernels.transform_plan import ROWS
@@ -97,11 +98,15 @@ def _(x, signs, matrices, sizes, norm, interleave, count, planes):  # type: igno
     )
 
 
-def product_launch(trellis: bool, as_bytes: bool, rows: int, count: int, tokens: int) -> Launch:
-    """Tile and splits of the product."""
+def product_launch(layout: list[int], as_bytes: bool, rows: int, tokens: int) -> Launch:
+    """Tile and splits of the product; ``layout`` as ``product`` takes it."""
+    trellis, bits, _, _, _, levels, count, _ = layout
     if as_bytes:
         return launches.launch(launches.byte_tile(rows, tokens), rows, count, 4 * tokens)
-    tile: Tile = launches.half_tile(trellis, rows, tokens, bool(COMPILED))
+    if trellis or is_plain(bits):
+        tile = launches.half_tile(bool(trellis), rows, tokens, bool(COMPILED))
+    else:
+        tile = launches.packed_tile(unit_codes(levels, bits), tokens, bool(COMPILED))
     return launches.launch(tile, rows, count, tokens)
 
 
@@ -118,15 +123,15 @@ def product(
 ) -> Tensor:
     """``D̃ z`` as partial sums, float32 (splits, tokens, rows).
 
-    ``layout`` holds: trellis or not, bits, multiplier, addend, pattern, words of a row that are codes, words from row
-    to row (``WordLayout``). ``shifts`` are those of ``words.row_shifts``.
+    ``layout`` holds: trellis or not, bits, multiplier, addend, pattern, levels, words of a row that meet coefficients,
+    words from row to row (``WordLayout``). ``shifts`` are those of ``words.row_shifts``.
     Words are int32 for a trellis, with coefficients as halves; int16 for scalar codes, with halves, too; or int8, with
     coefficients as planes.
     """
-    trellis, bits, multiplier, addend, pattern, count, stride = layout
+    trellis, bits, multiplier, addend, pattern, levels, count, stride = layout
     as_bytes = words.dtype == torch.int8
     tokens, early = z.shape[0], _early(z.device)
-    how = product_launch(bool(trellis), as_bytes, rows, count, tokens)
+    how = product_launch(layout, as_bytes, rows, tokens)
     tile = how.tile
     u = torch.empty((how.splits, tokens, rows), dtype=torch.float32, device=z.device)
     options = {"BITS": bits, "ROW_SCALES": scales.numel() > 1, "BR": tile.rows, "BK": tile.step, "BN": tile.columns,
@@ -138,7 +143,8 @@ def product(
         half_product[(blocks, how.splits, -(-tokens // tile.columns))](
             words, z, sums, scales, scales if shifts is None else shifts, u, rows, count, stride, how.span, tokens,
             factor, TRELLIS=bool(trellis),
-            MULTIPLIER=multiplier, ADDEND=addend, PATTERN=pattern, CENTRED=not trellis, PREFETCH=0, **options,
+            MULTIPLIER=multiplier, ADDEND=addend, PATTERN=pattern, LEVELS=levels, CENTRED=not trellis, PREFETCH=0,
+            **options,
         )  # fmt: skip
         return u
     byte_product[(blocks, how.splits, -(-tokens * 4 // tile.columns))](
@@ -150,7 +156,7 @@ def product(
 
 @product.register_fake
 def _(words, z, sums, scales, shifts, rows, layout, factor):  # type: ignore[no-untyped-def]
-    how = product_launch(bool(layout[0]), words.dtype == torch.int8, rows, layout[5], z.shape[0])
+    how = product_launch(layout, words.dtype == torch.int8, rows, z.shape[0])
     return z.new_empty((how.splits, z.shape[0], rows), dtype=torch.float32)
 
 
