@@ -8,6 +8,7 @@ import torch
 
 from framequant import storage
 from framequant.codes.grid import GridSpec
+from framequant.codes.packing import pack_codes
 from framequant.codes.trellis import TrellisSpec
 from framequant.frames import build_frame, choose_frame
 from framequant.kernels.product_bytes_triton import byte_product
@@ -25,6 +26,17 @@ COLD = 160e6  # bytes of codes to run through: more than twice the L2 cache of a
 MULTIPROCESSORS = 132
 
 Config = tuple[int, int, int, int, int]  # rows, words or bytes, columns of a tile; stages; warps
+
+
+def random_bytes(spec: LinearSpec) -> torch.Tensor:
+    """Stored bytes of random codes."""
+    shape = storage.layout(spec)["packed_codes"][0]
+    if isinstance(spec.code, GridSpec) and spec.code.num_levels.bit_count() > 1:  # not every byte is one
+        codes = torch.randint(
+            0, spec.code.num_levels, spec.coefficient_shape, dtype=torch.uint8, device=DEVICE
+        )
+        return pack_codes(codes, spec.code.num_levels)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
 
 
 class Case:
@@ -50,7 +62,7 @@ class Case:
         stored = storage.layout(self.spec)["packed_codes"][0]
         self.bytes = stored[0] * stored[1]
         copies = max(1, min(48, -(-int(cold) // self.bytes)))
-        self.packed = [torch.randint(0, 256, stored, dtype=torch.uint8, device=DEVICE) for _ in range(copies)]
+        self.packed = [random_bytes(self.spec) for _ in range(copies)]
         self.words = [to_words(packed, self.spec, self.layout) for packed in self.packed]
         if as_bytes:
             self.words = [words.view(torch.int8) for words in self.words]

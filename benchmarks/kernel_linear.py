@@ -36,6 +36,7 @@ CODES: dict[str, tuple[GridSpec | TrellisSpec, float]] = {
     "scalar": (SCALAR, 1.125),
     "trellis": (TRELLIS, 1.0),
 }
+CODES |= {f"levels{n}": (GridSpec("uniform", n, "symmetric"), 1.125) for n in (5, 8)}
 CODES |= {f"trellis{rate}": (TrellisSpec(12, rate_pattern(rate)), 1.0) for rate in RATES}
 PARTS_OF_PROMPT = 2048  # tokens of the prompt whose operators are timed one by one, and with other launches
 Patch = dict[tuple[Any, str], Any]  # module, name and value for the while
@@ -52,6 +53,8 @@ def tiles(name: str, *found: Tile) -> list[tuple[str, dict[tuple[Any, str], Any]
 
 def one_token(code: str, shape: tuple[int, int]) -> list[Found]:
     """Several tiles of the product."""
+    if code.startswith("levels"):
+        return tiles("packed_tile", Tile(64, 32, 8, 2, 4, 1024), Tile(32, 32, 8, 2, 2, 1024))
     if code != "scalar":
         return tiles(
             "half_tile", Tile(64, 32, 8, 2, 4, 1100), Tile(64, 32, 8, 3, 4, 1100), Tile(32, 32, 8, 3, 2, 1100)
@@ -92,6 +95,8 @@ def variants(code: str, shape: tuple[int, int], tokens: int) -> list[Found]:
         return prompt(tokens)
     if tokens == 1:
         return one_token(code, shape)
+    if code.startswith("levels"):
+        return []
     if code != "scalar":
         return tiles(
             "half_tile",

@@ -1,7 +1,7 @@
 """The Triton operators through ``FrameLinear`` on a GPU: error against float64 beside plain torch's; graphs, compiled.
 
     PYTHONPATH=src:. python benchmarks/operators_check.py          # or --part 0/8 ... 7/8, side by side
-    PYTHONPATH=src:. python benchmarks/operators_check.py --rates 1.5 2.25 3     # trellises of these rates alone
+    PYTHONPATH=src:. python benchmarks/operators_check.py --rates 1.5 2.25 3 --levels 5 8     # these codes alone
 
 Every line that ends in !! is a failure.
 """
@@ -14,6 +14,7 @@ from itertools import product
 import torch
 from tests.kernels.test_cpu import CODES, make_layer
 
+from framequant.codes.grid import GridSpec
 from framequant.codes.trellis import TrellisSpec, rate_pattern
 
 SHAPES = ((576, 192), (4096, 4096), (4096, 11008), (11008, 4096))
@@ -32,7 +33,7 @@ def check(code: object, shape: tuple[int, int], tokens: int, dtype: torch.dtype)
     error = float((layer(x).double() - exact).norm() / exact.norm())
     used = isinstance(layer._prepared[2], triton_linear.TritonPlan) and all(triton_linear._verdicts.values())
     mark = "" if used and error <= 2 * torchs else " !!"
-    name = f"trellis {code.rate:g}" if isinstance(code, TrellisSpec) else "scalar"
+    name = f"trellis {code.rate:g}" if isinstance(code, TrellisSpec) else f"scalar {code.num_levels}"
     print(f"{shape} {name} {tokens} {dtype}: {error:.2e}, torch {torchs:.2e}, used {used}{mark}")
 
 
@@ -73,10 +74,13 @@ def compiled(code: object) -> None:
         print(f"compiled, {tokens} tokens:", "same bits" if same else "!! differs", flush=True)
 
 
-def jobs(tokens: list[int], rates: list[float]) -> list[tuple[object, tuple[int, int], int, torch.dtype]]:
+def jobs(
+    tokens: list[int], rates: list[float], levels: list[int]
+) -> list[tuple[object, tuple[int, int], int, torch.dtype]]:
     """Codes, shapes, tokens and dtypes; of rates, every other trellis with factors of its rows."""
-    if rates:
-        codes = [TrellisSpec(12, rate_pattern(rate), row_factors=i % 2 == 0) for i, rate in enumerate(rates)]
+    if rates or levels:
+        codes: list[TrellisSpec | GridSpec] = [GridSpec("uniform", count, "symmetric") for count in levels]
+        codes += [TrellisSpec(12, rate_pattern(rate), row_factors=i % 2 == 0) for i, rate in enumerate(rates)]
         return list(product(codes, RATE_SHAPES, tokens, (torch.float16,)))
     return list(product((CODES[0], CODES[5]), SHAPES, tokens, (torch.bfloat16, torch.float16)))
 
@@ -86,6 +90,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--part", default="0/1")
+    parser.add_argument("--levels", type=int, nargs="+", default=[], help="of scalar codes; likewise")
     parser.add_argument(
         "--rates", type=float, nargs="+", default=[], help="of trellises; no other codes then"
     )
@@ -93,7 +98,7 @@ def main() -> None:
     arguments = parser.parse_args()
     index, count = map(int, arguments.part.split("/"))
     torch.manual_seed(0)
-    for job in jobs(arguments.tokens, arguments.rates)[index::count]:
+    for job in jobs(arguments.tokens, arguments.rates, arguments.levels)[index::count]:
         try:
             check(*job)
         except Exception as error:
