@@ -35,7 +35,7 @@ def test_presets_survive_json(name):
         ({"overrides": {"q": {"bist": 3}}}, "unknown setting 'bist'. Did you mean 'bits'"),
         ({"overrides": {"q": {"seed": 3}}}, "cannot be overridden"),
         ({"code": "trellis", "column_order": "descending"}, "column_order"),
-        ({"output_hadamard_block": 48}, "expected one of 16, 32"),
+        ({"output_hadamard_block": 48}, "expected one of 8, 16"),
         ({"output_hadamard_block": True}, "expected an integer or nothing"),
         ({"output_hadamard_block": 32, "two_sided": True}, "two_sided = false"),
         (

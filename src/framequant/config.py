@@ -25,7 +25,7 @@ from framequant.frames import FrameKind
 
 CONFIG_VERSION = 1
 DEFAULT_SWEEPS = 2
-OUTPUT_HADAMARD_BLOCKS = (16, 32, 64, 128, 256, 512, 1024)
+OUTPUT_HADAMARD_BLOCKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class CodeKind(StrEnum):
@@ -81,9 +81,9 @@ class FrameQuantConfig:
         two_sided: the same redundancy on the output side too, as the paper has it; costs ``bits · r²``.
         frame: transform before the code: "fusion" (tight fusion frame after a randomized Hadamard transform),
             "hadamard" (that transform alone, r = 1), "identity" (none); "harmonic" for Sigma-Delta codes only.
-        output_hadamard_block: rotate outputs by Hadamard transforms of so many consecutive outputs, a power of two from
-            16 to 1024, instead of one of all outputs; linears whose outputs it does not divide keep that one. Inference
-            on a GPU then ends with the product. None for one transform.
+        output_hadamard_block: rotate outputs by Hadamard transforms of so many outputs, a power of two from 8 to 1024,
+            instead of one of all; linears whose outputs it does not divide keep that one. With 16 to 128 inference on a
+            GPU ends with the product. None for one transform.
         code: "scalar", "trellis" or "sigma_delta".
         grid: scalar codebook: "min_max", "sigma_clip", "uniform", "lloyd_max", "search".
         levels: number of scalar levels, 2…16, instead of 2**bits; 5 levels take 7/3 bits. Sigma-Delta: 2K, even,

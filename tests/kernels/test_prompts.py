@@ -135,7 +135,8 @@ for trellis in (False, True):
              "panel_ptr": "*fp16", "rows": "i32", "stride": "i32", "width": "i32"}
     constants = {"TRELLIS": trellis, "BITS": 12 if trellis else 2, "MULTIPLIER": book.multiplier,
                  "ADDEND": book.addend, "ROW_SCALES": True, "BR": tile.step, "BK": tile.words,
-                 "STEPS": tile.rows // tile.step}
+                 "STEPS": tile.rows // tile.step, "places_ptr": None, "signs_ptr": None, "matrix_ptr": None,
+                 "gain": 1.0, "first": 0, "BLOCK": 0}
     text = ptx(panel_triton.decode_panel, types, constants, num_warps=tile.warps)
     assert "st.global.v4.b32" in text and "st.global.b16" not in text
 types = dict.fromkeys("x_ptr signs_ptr m0_ptr m1_ptr m2_ptr bias_ptr top_ptr out_ptr unit_ptr".split(), "*fp16")
@@ -144,7 +145,7 @@ types |= {"signs_ptr": "*i8", "top_ptr": "*fp32", "unit_ptr": "*fp32", "x_stride
 for sizes in ([64, 1, 64, 72, 64, 1, 64, 128], [43, 16, 16, 16, 64, 16, 16, 16]):
     constants = dict(zip("F0 F1 F2_IN F2_OUT P0 P1 P2_IN P2_OUT".split(), sizes))
     for analysis in (True, False):
-        constants |= {"ANALYSIS": analysis, "BIAS": not analysis}
+        constants |= {"ANALYSIS": analysis, "BIAS": not analysis, "PLAIN": False}
         text = ptx(prompt_transform_triton.prompt_transform, types, constants,
                    num_warps=launches.prompt_warps(sizes), maxnreg=launches.PROMPT_REGISTERS)
         assert "st.global.v4.b32" in text or "st.global.v2.b32" in text

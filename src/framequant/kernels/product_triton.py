@@ -205,12 +205,11 @@ def product(
         prefetch(words_ptr + tl.minimum(r, rows - 1).to(tl.int64) * stride + start, PREFETCH)
     r = tl.minimum(r, rows - 1)
     above = (r & -16) | ((r - 1) & 15)
-    row, row_above, word, coefficient, column = (
-        r.to(tl.int64)[:, None], above.to(tl.int64)[:, None], k[None, :], k[:, None], n[None, :],
-    )  # fmt: skip
+    row, row_above, every = r.to(tl.int64)[:, None], above.to(tl.int64)[:, None], (r >= 0)[:, None]
+    word, coefficient, column = k[None, :], k[:, None], n[None, :]
     if GROUPS > 1:
         group = tl.arange(0, GROUPS)[:, None, None] * BK
-        row, row_above, column = row[None], row_above[None], column[None]
+        row, row_above, every, column = row[None], row_above[None], every[None], column[None]
         word, coefficient = word[None] + group, coefficient[None] + group
     w_at = words_ptr + row * stride + word
     if TRELLIS:
@@ -226,7 +225,7 @@ def product(
         acc = tl.zeros([BR, BN], tl.float32)
     for done in tl.range(0, span, GROUPS * BK, num_stages=STAGES):
         inside = few & (coefficient + done < stop)
-        there = (word + done < stride) & (row >= 0)
+        there = (word + done < stride) & every
         w = tl.load(w_at + done, mask=there, other=0)
         if TRELLIS:
             a = tl.load(a_at + done, mask=there, other=0)
