@@ -16,11 +16,13 @@ def test_it_is_what_its_definition_says(dim: int, block: int) -> None:
     transform = BlockHadamard(dim, block, seed=9)
     x = torch.randn(3, dim, dtype=torch.float64)
     words = splitmix64(dim, 9) & np.uint64((1 << 63) - 1)
-    size = chunk_size(dim, block)
-    places = np.concatenate(
-        [start + np.argsort(words[start : start + size], kind="stable") for start in range(0, dim, size)]
-    )
-    ordered = (x * random_signs(dim, 9))[:, torch.from_numpy(places)]
+    size, places = chunk_size(dim, block), []
+    for start in range(0, dim, size):
+        for j in range(size // block):
+            for i in range(block):
+                part = range(start + i * size // block, start + (i + 1) * size // block)
+                places.append(sorted(part, key=words.__getitem__)[j])
+    ordered = (x * random_signs(dim, 9))[:, places]
     expected = ordered.view(3, -1, block) @ torch.from_numpy(sylvester(block))
     torch.testing.assert_close(transform.analysis(x), expected.flatten(1), rtol=0, atol=1e-12)
     torch.testing.assert_close(transform.synthesis(transform.analysis(x)), x, rtol=0, atol=1e-12)
@@ -44,7 +46,7 @@ def test_golden_chunks(dim: int, block: int, size: int) -> None:
 
 def test_golden_order() -> None:
     """Files depend on this order."""
-    assert random_order(8, 2, seed=0).tolist() == [2, 4, 6, 7, 5, 0, 1, 3]
+    assert random_order(8, 2, seed=0).tolist() == [2, 4, 0, 6, 1, 7, 3, 5]
 
 
 def test_outputs_of_a_chunk_come_from_its_own_rows() -> None:
@@ -59,7 +61,7 @@ def test_the_order_evens_out_energies_of_neighbours() -> None:
     weight = torch.randn(1024, 64, dtype=torch.float64) * (1 + torch.arange(1024) // 128)[:, None]
     energies = BlockHadamard(1024, 32, seed=3).analysis(weight.T).T.square().sum(1)
     unordered = weight.square().sum(1)
-    for rows, low, high in ((unordered, 0.75, 1.0), (energies, 0.0, 0.25)):
+    for rows, low, high in ((unordered, 0.75, 1.0), (energies, 0.0, 0.1)):
         assert low <= rows.view(-1, 32).mean(1).std() / rows.mean() <= high
 
 

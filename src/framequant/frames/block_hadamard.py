@@ -3,8 +3,8 @@
 Random signs, a random order within chunks, then ``I ⊗ H_b``. A linear whose output rotation is local can be finished by
 whoever has ``b`` rows of its product, so a GPU's product ends with its outputs instead of handing all rows to a launch
 of their own. The order is there since neighbours resemble each other: the outputs of one attention head are larger than
-those of another, and a code with one scale for a matrix wants blocks of equal energy. It stays within chunks so that
-a bounded piece of the matrix has whole blocks and what they make.
+those of another, and a code with one scale for a matrix wants blocks of equal energy. It stays within chunks so that a
+bounded piece of the matrix has whole blocks and what they make.
 
 As a fusion frame this is the orthogonal decomposition into subspaces of ``b`` coordinates each.
 
@@ -72,9 +72,10 @@ def chunk_size(dim: int, block: int) -> int:
 
 
 def random_order(dim: int, block: int, seed: int) -> Int[Tensor, " dim"]:
-    """The coordinate that each place takes: a random permutation within every chunk.
+    """The coordinate that each place takes: a block has one out of every ``block``-th part of its chunk.
 
-    Places of a chunk are the ranks of the low 63 bits of its coordinates' SplitMix64 words; the top bits are signs.
+    Which one is random: the parts' coordinates are ranked by the low 63 bits of their SplitMix64 words (top bits are
+    the signs), and block j takes those of rank j. So neighbours, which resemble each other, are dealt out evenly.
 
     Args:
         dim: a multiple of ``block``.
@@ -85,10 +86,10 @@ def random_order(dim: int, block: int, seed: int) -> Int[Tensor, " dim"]:
         A new int64 tensor on the CPU.
     """
     words = splitmix64(dim, seed) & np.uint64((1 << 63) - 1)
-    size = chunk_size(dim, block)
-    within = np.argsort(words.reshape(-1, size), axis=1, kind="stable")
-    starts = np.arange(0, dim, size)[:, None]
-    return torch.from_numpy((within + starts).astype(np.int64).reshape(-1))
+    parts = words.reshape(-1, block, chunk_size(dim, block) // block)
+    starts = np.arange(0, dim, parts.shape[2]).reshape(-1, block, 1)
+    order = np.argsort(parts, axis=2, kind="stable") + starts
+    return torch.from_numpy(order.astype(np.int64).swapaxes(1, 2).reshape(-1))
 
 
 class BlockHadamard:
