@@ -10,7 +10,8 @@ from framequant import storage
 from framequant.codes.grid import GridSpec
 from framequant.codes.packing import pack_codes
 from framequant.codes.trellis import TrellisSpec
-from framequant.frames import build_frame, choose_frame
+from framequant.frames import block_frame, build_frame, choose_frame
+from framequant.kernels.block_plan import block_plan
 from framequant.kernels.product_bytes_triton import byte_product
 from framequant.kernels.product_triton import product
 from framequant.kernels.transform_plan import transform_plan
@@ -48,12 +49,15 @@ class Case:
         redundancy: of the input frame; the output frame has 1.
         cold: bytes of codes that all copies together should have.
         as_bytes: integer tensor cores on bytes (scalar codes only); else halves.
+        block: of an output frame that is local to so many rows; 0 for one transform of all.
     """
 
     def __init__(self, shape: tuple[int, int], code: object, redundancy: float = 1.125, cold: float = COLD,
-                 as_bytes: bool = False) -> None:  # fmt: skip
+                 as_bytes: bool = False, block: int = 0) -> None:  # fmt: skip
         self.shape, self.as_bytes = shape, as_bytes
         frame_in, frame_out = choose_frame(shape[1], redundancy, seed=3), choose_frame(shape[0], 1.0, seed=5)
+        if block:
+            frame_out = block_frame(shape[0], block, seed=5)
         self.frames = build_frame(frame_in), build_frame(frame_out)
         self.spec = LinearSpec(shape[1], shape[0], frame_in, frame_out, code)
         self.rows, self.cols = self.spec.coefficient_shape
@@ -71,7 +75,7 @@ class Case:
         scales = torch.rand(storage.layout(self.spec)["scales"][0], device=DEVICE) * 0.1 + 0.05
         self.scales = scales.to(storage.layout(self.spec)["scales"][1])
         self.into = transform_plan(self.frames[0], True, DEVICE)
-        self.out = transform_plan(self.frames[1], False, DEVICE)
+        self.out = block_plan(self.frames[1], DEVICE) or transform_plan(self.frames[1], False, DEVICE)
 
     def tensors(self, tokens: int, splits: int) -> None:
         """Make inputs and outputs for this many tokens; outputs begin as NaN."""

@@ -125,6 +125,7 @@ from triton.compiler import ASTSource
 from framequant.codes.trellis_codebook import codebook
 from framequant.kernels import launches, panel_triton, prompt_transform_triton
 def ptx(kernel, types, constants, **options):
+    constants = constants | {p.name: p.default for p in kernel.params if p.has_default}
     names = list(types)
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t != "fp32" and n != "rows"}
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
@@ -144,7 +145,7 @@ types |= {"signs_ptr": "*i8", "top_ptr": "*fp32", "unit_ptr": "*fp32", "x_stride
 for sizes in ([64, 1, 64, 72, 64, 1, 64, 128], [43, 16, 16, 16, 64, 16, 16, 16]):
     constants = dict(zip("F0 F1 F2_IN F2_OUT P0 P1 P2_IN P2_OUT".split(), sizes))
     for analysis in (True, False):
-        constants |= {"ANALYSIS": analysis, "BIAS": not analysis}
+        constants |= {"ANALYSIS": analysis, "BIAS": not analysis, "PLAIN": False}
         text = ptx(prompt_transform_triton.prompt_transform, types, constants,
                    num_warps=launches.prompt_warps(sizes), maxnreg=launches.PROMPT_REGISTERS)
         assert "st.global.v4.b32" in text or "st.global.v2.b32" in text

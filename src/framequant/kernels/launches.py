@@ -6,6 +6,7 @@ only. Must not import layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 #: Most tokens whose transforms take a program for each index of the first axis.
@@ -63,6 +64,7 @@ class Tile(NamedTuple):
         warps: of a program.
         programs: what splitting should come close to.
         held: steps whose codes are in registers before the coefficients are there.
+        groups: warps that share out a step's words: each takes ``step`` of them, for all rows.
     """
 
     rows: int
@@ -72,6 +74,7 @@ class Tile(NamedTuple):
     warps: int
     programs: int
     held: int = 0
+    groups: int = 1
 
 
 class Launch(NamedTuple):
@@ -84,12 +87,12 @@ class Launch(NamedTuple):
     @property
     def held(self) -> int:
         """Steps held: no more than a program has."""
-        return min(self.tile.held, self.span // self.tile.step)
+        return min(self.tile.held, self.span // (self.tile.step * self.tile.groups))
 
     @property
     def loop(self) -> bool:
         """Whether steps are left that are not held."""
-        return self.span > self.held * self.tile.step
+        return self.span > self.held * self.tile.step * self.tile.groups
 
 
 def launch(tile: Tile, rows: int, count: int, columns: int) -> Launch:
@@ -142,6 +145,37 @@ def packed_tile(codes: int, tokens: int, compiled: bool) -> Tile:
     return Tile(64, 32, columns, 3 if codes * columns <= 256 else 2, 4, 512)
 
 
+#: Rows up to which the programs of a local output frame take eight warps: there are few of them.
+FEW_ROWS = 12288
+
+
+def block_launch(tile: Tile, count: int) -> Launch:
+    """All columns to one program: rows of whole blocks become outputs there."""
+    step = tile.step * tile.groups
+    return Launch(tile, 1, -(-count // step) * step)
+
+
+def block_byte_tile(rows: int, tokens: int, block: int) -> Tile:
+    """For scalar codes, few tokens and a local output frame: few rows, whose columns are shared out to warps."""
+    least, columns = max(32, block), 8 if tokens <= 2 else 16
+    if rows <= FEW_ROWS:
+        return Tile(least, 32, columns, 3, 8, 0, held=5 if block <= 32 else 2, groups=8)
+    return Tile(least, 32, columns, 4, 4, 0, held=2, groups=4)
+
+
+def block_half_tile(trellis: bool, rows: int, tokens: int, block: int, compiled: bool) -> Tile:
+    """For a trellis, and for scalar codes and more tokens."""
+    least, few = max(32, block), rows <= FEW_ROWS
+    if tokens > 16:
+        columns = 32 if trellis or tokens <= 32 else 64
+        if few and block <= 32:
+            return Tile(least, 16, columns, 2, 8, 0, groups=8)
+        return Tile(max(64, block), 32, columns, 2, 4 if block <= 64 else 8, 0)
+    columns = 8 if tokens <= 8 and compiled and trellis else 16
+    step = 16 if trellis or few else 32
+    return Tile(least, step, columns, 2 if trellis else 3, 8 if few else 4, 0, groups=8 if few else 4)
+
+
 class PanelTile(NamedTuple):
     """What one program decodes: ``rows`` of ``words``, of which ``step`` rows at a time; and its warps."""
 
@@ -162,6 +196,27 @@ def panel_tile(trellis: bool) -> PanelTile:
 
 #: The same for codes in planes: a word a thread, all rows at a time.
 PACKED_PANEL_TILE = PanelTile(4, 4, 128, 4)
+
+
+def block_panel_tile(block: int) -> PanelTile:
+    """For a local output frame: a program decodes two blocks of rows and rotates each."""
+    return PanelTile(2 * block, block, 32, 4 if block <= 32 else 8)
+
+
+def panel_ends(ends: Sequence[int], width: int, tokens: int) -> list[int]:
+    """One past the last row of each panel, for chunks of rows that stay together.
+
+    Args:
+        ends: the same of each chunk.
+        width: coefficients of a row.
+        tokens: of the prompt.
+    """
+    found, start, most = [], 0, panel_rows(ends[-1], width, tokens)
+    for end, after in zip(ends, [*ends[1:], ends[-1] + most + 1], strict=True):
+        if after - start > most:
+            found.append(end)
+            start = end
+    return found
 
 
 def panel_rows(rows: int, width: int, tokens: int) -> int:

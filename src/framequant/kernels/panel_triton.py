@@ -9,7 +9,10 @@ Levels are scaled to at most 1/2 and a row by its scale over a power of two abov
 with coefficients of ``prompt_transform_triton`` leaves the range of halves. Two-bit codes stay exact (scales have
 eight bits).
 
-Only ``framequant.kernels.prompt_ops`` imports this module. Imports torch and triton.
+Where the output frame is local to blocks of rows, a panel's rows are rotated as well and stand where the outputs are,
+in the outputs' dtype and unit (``block_triton``): what cuBLAS then writes are outputs.
+
+Only ``prompt_ops`` and ``block_ops`` import this module. Imports torch and triton.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from framequant.kernels.block_triton import block_matrix, over, panel_unit
 from framequant.kernels.packed_triton import is_plain, num_planes, packed_fields, unit_codes
 from framequant.kernels.trellis_triton import (
     is_aligned,
@@ -100,21 +104,29 @@ def decode_panel(
     words_ptr, scale_ptr, top_ptr, panel_ptr, rows, stride, width,
     TRELLIS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
     PATTERN: tl.constexpr, ROW_SCALES: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STEPS: tl.constexpr,
+    places_ptr=None, signs_ptr=None, matrix_ptr=None, gain=1.0, first=0, BLOCK: tl.constexpr = 0,
 ):  # fmt: skip
     """Decode BR * STEPS rows by BK words, units, or half rows of trellis tiles; see the module's text.
+
+    With BLOCK, which is BR, each block is multiplied by ``matrix`` and ``gain``, and its rows by ``signs``, and stored
+    at their ``places`` less ``first``.
 
     Args:
         words_ptr: int16 (rows, planes, stride), or int32 (words of a tile * tiles down, stride) of a trellis.
         scale_ptr: scales, (rows,) or one.
         top_ptr: a power of two above all scales, float32.
-        panel_ptr: halves (rows, width).
+        panel_ptr: halves (rows, width); with BLOCK of any 16-bit dtype.
         width: coefficients of a row and what fills it up to a multiple of 16; the filling is finite.
     """
     codes: tl.constexpr = RUN if TRELLIS else unit_codes(1 << BITS, BITS)
     k = tl.program_id(0) * BK + tl.arange(0, BK)
     column = tl.program_id(0) * (BK * codes) + tl.arange(0, BK * codes)
     word = k // 2 if TRELLIS else k
-    over_top = (0x7F000000 - tl.load(top_ptr).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    top = tl.load(top_ptr)
+    over_top = over(top)
+    if BLOCK > 0:
+        matrix = block_matrix(matrix_ptr, BLOCK)
+        gain *= top * over(panel_unit(top, panel_ptr.dtype.element_ty == tl.float16))
     for step in tl.static_range(STEPS):
         r = (tl.program_id(1) * STEPS + step) * BR + tl.arange(0, BR)
         there = (r < rows)[:, None] & (word < stride)[None, :]
@@ -140,5 +152,11 @@ def decode_panel(
         if codes > 4:
             values = _halved(values, 8)
         tile = _halved(_halved(values, 4), 2)[0]
-        place = panel_ptr + (r.to(tl.int64) * width)[:, None] + column[None, :]
+        if BLOCK > 0:
+            signs = tl.load(signs_ptr + r, mask=r < rows, other=0).to(tl.float32) * gain
+            tile = (tl.dot(matrix, tile) * signs[:, None]).to(panel_ptr.dtype.element_ty)
+            to = tl.load(places_ptr + r, mask=r < rows, other=0) - first
+        else:
+            to = r
+        place = panel_ptr + (to.to(tl.int64) * width)[:, None] + column[None, :]
         tl.store(place, tile, mask=(r < rows)[:, None] & (column < width)[None, :])

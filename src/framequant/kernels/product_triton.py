@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from framequant.kernels.block_triton import block_constants, rotated, store_outputs
 from framequant.kernels.packed_triton import is_plain, num_planes, packed_levels, unit_codes
 from framequant.kernels.trellis_triton import (
     is_aligned,
@@ -84,8 +85,15 @@ def product(
     PATTERN: tl.constexpr, LEVELS: tl.constexpr, CENTRED: tl.constexpr, ROW_SCALES: tl.constexpr,
     BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr, PREFETCH: tl.constexpr,
+    unit_ptr=None, top_ptr=None, places_ptr=None, signs_ptr=None, matrix_ptr=None, bias_ptr=None, shrink=1.0,
+    norm=1.0, BLOCK: tl.constexpr = 0, GROUPS: tl.constexpr = 1, BIAS: tl.constexpr = False,
 ):  # fmt: skip
     """One block of rows, one span of words, one block of tokens; see the module's text.
+
+    With BLOCK (one span only) ``u`` are the outputs, (tokens, rows) of any float dtype: blocks of so many rows times
+    ``matrix``, ``signs``, ``unit`` of the token and ``norm``, plus the bias, at their ``places``; ``top`` is a power of
+    two above all scales, ``shrink`` one that keeps products within halves. Each step is GROUPS times BK words, in as
+    many warps.
 
     Args:
         words_ptr: int16 (rows, planes, stride); int32 (words of a tile * tiles down, stride) for a trellis. ``words``
@@ -110,34 +118,61 @@ def product(
     stop = tl.minimum(start + span, words)  # the last step may reach into the next program's words
     k = start + tl.arange(0, BK)
     n = column_block * BN + tl.arange(0, BN)
+    if BLOCK > 0:
+        matrix, over_top, places, signs, bias = block_constants(
+            block * BR + tl.arange(0, BR),
+            rows,
+            matrix_ptr,
+            top_ptr,
+            places_ptr,
+            signs_ptr,
+            bias_ptr,
+            norm,
+            BLOCK,
+            BIAS,
+        )
     if PREFETCH > 0 and not TRELLIS:
         prefetch(words_ptr + tl.minimum(r, rows - 1).to(tl.int64) * stride + start, PREFETCH)
     r = tl.minimum(r, rows - 1)
-    w_at = ()
+    row, every = r.to(tl.int64)[:, None], (r >= 0)[:, None]
+    word, coefficient, column = k[None, :], k[:, None], n[None, :]
     if TRELLIS:
-        word, shift = run_place(r % 16, PATTERN, codes)
+        first, shift = run_place(r % 16, PATTERN, codes)
         if not is_aligned(PATTERN, codes):
             shift = tl.load(shift_ptr + r % 16)
+        first, shift = first[:, None], shift[:, None]
+    if GROUPS > 1:
+        group = tl.arange(0, GROUPS)[:, None, None] * BK
+        row, every, column = row[None], every[None], column[None]
+        word, coefficient = word[None] + group, coefficient[None] + group
+        if TRELLIS:
+            first, shift = first[None], shift[None]
+    w_at = ()
+    if TRELLIS:
         for i in tl.static_range(loaded_words(PATTERN, codes, BITS)):
-            place = (r // 16).to(tl.int64) * tile_words(PATTERN) + word_around(word, i, PATTERN)
-            w_at += (words_ptr + (place * stride)[:, None] + k[None, :],)
+            place = row // 16 * tile_words(PATTERN) + word_around(first, i, PATTERN)
+            w_at += (words_ptr + place * stride + word,)
     else:
         for i in tl.static_range(num_planes(BITS)):
-            place = r.to(tl.int64) * num_planes(BITS) + i
-            w_at += (words_ptr + (place * stride)[:, None] + k[None, :],)
-    z_at = z_ptr + (n.to(tl.int64) * (codes * words))[None, :] + k[:, None]
-    few = n[None, :] < tokens
+            w_at += (words_ptr + (row * num_planes(BITS) + i) * stride + word,)
+    z_at = z_ptr + column.to(tl.int64) * (codes * words) + coefficient
+    few = column < tokens
     wait_for_previous(PDL)
-    acc = tl.zeros([BR, BN], tl.float32)
-    for done in tl.range(0, span, BK, num_stages=STAGES):
-        inside = few & (k[:, None] + done < stop)
-        there = (k[None, :] + done < stride) & (r >= 0)[:, None]
+    if BLOCK > 0:
+        unit = tl.load(unit_ptr + n, mask=n < tokens, other=0.0)
+    if GROUPS > 1:
+        acc = tl.zeros([GROUPS, BR, BN], tl.float32)
+    else:
+        acc = tl.zeros([BR, BN], tl.float32)
+    for done in tl.range(0, span, GROUPS * BK, num_stages=STAGES):
+        inside = few & (coefficient + done < stop)
+        there = (word + done < stride) & every
         w = ()
         for i in tl.static_range(len(w_at)):
             w += (tl.load(w_at[i] + done, mask=there, other=0),)
         if TRELLIS:
-            w = moved(w, shift[:, None], moved_words(PATTERN, codes, BITS), is_aligned(PATTERN, codes))
-        piece = tl.zeros([BR, BN], tl.float32)  # tensor cores cut off what they add, so chains are kept short
+            w = moved(w, shift, moved_words(PATTERN, codes, BITS), is_aligned(PATTERN, codes))
+        piece = tl.zeros_like(acc)  # tensor cores cut off what they add, so chains are kept short
         for i in tl.static_range(codes if TRELLIS or is_plain(BITS) else 16):
             if not TRELLIS and not is_plain(BITS):
                 several = packed_levels(w, i, LEVELS, BITS)
@@ -160,6 +195,8 @@ def product(
                     )
                     piece = tl.dot(levels(found, BITS, True, MULTIPLIER, ADDEND), z, piece)
         acc += piece
+    if GROUPS > 1:
+        acc = tl.sum(acc, axis=0)
     if not CENTRED and split == 0:
         part = tl.arange(0, PADDED_PARTS)
         summed = (n < tokens)[:, None] & (part < PARTS)[None, :]
@@ -171,6 +208,10 @@ def product(
         scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) * factor
     else:
         scale = tl.load(scale_ptr + r * 0).to(tl.float32) * factor
-    acc *= scale[:, None]
-    u_at = u_ptr + ((split * tokens + n).to(tl.int64) * rows)[None, :] + r[:, None]
-    tl.store(u_at, acc.to(u_ptr.dtype.element_ty), mask=few & (r < rows)[:, None])
+    if BLOCK > 0:
+        acc = rotated(acc * (scale * (over_top * shrink))[:, None], matrix, BR, BN, BLOCK)
+        store_outputs(acc, unit, places, signs, bias, r, n, rows, tokens, u_ptr, BIAS)
+    else:
+        acc *= scale[:, None]
+        u_at = u_ptr + ((split * tokens + n).to(tl.int64) * rows)[None, :] + r[:, None]
+        tl.store(u_at, acc.to(u_ptr.dtype.element_ty), mask=(n < tokens)[None, :] & (r < rows)[:, None])

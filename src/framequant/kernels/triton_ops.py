@@ -27,7 +27,7 @@ from framequant.kernels.vector_triton import vector_transform
 
 
 @cache
-def _early(device: torch.device) -> bool:
+def starts_early(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it runs: NVIDIA, compute capability 9 or above."""
     if not COMPILED or device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -36,7 +36,7 @@ def _early(device: torch.device) -> bool:
 
 def _transform(tokens: int, sizes: list[int], arguments: tuple[Any, ...], rows: int, **options: Any) -> None:
     """Launch the kernel for so many tokens."""
-    early = _early(arguments[0].device)
+    early = starts_early(arguments[0].device)
     options |= {"PDL": early, "launch_pdl": early}
     if tokens <= launches.VECTOR_TOKENS:
         warps = launches.vector_warps(sizes)
@@ -130,7 +130,7 @@ def product(
     """
     trellis, bits, multiplier, addend, pattern, levels, count, stride = layout
     as_bytes = words.dtype == torch.int8
-    tokens, early = z.shape[0], _early(z.device)
+    tokens, early = z.shape[0], starts_early(z.device)
     how = product_launch(layout, as_bytes, rows, tokens)
     tile = how.tile
     u = torch.empty((how.splits, tokens, rows), dtype=torch.float32, device=z.device)
