@@ -112,6 +112,7 @@ from framequant.kernels.panel_packed_triton import decode_packed_panel
 from framequant.kernels.panel_triton import decode_panel
 from framequant.kernels.product_triton import product
 def made(kernel, types, constants, warps):
+    constants |= {p.name: p.default for p in kernel.params if p.has_default}
     names = list(types)
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name[-4:] in ("_ptr", "span")}
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)

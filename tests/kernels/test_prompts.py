@@ -125,6 +125,7 @@ from triton.compiler import ASTSource
 from framequant.codes.trellis_codebook import codebook
 from framequant.kernels import launches, panel_triton, prompt_transform_triton
 def ptx(kernel, types, constants, **options):
+    constants = constants | {p.name: p.default for p in kernel.params if p.has_default}
     names = list(types)
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t != "fp32" and n != "rows"}
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)

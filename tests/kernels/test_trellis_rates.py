@@ -188,6 +188,7 @@ for pattern in (0x2, 0x3222, 0x21, 0x3):
                  "ADDEND": book.addend, "PATTERN": pattern, "LEVELS": 0, "CENTRED": False, "ROW_SCALES": True,
                  "PREFETCH": 0, "BR": tile.rows, "BK": tile.step, "BN": tile.columns, "STAGES": tile.stages,
                  "PDL": True}
+    constants |= {p.name: p.default for p in product.params if p.has_default}
     names = list(types)
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name[-4:] in ("_ptr", "span")}
     source = ASTSource(product, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
