@@ -8,14 +8,16 @@ import torch
 
 from framequant import storage
 from framequant.codes.grid import GridSpec
+from framequant.codes.packing import pack_codes
 from framequant.codes.trellis import TrellisSpec
-from framequant.frames import build_frame, choose_frame
+from framequant.frames import block_frame, build_frame, choose_frame
+from framequant.kernels.block_plan import block_plan
 from framequant.kernels.product_bytes_triton import byte_product
 from framequant.kernels.product_triton import product
 from framequant.kernels.transform_plan import transform_plan
 from framequant.kernels.transform_triton import LAST_BIT, transform
 from framequant.kernels.vector_triton import vector_transform
-from framequant.kernels.words import to_words, word_layout
+from framequant.kernels.words import row_shifts, to_words, word_layout
 from framequant.spec import LinearSpec
 
 SCALAR = GridSpec("sigma_clip", 4, "symmetric")
@@ -27,6 +29,17 @@ MULTIPROCESSORS = 132
 Config = tuple[int, int, int, int, int]  # rows, words or bytes, columns of a tile; stages; warps
 
 
+def random_bytes(spec: LinearSpec) -> torch.Tensor:
+    """Stored bytes of random codes."""
+    shape = storage.layout(spec)["packed_codes"][0]
+    if isinstance(spec.code, GridSpec) and spec.code.num_levels.bit_count() > 1:  # not every byte is one
+        codes = torch.randint(
+            0, spec.code.num_levels, spec.coefficient_shape, dtype=torch.uint8, device=DEVICE
+        )
+        return pack_codes(codes, spec.code.num_levels)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+
+
 class Case:
     """A quantized linear with random codes, as many copies as make them cold, and its launches.
 
@@ -36,29 +49,33 @@ class Case:
         redundancy: of the input frame; the output frame has 1.
         cold: bytes of codes that all copies together should have.
         as_bytes: integer tensor cores on bytes (scalar codes only); else halves.
+        block: of an output frame that is local to so many rows; 0 for one transform of all.
     """
 
     def __init__(self, shape: tuple[int, int], code: object, redundancy: float = 1.125, cold: float = COLD,
-                 as_bytes: bool = False) -> None:  # fmt: skip
+                 as_bytes: bool = False, block: int = 0) -> None:  # fmt: skip
         self.shape, self.as_bytes = shape, as_bytes
         frame_in, frame_out = choose_frame(shape[1], redundancy, seed=3), choose_frame(shape[0], 1.0, seed=5)
+        if block:
+            frame_out = block_frame(shape[0], block, seed=5)
         self.frames = build_frame(frame_in), build_frame(frame_out)
         self.spec = LinearSpec(shape[1], shape[0], frame_in, frame_out, code)
         self.rows, self.cols = self.spec.coefficient_shape
         self.layout = word_layout(self.spec)
+        self.shifts = row_shifts(self.layout, DEVICE)
         stored = storage.layout(self.spec)["packed_codes"][0]
         self.bytes = stored[0] * stored[1]
         copies = max(1, min(48, -(-int(cold) // self.bytes)))
-        self.packed = [torch.randint(0, 256, stored, dtype=torch.uint8, device=DEVICE) for _ in range(copies)]
+        self.packed = [random_bytes(self.spec) for _ in range(copies)]
         self.words = [to_words(packed, self.spec, self.layout) for packed in self.packed]
         if as_bytes:
             self.words = [words.view(torch.int8) for words in self.words]
-        self.count = -(-self.cols * self.layout.bits // 8) if as_bytes else self.layout.words
+        self.count = -(-self.cols * self.layout.bits // 8) if as_bytes else self.layout.length
         self.interleave = 8 // self.layout.bits if as_bytes else self.layout.codes_per_word
         scales = torch.rand(storage.layout(self.spec)["scales"][0], device=DEVICE) * 0.1 + 0.05
         self.scales = scales.to(storage.layout(self.spec)["scales"][1])
         self.into = transform_plan(self.frames[0], True, DEVICE)
-        self.out = transform_plan(self.frames[1], False, DEVICE)
+        self.out = block_plan(self.frames[1], DEVICE) or transform_plan(self.frames[1], False, DEVICE)
 
     def tensors(self, tokens: int, splits: int) -> None:
         """Make inputs and outputs for this many tokens; outputs begin as NaN."""
@@ -106,8 +123,9 @@ class Case:
             )  # fmt: skip
             return
         product[(-(-self.rows // rows), splits, -(-tokens // columns))](
-            words, self.z, sums, self.scales, self.u, self.rows, self.count, lay.stride, span, tokens, lay.factor,
-            TRELLIS=lay.trellis, BITS=lay.bits, MULTIPLIER=lay.multiplier, ADDEND=lay.addend,
+            words, self.z, sums, self.scales, self.scales if self.shifts is None else self.shifts, self.u, self.rows,
+            self.count, lay.stride, span, tokens, lay.factor, TRELLIS=lay.trellis, BITS=lay.bits,
+            MULTIPLIER=lay.multiplier, ADDEND=lay.addend, PATTERN=lay.pattern, LEVELS=lay.levels,
             CENTRED=not lay.trellis, ROW_SCALES=scaled, PREFETCH=ahead, **tile,
         )  # fmt: skip
 

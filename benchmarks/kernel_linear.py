@@ -2,9 +2,12 @@
 
     PYTHONPATH=src:. python benchmarks/kernel_linear.py --csv $OUT/linear.csv
     PYTHONPATH=src:. python benchmarks/kernel_linear.py --tokens 128 512 2048 --shapes 0 1 3        # prompts alone
+    PYTHONPATH=src:. python benchmarks/kernel_linear.py --tokens 1 --codes trellis trellis2.25      # rates of a trellis
+    PYTHONPATH=src:. python benchmarks/kernel_linear.py --tokens 1 16 2048 --codes scalar "scalar local"
 
 Random codes and inputs; the operators of ``framequant.kernels.triton_ops`` in a CUDA graph over enough copies of the
-codes to make them cold; medians. Each result is compared with the same linear in plain torch, in float32.
+codes to make them cold; medians. Each result is compared with the same linear in plain torch, in float32. "local": with
+an output frame in blocks of rows, so that the product ends with the outputs.
 """
 
 from __future__ import annotations
@@ -24,11 +27,24 @@ import torch
 from kernel_cases import COLD, DEVICE, SCALAR, TRELLIS, Case, graph_us
 from measure import commit
 
-from framequant.kernels import launches, prompt_ops, reference, triton_linear, triton_ops
+from framequant.codes.grid import GridSpec
+from framequant.codes.trellis import TrellisSpec, rate_pattern
+from framequant.kernels import block_ops, launches, prompt_ops, reference, triton_linear, triton_ops
+from framequant.kernels.block_plan import BlockPlan
 from framequant.kernels.launches import PanelTile, Tile
 
 SHAPES = ((4096, 4096), (11008, 4096), (22016, 4096), (28672, 8192))
-CODES = {"scalar": (SCALAR, 1.125), "trellis": (TRELLIS, 1.0)}
+BLOCK = 32  # rows of a local output frame
+RATES = (1, 1.5, 2.25, 2.5, 3, 4)
+CODES: dict[str, tuple[GridSpec | TrellisSpec, float, int]] = {
+    "scalar": (SCALAR, 1.125, 0),
+    "trellis": (TRELLIS, 1.0, 0),
+    "scalar local": (SCALAR, 1.125, BLOCK),
+    "trellis local": (TRELLIS, 1.0, BLOCK),
+    "trellis2.25 local": (TrellisSpec(12, rate_pattern(2.25)), 1.0, BLOCK),
+}
+CODES |= {f"levels{n}": (GridSpec("uniform", n, "symmetric"), 1.125, 0) for n in (5, 8)}
+CODES |= {f"trellis{rate}": (TrellisSpec(12, rate_pattern(rate)), 1.0, 0) for rate in RATES}
 PARTS_OF_PROMPT = 2048  # tokens of the prompt whose operators are timed one by one, and with other launches
 Patch = dict[tuple[Any, str], Any]  # module, name and value for the while
 Found = tuple[str, Patch]
@@ -42,9 +58,34 @@ def tiles(name: str, *found: Tile) -> list[tuple[str, dict[tuple[Any, str], Any]
     return [("x".join(map(str, tile)), {(launches, name): fixed(tile)}) for tile in found]
 
 
+def local(code: str, shape: tuple[int, int], tokens: int) -> list[Found]:
+    """Several tiles of a product that ends with outputs: warps that share out the columns, codes held."""
+    few = shape[0] <= launches.FEW_ROWS
+    if code.startswith("scalar") and tokens <= launches.BYTE_TOKENS:
+        held = 9 if few else 4
+        return tiles(
+            "block_byte_tile",
+            *(Tile(BLOCK, 32, 8, 3, 8, 0, held=count, groups=8) for count in (1, 3, 9)),
+            *(Tile(BLOCK, 32, 8, 4, 4, 0, held=count, groups=4) for count in (1, held)),
+            Tile(BLOCK, 64, 8, 3, 4, 0, held=1, groups=4),
+        )
+    columns = 8 if code.startswith("trellis") and tokens <= 8 else 16
+    if tokens > 16:
+        return []
+    return tiles(
+        "block_half_tile",
+        Tile(BLOCK, 16, columns, 2, 8, 0, groups=8),
+        *([Tile(BLOCK, 16, columns, 2, 16, 0, groups=16)] if columns == 8 else []),
+        Tile(BLOCK, 16, columns, 2 if columns == 8 else 3, 4, 0, groups=4),
+        Tile(BLOCK, 16, columns, 3, 8, 0, groups=8),
+    )
+
+
 def one_token(code: str, shape: tuple[int, int]) -> list[Found]:
     """Several tiles of the product."""
-    if code == "trellis":
+    if code.startswith("levels"):
+        return tiles("packed_tile", Tile(64, 32, 8, 2, 4, 1024), Tile(32, 32, 8, 2, 2, 1024))
+    if code != "scalar":
         return tiles(
             "half_tile", Tile(64, 32, 8, 2, 4, 1100), Tile(64, 32, 8, 3, 4, 1100), Tile(32, 32, 8, 3, 2, 1100)
         )
@@ -67,7 +108,7 @@ def prompt(tokens: int) -> list[Found]:
         return [("panels", {(launches, "LOOPED"): never}), ("launches of 64", {(launches, "LOOPED"): looped})]
     found: list[Found] = [("panels of 64 MiB", {(launches, "ROUND_ROWS"): 1 << 20})]
     for tile in (PanelTile(16, 4, 64, 4), PanelTile(16, 2, 128, 8), PanelTile(32, 2, 64, 4)):
-        found.append(("x".join(map(str, tile)), {(launches, "PANEL_TILE"): tile}))
+        found.append(("x".join(map(str, tile)), {(launches, "panel_tile"): fixed(tile)}))
     for factor in (0.5, 2):
         warps = {
             (launches, "prompt_warps"): lambda sizes, f=factor, g=launches.prompt_warps: (
@@ -78,13 +119,29 @@ def prompt(tokens: int) -> list[Found]:
     return found
 
 
+def local_prompt(code: str) -> list[Found]:
+    """Several tiles of decoding with rotated rows."""
+    found = (
+        PanelTile(BLOCK, BLOCK, 32, 4),
+        PanelTile(4 * BLOCK, BLOCK, 32, 4),
+        PanelTile(2 * BLOCK, BLOCK, 64, 8),
+    )
+    return [(f"panels {tile}", {(launches, "block_panel_tile"): fixed(tile)}) for tile in found]
+
+
 def variants(code: str, shape: tuple[int, int], tokens: int) -> list[Found]:
     """What is tried beside the default."""
+    if CODES[code][2]:
+        if tokens <= launches.FEW_TOKENS:
+            return local(code, shape, tokens)
+        return local_prompt(code) if tokens == PARTS_OF_PROMPT else []
     if tokens > launches.FEW_TOKENS:
         return prompt(tokens)
     if tokens == 1:
         return one_token(code, shape)
-    if code == "trellis":
+    if code.startswith("levels"):
+        return []
+    if code != "scalar":
         return tiles(
             "half_tile",
             Tile(128, 32, 16, 2, 8, 900),
@@ -115,10 +172,12 @@ def patched(how: Patch) -> Iterator[None]:
 
 
 def make(code: str, shape: tuple[int, int], cold: float) -> tuple[Case, list[triton_linear.TritonPlan]]:
-    case = Case(shape, CODES[code][0], CODES[code][1], cold=cold)
+    case = Case(shape, CODES[code][0], CODES[code][1], cold=cold, block=CODES[code][2])
     top = triton_linear.power_above(case.scales)
     plans = [
-        triton_linear.TritonPlan(case.spec, case.layout, words, case.scales, top, case.into, case.out, None)
+        triton_linear.TritonPlan(
+            case.spec, case.layout, words, case.scales, top, case.into, case.out, None, case.shifts
+        )
         for words in case.words
     ]
     return case, plans
@@ -127,12 +186,12 @@ def make(code: str, shape: tuple[int, int], cold: float) -> tuple[Case, list[tri
 Job = tuple[str, tuple[int, int], int]
 
 
-def jobs(shapes: list[int], only: list[int]) -> Iterator[Job]:
+def jobs(shapes: list[int], codes: list[str], only: list[int]) -> Iterator[Job]:
     """Code, shape and tokens of the rows of the table; ``only`` chooses tokens."""
     for shape in (SHAPES[i] for i in shapes):
-        for code in CODES:
+        for code in codes:
             large = shape in SHAPES[2:]
-            few = (1, 16) if large and code == "trellis" else (1, 4, 16, 64) if large else (1,)
+            few = (1, 16) if large and code.startswith("trellis") else (1, 4, 16, 64) if large else (1,)
             yield from ((code, shape, tokens) for tokens in only or (*few, 512, PARTS_OF_PROMPT))
 
 
@@ -242,7 +301,7 @@ def measure(table: Table, code: str, shape: tuple[int, int], tokens: int, base: 
     mine, torchs = error(case, plans[0], x)
     mark = "" if mine <= 2 * torchs else " !!"
     others = ", ".join(f"{us:.2f} {name}" for us, name in best)
-    print(f"{shape} {tokens:3d} {code:8} {default:7.2f} us {base / default:5.2f}x cuBLAS {base:.2f}; "
+    print(f"{shape} {tokens:3d} {code:11} {default:7.2f} us {base / default:5.2f}x cuBLAS {base:.2f}; "
           f"error {mine:.1e}, torch {torchs:.1e}{mark}; best {others}", flush=True)  # fmt: skip
     if tokens == 1 or tokens == 16:
         parts(table, plans, shape, tokens, code, x)
@@ -253,8 +312,11 @@ def measure(table: Table, code: str, shape: tuple[int, int], tokens: int, base: 
 def prompt_parts(
     table: Table, plan: triton_linear.TritonPlan, shape: tuple[int, int], code: str, x: torch.Tensor
 ) -> None:
-    """The three operators of a prompt one by one, and cuBLAS on a matrix that was decoded before."""
+    """The operators of a prompt one by one, and cuBLAS on a matrix that was decoded before."""
     into, out, rows, ops = plan.into, plan.out, plan.spec.coefficient_shape[0], prompt_ops
+    if isinstance(out, BlockPlan):
+        local_prompt_parts(table, plan, out, shape, code, x)
+        return
 
     def first() -> tuple[torch.Tensor, torch.Tensor]:
         return ops.analysis(x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
@@ -280,11 +342,58 @@ def prompt_parts(
     print("      alone: " + ", ".join(f"{name} {us:.1f}" for name, us in found.items()) + " us", flush=True)
 
 
+def local_prompt_parts(table: Table, plan: triton_linear.TritonPlan, out: BlockPlan, shape: tuple[int, int], code: str,
+                       x: torch.Tensor) -> None:  # fmt: skip
+    """The two operators of a prompt with a local output frame."""
+    into = plan.into
+
+    def first() -> tuple[torch.Tensor, torch.Tensor]:
+        return block_ops.prompt_analysis(x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
+                                         plan.spec.coefficient_shape[1])  # fmt: skip
+
+    z, unit = first()
+
+    def middle() -> torch.Tensor:
+        return block_ops.prompt_product(plan.words, z, unit, plan.scales, plan.top, out.places, out.signs, out.matrix,
+                                        None, list(out.ends), plan.code, plan.layout.factor)  # fmt: skip
+
+    a = table.add(shape, len(x), code, "analysis alone", lambda: graph_us([first] * 2))
+    p = table.add(shape, len(x), code, "product alone", lambda: graph_us([middle] * 2))
+    print(f"      alone: analysis {a:.1f}, product {p:.1f} us", flush=True)
+
+
+def local_parts(table: Table, plans: list[triton_linear.TritonPlan], out: BlockPlan, shape: tuple[int, int], code: str,
+                x: torch.Tensor) -> None:  # fmt: skip
+    """The two operators of few tokens with a local output frame."""
+    into, tokens = plans[0].into, len(x)
+    words = plans[0].codes(tokens)
+
+    def first() -> tuple[torch.Tensor, ...]:
+        return triton_ops.analysis(x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
+                                   plans[0].interleave(words), plans[0].count(words),
+                                   words.dtype == torch.int8)  # fmt: skip
+
+    z, unit, sums = first()
+
+    def last(p: triton_linear.TritonPlan) -> torch.Tensor:
+        return block_ops.product(p.codes(tokens), z, sums, unit, p.scales, p.shifts, p.top, out.places, out.signs,
+                                 out.matrix, None, p.numbers(words), p.layout.factor, x.dtype)  # fmt: skip
+
+    a = table.add(shape, tokens, code, "analysis alone", lambda: graph_us([first] * 40))
+    p = table.add(
+        shape, tokens, code, "product alone", lambda: graph_us([lambda q=q: last(q) for q in plans])
+    )
+    print(f"      alone: analysis {a:.2f}, product {p:.2f} us", flush=True)
+
+
 def parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple[int, int], tokens: int, code: str,
           x: torch.Tensor) -> None:  # fmt: skip
     """The three operators one by one."""
     plan, ops = plans[0], triton_ops
     into, out, words = plan.into, plan.out, plan.codes(tokens)
+    if isinstance(out, BlockPlan):
+        local_parts(table, plans, out, shape, code, x)
+        return
 
     def first() -> tuple[torch.Tensor, ...]:
         return ops.analysis(x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
@@ -294,7 +403,14 @@ def parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple[int,
 
     def middle(p: triton_linear.TritonPlan) -> torch.Tensor:
         return ops.product(
-            p.codes(tokens), z, sums, p.scales, p.spec.coefficient_shape[0], p.numbers(words), p.layout.factor
+            p.codes(tokens),
+            z,
+            sums,
+            p.scales,
+            p.shifts,
+            p.spec.coefficient_shape[0],
+            p.numbers(words),
+            p.layout.factor,
         )
 
     u = middle(plan)
@@ -328,10 +444,14 @@ def main() -> None:
     parser.add_argument(
         "--tokens", type=int, nargs="*", default=[], help="these only, for every code and shape"
     )
+    parser.add_argument("--codes", nargs="*", choices=CODES, default=["scalar", "trellis"])
+    parser.add_argument("--default", action="store_true", help="the default launches only")
     parser.add_argument("--limit", type=float, default=90, help="seconds for compiling")
     parser.add_argument("--worker")
     arguments = parser.parse_args()
-    todo = list(jobs(arguments.shapes, arguments.tokens))
+    todo = list(jobs(arguments.shapes, arguments.codes, arguments.tokens))
+    if arguments.default:
+        globals()["variants"] = fixed([])
     torch.manual_seed(0)
     if arguments.worker:
         compile_part(arguments.worker, todo)

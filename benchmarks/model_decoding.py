@@ -47,7 +47,9 @@ OURS = (
     "trellis",
     "scalar apart",
     "trellis apart",
-)  # apart: linears that read one input, each for itself
+    "scalar local",
+    "trellis local",
+)  # apart: linears that read one input, each for itself; local: output frames in blocks of rows
 ONCE = ("loading", "gemlite", "dense unpack", "hqq")  # for the first shape only
 KINDS = ("fp16", *OURS, *ONCE)
 COLUMNS = ("model", "kind", "tokens_s", "ratio", "ms", "first_token_ms", "prompt", "memory_gb", "read_gb",
@@ -79,7 +81,7 @@ def frame_linear(name: str, linear: nn.Linear, kind: str) -> nn.Module:
     from framequant import FrameLinear, storage
     from framequant.codes.grid import GridSpec
     from framequant.codes.trellis import TrellisSpec
-    from framequant.frames import choose_frame
+    from framequant.frames import block_frame, choose_frame
     from framequant.frames.signs import derive_seed
     from framequant.spec import LinearSpec
 
@@ -93,7 +95,9 @@ def frame_linear(name: str, linear: nn.Linear, kind: str) -> nn.Module:
     seeds = [derive_seed(0, f"{block}.{group}", "in") >> 32, derive_seed(0, name, "out") >> 32]
     frames = (
         choose_frame(linear.in_features, redundancy, seeds[0]),
-        choose_frame(linear.out_features, 1.0, seeds[1]),
+        block_frame(linear.out_features, 32, seeds[1])
+        if kind.endswith("local")
+        else choose_frame(linear.out_features, 1.0, seeds[1]),
     )
     spec = LinearSpec(linear.in_features, linear.out_features, *frames, code)
     tensors = {}
@@ -259,8 +263,10 @@ def compile_ahead(jobs: list[tuple[str, str]]) -> None:
 
 def rows(shapes: list[str], kinds: list[str]) -> list[tuple[str, str]]:
     """What is measured, what matters most first."""
-    main = [(shape, kind) for shape in shapes for kind in kinds if kind not in ONCE and kind not in OURS[2:]]
-    apart = [(shape, kind) for shape in shapes for kind in kinds if kind in OURS[2:]]
+    main = [
+        (shape, kind) for shape in shapes for kind in kinds if kind not in ONCE and not kind.endswith("apart")
+    ]
+    apart = [(shape, kind) for shape in shapes for kind in kinds if kind.endswith("apart")]
     once = [(shapes[0], kind) for kind in kinds if kind in ONCE]
     loading = [job for job in once if job[1] == "loading"]
     return main + loading + apart + [job for job in once if job not in loading]

@@ -35,6 +35,14 @@ def test_presets_survive_json(name):
         ({"overrides": {"q": {"bist": 3}}}, "unknown setting 'bist'. Did you mean 'bits'"),
         ({"overrides": {"q": {"seed": 3}}}, "cannot be overridden"),
         ({"code": "trellis", "column_order": "descending"}, "column_order"),
+        ({"output_hadamard_block": 48}, "expected one of 8, 16"),
+        ({"output_hadamard_block": True}, "expected an integer or nothing"),
+        ({"output_hadamard_block": 32, "two_sided": True}, "two_sided = false"),
+        (
+            {"output_hadamard_block": 32, "redundancy": 1, "frame": "identity"},
+            "frame = 'fusion' or 'hadamard'",
+        ),
+        ({"redundancy": 1, "frame": "block_hadamard"}, "use frame = 'fusion' and output_hadamard_block"),
     ],
 )
 def test_bad_settings_are_explained(settings, message):

@@ -22,13 +22,13 @@ from tests.kernels.test_cpu import CODES, make_layer
 class Attention(nn.Module):
     """Four linears, three of which read the same input."""
 
-    def __init__(self, code, sizes=(64, 32, 32), dim=64):
+    def __init__(self, code, sizes=(64, 32, 32), dim=64, block=None):
         super().__init__()
         self.query, self.key, self.value = (
-            make_layer(code, (dim, size), seed=4, bias=number != 1, codes=number)
+            make_layer(code, (dim, size), seed=4, bias=number != 1, codes=number, block=block)
             for number, size in enumerate(sizes)
         )
-        self.output = make_layer(code, (sizes[0], dim), seed=9)
+        self.output = make_layer(code, (sizes[0], dim), seed=9, block=block)
 
     def forward(self, x):
         query, key, value = self.query(x), self.key(x), self.value(x)
@@ -85,11 +85,12 @@ from framequant.kernels import launches
 from tests.kernels.test_cpu import CODES
 from tests.test_fused import make_model, run, set_backend
 torch.manual_seed(0)
-code = CODES[int(sys.argv[1])]
-model = make_model(code, count=1)
+code, block = CODES[int(sys.argv[1])], int(sys.argv[2]) or None
+model = make_model(code, count=1, block=block)
 state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 launches.FEW_TOKENS = 4
-launches.PANEL_TILE = launches.PanelTile(32, 16, 32, 4)  # the interpreter is slow
+launches.panel_tile = lambda _: launches.PanelTile(32, 16, 32, 4)  # the interpreter is slow
+launches.PACKED_PANEL_TILE = launches.PanelTile(16, 16, 128, 4)
 one, many = torch.randn(1, 64).half(), torch.randn(6, 64).half()
 before, expected = (run(set_backend(model, "triton"), x) for x in (one, many))
 made = fuse_(model)
@@ -120,12 +121,12 @@ print("all right")
 """
 
 
-@pytest.mark.parametrize("code", [0, 5])
-def test_fused_linears_through_the_interpreter(code):
+@pytest.mark.parametrize(("code", "block"), [(0, 0), (0, 32), (4, 0), (5, 0), (5, 32), (7, 0), (7, 32)])
+def test_fused_linears_through_the_interpreter(code, block):
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(code)],
+        [sys.executable, "-c", PROGRAM, str(code), str(block)],
         capture_output=True,
         text=True,
         check=False,

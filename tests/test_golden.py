@@ -24,6 +24,9 @@ CONFIGS = {
     "v1_trellis": fq.FrameQuantConfig(code="trellis", bits=2.25, redundancy=1.25, state_bits=8),
     "v1_sigma_delta": fq.preset("sigma-delta", frame_size_ratio=3, levels=6),
     "v1_sigma_delta_columns": fq.preset("sigma-delta", order=2, levels=4, dual="sobolev", vectors="columns"),
+    "v1_output_blocks": fq.FrameQuantConfig(
+        code="trellis", bits=2, redundancy=1.25, state_bits=8, output_hadamard_block=8
+    ),
     "v1_row_factors": fq.FrameQuantConfig(code="trellis", bits=2, redundancy=1.25, state_bits=8),
 }
 TUNED = {"v1_row_factors": fq.TuneConfig(steps=8, learning_rate=0.05, evaluations=2)}

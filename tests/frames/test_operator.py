@@ -15,6 +15,7 @@ SPECS = [
     FrameSpec(FrameKind.IDENTITY, 5),
     FrameSpec(FrameKind.HADAMARD, 12, seed=3),
     FrameSpec(FrameKind.HADAMARD, 7, seed=3),
+    FrameSpec(FrameKind.BLOCK_HADAMARD, 24, 3, 8, seed=3),
     FrameSpec(FrameKind.FUSION, 16, 5, 4, seed=1),  # block-diagonal
     FrameSpec(FrameKind.FUSION, 15, 5, 4, seed=1),  # odd, embedded
     FrameSpec(FrameKind.FUSION, 26, 5, 8, seed=2),  # Naimark complement
@@ -96,7 +97,7 @@ def test_gradients(spec: FrameSpec) -> None:
     assert torch.autograd.gradcheck(operator.synthesis, (c,))
 
 
-@pytest.mark.parametrize("spec", SPECS[2:8:2], ids=lambda s: s.dim)
+@pytest.mark.parametrize("spec", SPECS[3:9:2], ids=lambda s: s.dim)
 def test_traces_into_one_graph(spec: FrameSpec) -> None:
     operator = build_frame(spec)
     x = torch.randn(3, spec.dim)

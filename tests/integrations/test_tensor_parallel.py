@@ -24,6 +24,7 @@ KINDS = {
     "groups": ("gptq", {"group_size": 16}),
     "two-sided": ("framequant-paper", {}),
     "trellis": ("framequant-scalar", {"code": "trellis", "state_bits": 8, "bits": 2.25}),
+    "blocks": ("framequant-scalar", {"output_hadamard_block": 16}),
     "sigma-delta": ("sigma-delta", {"quantize_bias": False}),
 }
 

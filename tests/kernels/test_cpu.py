@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from framequant.codes.grid import GridKind, GridSpec, ZeroPoint
 from framequant.codes.packing import pack_codes
 from framequant.codes.trellis import TrellisSpec, rate_pattern
 from framequant.errors import FrameQuantError
-from framequant.frames import FrameKind, FrameSpec, choose_frame
+from framequant.frames import FrameKind, FrameSpec, block_frame, choose_frame
 from framequant.kernels import cpu
 from framequant.layers import FrameLinear
 from framequant.spec import LinearSpec
@@ -34,14 +35,18 @@ CODES = [
 ]
 
 
-def make_layer(code, features=(100, 36), redundancy=(1.125, 1.0), kind=None, bias=True, seed=0, codes=None):
-    """A layer with frames of ``seed`` and random codes, of ``codes`` if given."""
+def make_layer(
+    code, features=(100, 36), redundancy=(1.125, 1.0), kind=None, bias=True, seed=0, codes=None, block=None
+):
+    """A layer with frames of ``seed`` and random codes, of ``codes`` if given; ``block``: of a local output frame."""
     generator = torch.Generator().manual_seed(seed if codes is None else codes)
     frames = [
         choose_frame(dim, r, seed + i) for i, (dim, r) in enumerate(zip(features, redundancy, strict=True))
     ]
     if kind is not None:
         frames = [FrameSpec(kind, dim) for dim in features]
+    if block is not None:
+        frames[1] = block_frame(features[1], block, seed + 1)
     spec = LinearSpec(*features, *frames, code)
     tensors = {}
     for name, (shape, dtype) in storage.layout(spec).items():
@@ -97,6 +102,23 @@ def test_shapes_and_frames(features, code, tokens):
     ):
         layer = make_layer(code, features, redundancy or (1.0, 1.0), kind, bias=False)
         mine, torchs = errors(layer, torch.randn(tokens, features[0]).bfloat16())
+        assert mine <= 2 * torchs
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 37])
+@pytest.mark.parametrize("code", [CODES[0], CODES[2], CODES[7]], ids=["2bit", "3bit", "trellis"])
+def test_output_frames_in_blocks(code, tokens):
+    torch.manual_seed(tokens)
+    for features, block in (((192, 576), 64), ((40, 160), 32), ((100, 56), 8)):
+        layer = make_layer(code, features, block=block)
+        assert layer._plan() is not None
+        mine, torchs = errors(layer, torch.randn(tokens, features[0]).bfloat16())
+        assert mine <= 2 * torchs
+        frame_in = replace(block_frame(features[1], block), seed=5)  # no preset has it on this side
+        other = make_layer(code, (features[1], features[1]), (1.0, 1.0), bias=False, block=block)
+        other = FrameLinear.from_tensors(replace(other.spec, frame_in=frame_in), other.tensors)
+        mine, torchs = errors(other, torch.randn(tokens, features[1]).bfloat16())
+        assert other._plan() is not None
         assert mine <= 2 * torchs
 
 

@@ -22,7 +22,7 @@ from tests.kernels.test_cpu import make_layer
 torch.manual_seed(0)
 launches.PANEL_BYTES = 4096  # several panels, the last of them smaller
 launches.FEW_TOKENS = 4
-launches.PANEL_TILE = launches.PanelTile(32, 16, 32, 4)  # the interpreter is slow
+launches.panel_tile = lambda _: launches.PanelTile(32, 16, 32, 4)  # the interpreter is slow
 cases = (
     (GridSpec("sigma_clip", 4, "symmetric"), (192, 70), (1.125, 1.0), torch.bfloat16),
     (GridSpec("uniform", 16, "symmetric", per_tensor=True), (100, 64), (1.0, 1.125), torch.float16),
@@ -90,7 +90,7 @@ from framequant.codes.grid import GridSpec
 from framequant.kernels import launches, prompt_ops, triton_linear, triton_ops
 from tests.kernels.test_cpu import CODES, make_layer
 torch.manual_seed(0)
-launches.FEW_TOKENS, launches.PANEL_TILE = 4, launches.PanelTile(32, 16, 32, 4)
+launches.FEW_TOKENS, launches.panel_tile = 4, lambda _: launches.PanelTile(32, 16, 32, 4)
 inputs = [torch.randn(tokens, 192).half() for tokens in (1, 6)]
 graphs = []
 def traced(graph, examples):
@@ -125,17 +125,18 @@ from triton.compiler import ASTSource
 from framequant.codes.trellis_codebook import codebook
 from framequant.kernels import launches, panel_triton, prompt_transform_triton
 def ptx(kernel, types, constants, **options):
+    constants = constants | {p.name: p.default for p in kernel.params if p.has_default}
     names = list(types)
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t != "fp32" and n != "rows"}
     source = ASTSource(kernel, types | dict.fromkeys(constants, "constexpr"), constants, aligned)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
 for trellis in (False, True):
-    tile, book = launches.PANEL_TILE, codebook(12)
+    tile, book = launches.panel_tile(trellis), codebook(12)
     types = {"words_ptr": "*i32" if trellis else "*i16", "scale_ptr": "*bf16", "top_ptr": "*fp32",
              "panel_ptr": "*fp16", "rows": "i32", "stride": "i32", "width": "i32"}
     constants = {"TRELLIS": trellis, "BITS": 12 if trellis else 2, "MULTIPLIER": book.multiplier,
-                 "ADDEND": book.addend, "ROW_SCALES": True, "BR": tile.step, "BK": tile.words,
-                 "STEPS": tile.rows // tile.step}
+                 "ADDEND": book.addend, "PATTERN": 0x3222 if trellis else 0, "ROW_SCALES": True,
+                 "BR": tile.step, "BK": tile.words, "STEPS": tile.rows // tile.step}
     text = ptx(panel_triton.decode_panel, types, constants, num_warps=tile.warps)
     assert "st.global.v4.b32" in text and "st.global.b16" not in text
 types = dict.fromkeys("x_ptr signs_ptr m0_ptr m1_ptr m2_ptr bias_ptr top_ptr out_ptr unit_ptr".split(), "*fp16")
@@ -144,7 +145,7 @@ types |= {"signs_ptr": "*i8", "top_ptr": "*fp32", "unit_ptr": "*fp32", "x_stride
 for sizes in ([64, 1, 64, 72, 64, 1, 64, 128], [43, 16, 16, 16, 64, 16, 16, 16]):
     constants = dict(zip("F0 F1 F2_IN F2_OUT P0 P1 P2_IN P2_OUT".split(), sizes))
     for analysis in (True, False):
-        constants |= {"ANALYSIS": analysis, "BIAS": not analysis}
+        constants |= {"ANALYSIS": analysis, "BIAS": not analysis, "PLAIN": False}
         text = ptx(prompt_transform_triton.prompt_transform, types, constants,
                    num_warps=launches.prompt_warps(sizes), maxnreg=launches.PROMPT_REGISTERS)
         assert "st.global.v4.b32" in text or "st.global.v2.b32" in text

@@ -45,8 +45,8 @@ for code, features, redundancy, tokens, dtype in (
     words = plan.codes(tokens)
     torch.library.opcheck(
         torch.ops.framequant.product.default,
-        (words, *small_inputs(plan, words), plan.scales, plan.spec.coefficient_shape[0], plan.numbers(words),
-         plan.layout.factor),
+        (words, *small_inputs(plan, words), plan.scales, plan.shifts, plan.spec.coefficient_shape[0],
+         plan.numbers(words), plan.layout.factor),
         test_utils=("test_schema", "test_faketensor"),
     )
 layer = make_layer(CODES[0], (192, 70))

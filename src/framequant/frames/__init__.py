@@ -1,8 +1,9 @@
 """Linear algebra of frames: Parseval analysis operators, which exist, how they are built and applied.
 
 ``choose_frame`` turns a redundancy into a spec, ``build_frame`` turns a spec into an operator: the identity,
-a randomized Hadamard transform, a tight fusion frame after one, or a harmonic frame, with the conventions of
-``operator``. Unit-norm tight frames as Sigma-Delta quantization has them are in ``harmonic`` and ``unit_norm``.
+a randomized Hadamard transform of all coordinates or of blocks of them, a tight fusion frame after one, or a
+harmonic frame, with the conventions of ``operator``. Unit-norm tight frames as Sigma-Delta quantization has them are in
+``harmonic`` and ``unit_norm``.
 
 No quantization and no ``nn.Module`` in this package; of ours it imports nothing but ``errors``.
 """
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from framequant.frames.block_hadamard import BlockHadamard, block_frame
 from framequant.frames.choose import choose_frame
 from framequant.frames.dual_stage import DualStage
 from framequant.frames.fusion_frame import FusionFrame
@@ -25,6 +27,7 @@ from framequant.frames.signs import derive_seed, random_signs
 from framequant.frames.spectral_tetris import tight_fusion_frame_exists
 
 __all__ = [
+    "BlockHadamard",
     "ComposedFrame",
     "DualStage",
     "FrameKind",
@@ -33,6 +36,7 @@ __all__ = [
     "FusionFrame",
     "HarmonicFrame",
     "RandomizedHadamard",
+    "block_frame",
     "build_frame",
     "choose_frame",
     "derive_seed",
@@ -126,6 +130,8 @@ def build_frame(spec: FrameSpec) -> FrameOperator:
     stages: list[LinearStage] = []
     if spec.kind is FrameKind.HARMONIC:
         return ComposedFrame(spec, (harmonic_stage(spec),))
+    if spec.kind is FrameKind.BLOCK_HADAMARD:
+        return ComposedFrame(spec, (BlockHadamard(spec.dim, spec.subspace_dim, spec.seed),))
     if spec.kind is FrameKind.FUSION:
         # The fusion frame first: its refusals come before anything is allocated.
         stages.append(FusionFrame(spec.dim, spec.num_subspaces, spec.subspace_dim))

@@ -34,11 +34,19 @@ MAX_DENSE_ENTRIES = 1 << 28
 """Largest dense factor of an operator, in entries (2 GiB in float64)."""
 
 
+MAX_BLOCK = 1 << 10
+"""Largest block of a Hadamard transform: a larger one is hardly local, and its dense matrix large."""
+
+
 class FrameKind(StrEnum):
-    """Which transform: none, a randomized Hadamard transform, a fusion frame after one, or a harmonic frame."""
+    """Which transform.
+
+    None, a randomized Hadamard transform, one in blocks of coordinates, a fusion frame after one, or a harmonic frame.
+    """
 
     IDENTITY = "identity"
     HADAMARD = "hadamard"
+    BLOCK_HADAMARD = "block_hadamard"
     FUSION = "fusion"
     HARMONIC = "harmonic"
 
@@ -53,8 +61,8 @@ class FrameSpec:
     Attributes:
         kind: which transform.
         dim: number of coordinates d, any positive integer.
-        num_subspaces: k; for HARMONIC its N vectors, subspaces of dimension one; else 1.
-        subspace_dim: l, even; for HARMONIC 1; else 0.
+        num_subspaces: k; for BLOCK_HADAMARD its blocks; for HARMONIC its N vectors, subspaces of dimension one; else 1.
+        subspace_dim: l, even; for BLOCK_HADAMARD the size of a block, a power of two; for HARMONIC 1; else 0.
         seed: unsigned 64-bit seed of the random signs; unused by IDENTITY; for HARMONIC, 0 stands for no signs.
         dual_order: for HARMONIC, the order of the Sobolev dual that synthesises, 0 for the canonical; else 0.
 
@@ -79,6 +87,8 @@ class FrameSpec:
         _require_integer("dual_order", self.dual_order, 0, 3 if self.kind is FrameKind.HARMONIC else 0)
         if self.kind is FrameKind.HARMONIC:
             self._check_harmonic()
+        elif self.kind is FrameKind.BLOCK_HADAMARD:
+            self._check_blocks()
         elif self.kind is not FrameKind.FUSION:
             if (self.num_subspaces, self.subspace_dim) != (1, 0):
                 raise FrameError(
@@ -89,6 +99,13 @@ class FrameSpec:
             raise FrameError(
                 f"num_subspaces * subspace_dim must lie between dim={self.dim} and {MAX_COEFFICIENTS}, "
                 f"not be {self.num_subspaces} * {self.subspace_dim}."
+            )
+
+    def _check_blocks(self) -> None:
+        if not is_block_size(self.subspace_dim) or self.num_coefficients != self.dim:
+            raise FrameError(
+                f"blocks of a Hadamard transform of dim={self.dim} have a subspace_dim that is a power of two up to "
+                f"{MAX_BLOCK}, and together all coordinates, not {self.num_subspaces} * {self.subspace_dim}."
             )
 
     def _check_harmonic(self) -> None:
@@ -211,6 +228,11 @@ class Constants:
     def _cast(tensor: Tensor, x: Tensor) -> Tensor:
         dtype = x.dtype if tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=x.device, dtype=dtype)
+
+
+def is_block_size(size: object) -> bool:
+    """Whether a block of a Hadamard transform may have this size: a power of two, 2 to ``MAX_BLOCK``."""
+    return isinstance(size, int) and 2 <= size <= MAX_BLOCK and size & (size - 1) == 0
 
 
 def check_last_axis(x: Tensor, size: int, what: str) -> None:

@@ -30,7 +30,7 @@ from framequant.codes.packing import bytes_per_row, pack_codes, unpack_codes
 from framequant.codes.trellis import TrellisSpec
 from framequant.codes.trellis_codebook import CENTRE, codebook
 from framequant.codes.trellis_storage import decode_factors
-from framequant.frames import FrameOperator, FusionFrame, RandomizedHadamard
+from framequant.frames import BlockHadamard, FrameOperator, FusionFrame, RandomizedHadamard
 from framequant.kernels import openmp
 from framequant.spec import LinearSpec
 
@@ -87,7 +87,8 @@ def cpu_plan(
     """Prepare a linear whose tensors are on the CPU, or return None where the kernels do not cover it.
 
     Covered: every uniform grid of at most 16 levels with one scale a row or a tensor, with any zero point; every
-    trellis with tiles of 16 x 16; frames of up to three Hadamard factors, with a block-diagonal fusion frame or none.
+    trellis with tiles of 16 x 16; frames of up to three Hadamard factors, with a block-diagonal fusion frame or none,
+    or of Hadamard transforms in blocks.
     """
     analysis, synthesis = frame_constants(frames[0], True), frame_constants(frames[1], False)
     if analysis is None or synthesis is None or compiled() is None:
@@ -173,6 +174,8 @@ def frame_constants(
     stages = getattr(frame, "stages", ())
     if not stages:
         return np.zeros(0, np.float32), np.array([0, 0, 0, 0, 0, 0, frame.dim, frame.dim], np.int64)
+    if isinstance(stages[0], BlockHadamard):
+        return _block_constants(stages[0])
     hadamard = stages[0]
     if not isinstance(hadamard, RandomizedHadamard) or len(stages) > 2 or len(hadamard.factors) > 3:
         return None
@@ -194,6 +197,14 @@ def frame_constants(
     constants = torch.cat([part.flatten() for part in parts]).float().numpy()
     sizes = [*map(len, factors), inner, outer, blocks, frame.dim, frame.num_coefficients]
     return constants, np.array(sizes, np.int64)
+
+
+def _block_constants(stage: BlockHadamard) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Constants and sizes of a Hadamard transform in blocks: no factors, and a block that is its own transpose."""
+    originals = stage._constants.originals
+    parts = [originals["signs"], torch.ones(3, dtype=torch.float64), originals["matrix"].flatten()]
+    sizes = [1, 1, 1, stage.block, stage.block, stage.dim // stage.block, stage.dim, stage.dim]
+    return torch.cat(parts).float().numpy(), np.array([*sizes, *originals["order"].tolist()], np.int64)
 
 
 def takes(inputs: Tensor, in_features: int) -> bool:

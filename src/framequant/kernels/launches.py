@@ -6,6 +6,7 @@ only. Must not import layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 #: Most tokens whose transforms take a program for each index of the first axis.
@@ -63,6 +64,7 @@ class Tile(NamedTuple):
         warps: of a program.
         programs: what splitting should come close to.
         held: steps whose codes are in registers before the coefficients are there.
+        groups: warps that share out a step's words: each takes ``step`` of them, for all rows.
     """
 
     rows: int
@@ -72,6 +74,7 @@ class Tile(NamedTuple):
     warps: int
     programs: int
     held: int = 0
+    groups: int = 1
 
 
 class Launch(NamedTuple):
@@ -84,12 +87,12 @@ class Launch(NamedTuple):
     @property
     def held(self) -> int:
         """Steps held: no more than a program has."""
-        return min(self.tile.held, self.span // self.tile.step)
+        return min(self.tile.held, self.span // (self.tile.step * self.tile.groups))
 
     @property
     def loop(self) -> bool:
         """Whether steps are left that are not held."""
-        return self.span > self.held * self.tile.step
+        return self.span > self.held * self.tile.step * self.tile.groups
 
 
 def launch(tile: Tile, rows: int, count: int, columns: int) -> Launch:
@@ -134,6 +137,45 @@ def half_tile(trellis: bool, rows: int, tokens: int, compiled: bool) -> Tile:
     return Tile(128, 32, 32, 2, 8, 512)
 
 
+def packed_tile(codes: int, tokens: int, compiled: bool) -> Tile:
+    """For scalar codes in planes; so many ``codes`` are a unit, and as many tiles of coefficients are a step's."""
+    columns = 8 if tokens <= 8 and compiled else 16
+    if codes == 16 and tokens > 16:
+        columns = 32 if tokens <= 32 else 64
+    return Tile(64, 32, columns, 3 if codes * columns <= 256 else 2, 4, 512)
+
+
+#: Rows up to which the programs of a local output frame take eight warps: there are few of them.
+FEW_ROWS = 12288
+
+
+def block_launch(tile: Tile, count: int) -> Launch:
+    """All columns to one program: rows of whole blocks become outputs there."""
+    step = tile.step * tile.groups
+    return Launch(tile, 1, -(-count // step) * step)
+
+
+def block_byte_tile(rows: int, tokens: int, block: int) -> Tile:
+    """For scalar codes, few tokens and a local output frame: few rows, whose columns are shared out to warps."""
+    least, columns = max(32, block), 8 if tokens <= 2 else 16
+    if rows <= FEW_ROWS:
+        return Tile(least, 32, columns, 3, 8, 0, held=5 if block <= 32 else 2, groups=8)
+    return Tile(least, 32, columns, 4, 4, 0, held=2, groups=4)
+
+
+def block_half_tile(trellis: bool, rows: int, tokens: int, block: int, compiled: bool) -> Tile:
+    """For a trellis, and for scalar codes and more tokens."""
+    least, few = max(32, block), rows <= FEW_ROWS
+    if tokens > 16:
+        columns = 32 if trellis or tokens <= 32 else 64
+        if few and block <= 32:
+            return Tile(least, 16, columns, 2, 8, 0, groups=8)
+        return Tile(max(64, block), 32, columns, 2, 4 if block <= 64 else 8, 0)
+    columns = 8 if tokens <= 8 and compiled and trellis else 16
+    step = 16 if trellis or few else 32
+    return Tile(least, step, columns, 2 if trellis else 3, 8 if few else 4, 0, groups=8 if few else 4)
+
+
 class PanelTile(NamedTuple):
     """What one program decodes: ``rows`` of ``words``, of which ``step`` rows at a time; and its warps."""
 
@@ -143,8 +185,38 @@ class PanelTile(NamedTuple):
     warps: int
 
 
-#: A word (or half of a trellis' word) for each thread, so that its codes are one vector to store.
-PANEL_TILE = PanelTile(16, 2, 64, 4)
+def panel_tile(trellis: bool) -> PanelTile:
+    """A word, or half a row of a trellis tile, for each thread, so that its codes are one vector to store.
+
+    Of a trellis one row at a time: Triton 3.6 gives the threads of a warp two, and then moves all values through shared
+    memory.
+    """
+    return PanelTile(16, 1, 64, 2) if trellis else PanelTile(16, 2, 64, 4)
+
+
+#: The same for codes in planes: a word a thread, all rows at a time.
+PACKED_PANEL_TILE = PanelTile(4, 4, 128, 4)
+
+
+def block_panel_tile(block: int) -> PanelTile:
+    """For a local output frame: a program decodes two blocks of rows and rotates each."""
+    return PanelTile(2 * block, block, 32, 4 if block <= 32 else 8)
+
+
+def panel_ends(ends: Sequence[int], width: int, tokens: int) -> list[int]:
+    """One past the last row of each panel, for chunks of rows that stay together.
+
+    Args:
+        ends: the same of each chunk.
+        width: coefficients of a row.
+        tokens: of the prompt.
+    """
+    found, start, most = [], 0, panel_rows(ends[-1], width, tokens)
+    for end, after in zip(ends, [*ends[1:], ends[-1] + most + 1], strict=True):
+        if after - start > most:
+            found.append(end)
+            start = end
+    return found
 
 
 def panel_rows(rows: int, width: int, tokens: int) -> int:
@@ -162,7 +234,16 @@ def panel_rows(rows: int, width: int, tokens: int) -> int:
 PROMPT_REGISTERS = 128
 
 
-def prompt_warps(sizes: list[int]) -> int:
-    """Warps of a program that makes a whole token: 64 float32 registers of each thread for the padded vector."""
+def vector_warps(sizes: list[int]) -> int:
+    """Warps of a program that makes one index of the first axis: 32 of the vector a thread, 64 of the last matrix."""
     first, second, third_in, third_out = sizes[4:]
-    return min(16, max(2, first * second * max(third_in, third_out) // 2048))
+    return min(16, max(4, first * second * third_in // 1024, third_in * third_out // 2048))
+
+
+def prompt_warps(sizes: list[int]) -> int:
+    """Warps of a program that makes a whole token: 64 float32 registers of each thread for the padded vector.
+
+    And no more than 64 for the last matrix, as halves.
+    """
+    first, second, third_in, third_out = sizes[4:]
+    return min(16, max(2, first * second * max(third_in, third_out) // 2048, third_in * third_out // 4096))

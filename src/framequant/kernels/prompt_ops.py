@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from framequant.kernels import launches
+from framequant.kernels.packed_triton import num_digits, num_planes, unit_codes
+from framequant.kernels.panel_packed_triton import decode_packed_panel
 from framequant.kernels.panel_triton import TRELLIS_UNIT, decode_panel
 from framequant.kernels.prompt_transform_triton import prompt_transform
+from framequant.kernels.trellis_triton import tile_words
 
 
 def width(columns: int) -> int:
@@ -47,24 +50,40 @@ def _(x, signs, matrices, sizes, norm, columns):  # type: ignore[no-untyped-def]
 def product(words: Tensor, z: Tensor, scales: Tensor, top: Tensor, rows: int, layout: list[int]) -> Tensor:
     """``D̃ z`` as halves (tokens, rows), over ``top`` and what ``gain`` returns; no more than a panel is decoded.
 
-    ``layout`` holds: trellis or not, bits, multiplier, addend.
+    ``layout`` holds: trellis or not, bits, multiplier, addend, pattern, levels (``WordLayout``).
     """
-    trellis, bits, multiplier, addend = layout
     tokens, wide = z.shape
     u = torch.empty((tokens, rows), dtype=torch.float16, device=z.device)
     most = launches.panel_rows(rows, wide, tokens)
     panel = torch.empty((most, wide), dtype=torch.float16, device=z.device)
-    tile, codes = launches.PANEL_TILE, 8 if trellis else 16 // bits
     for start in range(0, rows, most):
         count = min(most, rows - start)
         row_scales = scales[start : start + count] if scales.numel() > 1 else scales
-        decode_panel[(-(-wide // (tile.words * codes)), -(-count // tile.rows))](
-            words[start:], row_scales, top, panel, count, words.shape[1], wide, TRELLIS=bool(trellis), BITS=bits,
-            MULTIPLIER=multiplier, ADDEND=addend, ROW_SCALES=scales.numel() > 1, BR=tile.step, BK=tile.words,
-            STEPS=tile.rows // tile.step, num_warps=tile.warps,
-        )  # fmt: skip
+        _decode(words, start, row_scales, top, panel[:count], layout)
         torch.mm(z, panel[:count].t(), out=u[:, start : start + count])
     return u
+
+
+def _decode(words: Tensor, start: int, scales: Tensor, top: Tensor, panel: Tensor, layout: list[int]) -> None:
+    """Decode as many rows as ``panel`` has, from ``start``, a multiple of 16, on; ``scales`` are theirs."""
+    trellis, bits, multiplier, addend, pattern, levels = layout
+    count, wide = panel.shape
+    if not trellis and num_digits(levels, bits) > 1:
+        tile, codes = launches.PACKED_PANEL_TILE, num_digits(levels, bits)
+        decode_packed_panel[(-(-wide // (tile.words * codes)), -(-count // tile.rows))](
+            words[start:], scales, top, panel, count, words.shape[1] // bits, wide, BITS=bits, LEVELS=levels,
+            ROW_SCALES=scales.numel() > 1, BR=tile.rows, BK=tile.words, num_warps=tile.warps,
+        )  # fmt: skip
+        return
+    tile, codes = launches.panel_tile(bool(trellis)), 8 if trellis else unit_codes(levels, bits)
+    height = tile_words(pattern) if trellis else 16  # rows of words for sixteen rows
+    stride = words.shape[1] if trellis else words.shape[1] // num_planes(bits)
+    decode_panel[(-(-wide // (tile.words * codes)), -(-count // tile.rows))](
+        words[start * height // 16 :], scales, top, panel, count, stride, wide,
+        TRELLIS=bool(trellis), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, PATTERN=pattern,
+        ROW_SCALES=scales.numel() > 1, BR=tile.step, BK=tile.words, STEPS=tile.rows // tile.step,
+        num_warps=tile.warps,
+    )  # fmt: skip
 
 
 @product.register_fake

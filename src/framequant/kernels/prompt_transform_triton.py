@@ -13,19 +13,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+#: Norms of a token between which its coefficients are halves as they are: none above 32768, most far above 2**-14.
+LEAST_NORM: tl.constexpr = tl.constexpr(0.25)
+LARGEST_NORM: tl.constexpr = tl.constexpr(32768.0)
+
 
 @triton.jit
 def prompt_transform(
     x_ptr, signs_ptr, m0_ptr, m1_ptr, m2_ptr, bias_ptr, top_ptr, out_ptr, unit_ptr, x_stride, out_stride, norm,
     F0: tl.constexpr, F1: tl.constexpr, F2_IN: tl.constexpr, F2_OUT: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2_IN: tl.constexpr, P2_OUT: tl.constexpr,
-    ANALYSIS: tl.constexpr, BIAS: tl.constexpr,
+    ANALYSIS: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr = False,
 ):  # fmt: skip
     """Transform one token; sizes and matrices as in ``TransformPlan``.
 
     Analysis: (tokens, F0*F1*F2_IN) of any float dtype to halves (tokens, out_stride), of which F0*F1*F2_OUT are
     written, divided by the power of two in ``unit``: below the largest entry's modulus, so the norm of what is
-    transformed is below ``2 * sqrt(dim)``.
+    transformed is below ``2 * sqrt(dim)``. PLAIN: of any 16-bit dtype, and not divided (``unit`` is 1) unless they are
+    halves and the token's norm does not suit them.
     Synthesis: halves (tokens, F0*F1*F2_IN), at most 32768, to (tokens, F0*F1*F2_OUT), times ``norm * unit * top``.
     """
     token = tl.program_id(0).to(tl.int64)
@@ -42,6 +47,14 @@ def prompt_transform(
         signs = tl.load(signs_ptr + source, mask=inside, other=0).to(tl.float32)
         x = (x * signs * (0x7F000000 - bits).to(tl.float32, bitcast=True)).to(tl.float16)
         unit = bits.to(tl.float32, bitcast=True)
+        if PLAIN:  # what is left to be divided by, and what is multiplied back
+            left = unit * 0.0 + 1.0
+            if out_ptr.dtype.element_ty == tl.float16:
+                h = x.to(tl.float32)
+                length = tl.sqrt(tl.sum(tl.sum(h * h, axis=1), axis=0)) * unit
+                left = tl.where((length >= LEAST_NORM) & (length <= LARGEST_NORM), left, unit)
+            norm *= unit * (0x7F000000 - left.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+            unit = left
         tl.store(unit_ptr + token, unit)
     else:
         unit = tl.load(unit_ptr + token) * tl.load(top_ptr)

@@ -11,8 +11,8 @@ import numpy as np
 from numba import njit
 
 #: Places in the array of sizes: the three factors, columns and rows of the block as it is stored, number of blocks
-#: (0 for none), coordinates, coefficients.
-FIRST, SECOND, THIRD, BLOCK_IN, BLOCK_OUT, BLOCKS, DIM, COEFFICIENTS = range(8)
+#: (0 for none), coordinates, coefficients; where coordinates are put in order, the one that each place takes follows.
+FIRST, SECOND, THIRD, BLOCK_IN, BLOCK_OUT, BLOCKS, DIM, COEFFICIENTS, ORDER = range(9)
 #: Sums may be reordered and contracted; NaN and infinity keep their meaning.
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 
@@ -73,6 +73,10 @@ def analysis(x, constants, sizes):
         return x
     for i in range(dim):
         x[i] *= constants[i]
+    if sizes.size > ORDER:
+        unordered, x = x, np.empty(dim, np.float32)
+        for i in range(dim):
+            x[i] = unordered[sizes[ORDER + i]]
     y = _kronecker(x, constants, dim, sizes, np.empty(dim, np.float32))
     blocks, inner, outer = sizes[BLOCKS], sizes[BLOCK_IN], sizes[BLOCK_OUT]
     if blocks == 0:
@@ -94,6 +98,10 @@ def synthesis(u, constants, sizes):
         _last_axis(u, constants[constants.size - inner * outer :], y, blocks, inner, outer)
         u = y
     y = _kronecker(u, constants, dim, sizes, np.empty(dim, np.float32))
+    if sizes.size > ORDER:
+        ordered, y = y, np.empty(dim, np.float32)
+        for i in range(dim):
+            y[sizes[ORDER + i]] = ordered[i]
     for i in range(dim):
         y[i] *= constants[i]
     return y

@@ -14,9 +14,11 @@ from jaxtyping import Float16, Int8
 from torch import Tensor
 
 from framequant.frames import FrameOperator, FusionFrame, RandomizedHadamard
+from framequant.frames.hadamard import sylvester
 
 ROWS = 16  # indices of the first axis that one program makes: the smallest side of a tensor-core tile
 MAX_ELEMENTS = 1 << 15  # padded coordinates of one program
+LAST_FACTORS = (64, 128)  # of transforms whose frame has longer groups than their last factor
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class TransformPlan:
 def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | str) -> TransformPlan | None:
     """Plan analysis or synthesis of a frame, or None where the kernels do not cover it.
 
-    Covered: randomized Hadamard transforms of up to three factors, and block-diagonal fusion frames after
-    one whose groups lie within the last factor.
+    Covered: randomized Hadamard transforms of up to three factors, and block-diagonal fusion frames after one whose
+    groups lie within the last factor, or divide 128 coordinates where the last factors are powers of two.
     """
     stages = getattr(frame, "stages", ())
     if not stages or not isinstance(stages[0], RandomizedHadamard) or len(stages) > 2:
@@ -62,6 +64,8 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
     factors = {1: [one, one], 2: [factors[0], one], 3: factors[:2]}[len(factors)] + factors[-1:]
     if len(stages) == 2:
         block = _shared_block(stages[1])
+        if block is not None and len(factors[2]) % block.shape[1]:
+            factors = _with_longer_last(factors, block.shape[1])
         if block is None or len(factors[2]) % block.shape[1]:
             return None
         copies = torch.eye(len(factors[2]) // block.shape[1], dtype=torch.float64)
@@ -86,6 +90,31 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
         tuple(matrix.to(device) for matrix in matrices),
         1.0 / math.sqrt(hadamard.dim),
     )
+
+
+def _with_longer_last(factors: list[Tensor], width: int) -> list[Tensor]:
+    """The same Kronecker product with a last factor that groups of ``width`` divide, if powers of two at its end allow.
+
+    Such factors are Walsh-Hadamard matrices, whose Kronecker products are longer ones. Of the lengths that serve, the
+    one whose padded matrices are smallest.
+    """
+    head, tail = torch.ones(1, 1, dtype=torch.float64), 1
+    for factor in factors:
+        if len(factor).bit_count() > 1:
+            head, tail = torch.kron(torch.kron(head, _walsh(tail)), factor), 1
+        else:
+            tail *= len(factor)
+    serving = [last for last in LAST_FACTORS if tail % last == 0 and last % width == 0]
+    if not serving:
+        return factors
+    last = min(serving, key=lambda size: _power(len(head) * tail // size) ** 2 + 2 * size**2)
+    one = torch.ones(1, 1, dtype=torch.float64)
+    return [torch.kron(head, _walsh(tail // last)), one, _walsh(last)]
+
+
+def _walsh(size: int) -> Tensor:
+    """The Walsh-Hadamard matrix of entries +1 and -1."""
+    return torch.from_numpy(sylvester(size) * math.sqrt(size)).round()
 
 
 def _shared_block(stage: object) -> Tensor | None:

@@ -1,5 +1,7 @@
 """Several linears that read one input, on a GPU: one analysis and one product of all their rows, then a synthesis each.
 
+Where output frames are local to blocks of rows, the product writes all outputs, and no synthesis follows.
+
 The codes of the linears are rows of one matrix of words, which is all that is kept of them: ``stored`` gives a
 linear's bytes back. Outputs are those of the single linears up to the order in which partial sums are added.
 
@@ -19,6 +21,7 @@ from torch import Tensor
 from framequant import storage
 from framequant.frames import FrameOperator
 from framequant.kernels import launches, reference, triton_linear
+from framequant.kernels.block_plan import BlockPlan, joined_plan
 from framequant.kernels.triton_linear import TritonPlan
 from framequant.kernels.words import stored_bytes
 
@@ -48,8 +51,14 @@ def can_join(plans: Sequence[TritonPlan]) -> bool:
         and plan.layout == first.layout
         and plan.words.shape[1:] == first.words.shape[1:]
         and plan.words.device == first.words.device
+        and _block(plan) == _block(first)
         for plan in plans
     )
+
+
+def _block(plan: TritonPlan) -> int:
+    """Rows of a block of an output frame that is local to blocks, else 0."""
+    return plan.out.block if isinstance(plan.out, BlockPlan) else 0
 
 
 def join(plans: Sequence[TritonPlan]) -> GroupPlan:
@@ -58,23 +67,36 @@ def join(plans: Sequence[TritonPlan]) -> GroupPlan:
     Args:
         plans: of the linears. One alone keeps its tensors; of several the words are copied.
     """
-    rows = tuple(len(plan.words) for plan in plans)
+    rows = tuple(plan.rows for plan in plans)
     if len(plans) == 1:
         return GroupPlan(tuple(plans), rows, plans[0])
     words = torch.cat([plan.words for plan in plans])
     scales = torch.cat([_row_scales(plan) for plan in plans])
+    parts = words.split([len(plan.words) for plan in plans])
     members = tuple(
         replace(plan, words=part, scales=scale[: plan.spec.coefficient_shape[0]])
-        for plan, part, scale in zip(plans, words.split(rows), scales.split(rows), strict=True)
+        for plan, part, scale in zip(plans, parts, scales.split(rows), strict=True)
     )
-    return GroupPlan(
-        members, rows, replace(plans[0], words=words, scales=scales, top=triton_linear.power_above(scales))
+    joined = replace(plans[0], words=words, scales=scales, top=triton_linear.power_above(scales))
+    blocks = [plan.out for plan in plans if isinstance(plan.out, BlockPlan)]
+    if blocks:
+        joined = replace(joined, out=joined_plan(blocks), bias=_joined_bias(plans))
+    return GroupPlan(members, rows, joined)
+
+
+def _joined_bias(plans: Sequence[TritonPlan]) -> Tensor | None:
+    """The biases of all linears one after the other, 0 where one has none; None if none has."""
+    known = [plan.bias for plan in plans if plan.bias is not None]
+    if not known:
+        return None
+    return torch.cat(
+        [known[0].new_zeros(plan.spec.out_features) if plan.bias is None else plan.bias for plan in plans]
     )
 
 
 def _row_scales(plan: TritonPlan) -> Tensor:
-    """A scale for each row of words; the rows that pad a trellis have 0."""
-    scales = torch.zeros((len(plan.words), 1), dtype=plan.scales.dtype, device=plan.scales.device)
+    """A scale for each row of coefficients; the rows that pad a trellis have 0."""
+    scales = torch.zeros((plan.rows, 1), dtype=plan.scales.dtype, device=plan.scales.device)
     scales[: plan.spec.coefficient_shape[0]] = plan.scales
     return scales
 
@@ -85,6 +107,7 @@ def stored(plan: TritonPlan) -> dict[str, Tensor]:
     return {
         "packed_codes": stored_bytes(plan.words, plan.spec, plan.layout),
         "scales": plan.scales[: shape[0]].clone(),
+        **{name: tensor.clone() for name, tensor in plan.kept.items()},
     }
 
 

@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from framequant.codes.trellis_storage import decode_factors
 from framequant.frames import FrameOperator
-from framequant.kernels import launches, prompt_ops, reference
+from framequant.kernels import block_ops, launches, prompt_ops, reference
 from framequant.kernels import triton_ops as operators
+from framequant.kernels.block_plan import BlockPlan, block_plan
 from framequant.kernels.transform_plan import TransformPlan, transform_plan
-from framequant.kernels.words import WordLayout, to_words, word_layout
+from framequant.kernels.words import WordLayout, row_shifts, to_words, word_layout
 from framequant.spec import LinearSpec
 
 #: Relative difference from plain torch in float32 above which a kernel counts as wrong.
@@ -41,11 +43,13 @@ class TritonPlan:
         spec: the linear.
         layout: of its words.
         words: the codes, int32 for a trellis, else int16.
-        scales: as stored, contiguous.
+        scales: (rows, 1) or (1, 1), contiguous: as stored, or in float32 with the rows' factors multiplied in.
         top: (1,) float32, a power of two above all scales.
         into: plan of analysis.
-        out: plan of synthesis.
+        out: plan of synthesis; where it is local to blocks of rows, products end with it.
         bias: (out_features,) or None.
+        shifts: ``words.row_shifts``.
+        kept: stored tensors that ``words`` and ``scales`` do not give back, by name.
     """
 
     spec: LinearSpec
@@ -54,12 +58,19 @@ class TritonPlan:
     scales: Tensor
     top: Tensor
     into: TransformPlan
-    out: TransformPlan
+    out: TransformPlan | BlockPlan
     bias: Tensor | None
+    shifts: Tensor | None = None
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows of coefficients in ``words``, those included that pad a trellis."""
+        return self.layout.rows(len(self.words))
 
     def codes(self, tokens: int) -> Tensor:
         """The words as the product takes them for so many tokens: bytes for few tokens of scalar codes."""
-        few = not self.layout.trellis and tokens <= launches.BYTE_TOKENS
+        few = not self.layout.trellis and self.layout.planes == 1 and tokens <= launches.BYTE_TOKENS
         return self.words.view(torch.int8) if few else self.words
 
     def interleave(self, words: Tensor) -> int:
@@ -67,19 +78,27 @@ class TritonPlan:
         return 8 // self.layout.bits if words.dtype == torch.int8 else self.layout.codes_per_word
 
     def count(self, words: Tensor) -> int:
-        """Words, or bytes, of a row that are codes."""
+        """Words, or bytes, of a row that meet coefficients."""
         if words.dtype != torch.int8:
-            return self.layout.words
+            return self.layout.length
         return -(-self.spec.coefficient_shape[1] * self.layout.bits // 8)
 
     @property
     def code(self) -> list[int]:
         """The ``layout`` of a prompt's product."""
-        return [int(self.layout.trellis), self.layout.bits, self.layout.multiplier, self.layout.addend]
+        layout = self.layout
+        return [
+            int(layout.trellis),
+            layout.bits,
+            layout.multiplier,
+            layout.addend,
+            layout.pattern,
+            layout.levels,
+        ]
 
     def numbers(self, words: Tensor) -> list[int]:
         """The ``layout`` of the product of few tokens."""
-        return [*self.code, self.count(words), words.shape[1]]
+        return [*self.code, self.count(words), words.shape[1] // self.layout.planes]
 
 
 def triton_plan(
@@ -93,14 +112,24 @@ def triton_plan(
     layout = word_layout(spec)
     if layout is None or (device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_GPU):
         return None
-    into, out = transform_plan(frames[0], True, device), transform_plan(frames[1], False, device)
+    into = transform_plan(frames[0], True, device)
+    out = block_plan(frames[1], device) or transform_plan(frames[1], False, device)
     if into is None or out is None:
+        return None
+    digits = layout.planes > 1 and layout.levels < 1 << layout.bits
+    if digits and isinstance(out, BlockPlan):  # their panels are not rotated
         return None
     scales = tensors["scales"]
     if scales.numel() not in (1, spec.coefficient_shape[0]):
         return None
+    kept = {name: tensors[name] for name in ("scales", "row_factors") if "row_factors" in tensors}
+    if kept:
+        scales = scales * decode_factors(tensors["row_factors"], scales.dtype)
     words = to_words(tensors["packed_codes"], spec, layout)
-    return TritonPlan(spec, layout, words, scales.contiguous(), power_above(scales), into, out, bias)
+    shifts = row_shifts(layout, device)
+    return TritonPlan(
+        spec, layout, words, scales.contiguous(), power_above(scales), into, out, bias, shifts, kept
+    )
 
 
 def power_above(scales: Tensor) -> Tensor:
@@ -141,10 +170,44 @@ def products(
         parts = [products(plan, part, members) for part in x.split(few)]
         return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
     starts = list(accumulate((rows for _, rows in members), initial=0))
+    if isinstance(plan.out, BlockPlan):
+        y = _outputs(plan, plan.out, x)
+        return tuple(y[:, start : start + rows] for start, (_, rows) in zip(starts, members, strict=False))
     u, unit = _multiply(plan, x, starts[-1])
     return tuple(
         _synthesise(member, plan, u[..., start : start + rows], unit, x.dtype)
         for start, (member, rows) in zip(starts, members, strict=False)
+    )
+
+
+def _outputs(plan: TritonPlan, out: BlockPlan, x: Float[Tensor, "t n"]) -> Float[Tensor, "t rows"]:
+    """Analysis, and a product that ends with the outputs of all rows."""
+    into, sizes = plan.into, [*plan.into.sizes, *plan.into.padded]
+    ends = out.places, out.signs, out.matrix, plan.bias
+    if x.shape[0] > launches.FEW_TOKENS:
+        z, unit = block_ops.prompt_analysis(
+            x, into.signs, list(into.matrices), sizes, into.norm, plan.spec.coefficient_shape[1]
+        )
+        return block_ops.prompt_product(
+            plan.words, z, unit, plan.scales, plan.top, *ends, list(out.ends), plan.code, plan.layout.factor
+        )
+    words = plan.codes(x.shape[0])
+    z, unit, sums = operators.analysis(
+        x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
+        words.dtype == torch.int8,
+    )  # fmt: skip
+    return block_ops.product(
+        words,
+        z,
+        sums,
+        unit,
+        plan.scales,
+        plan.shifts,
+        plan.top,
+        *ends,
+        plan.numbers(words),
+        plan.layout.factor,
+        x.dtype,
     )
 
 
@@ -163,7 +226,10 @@ def _multiply(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int) -> tuple[Ten
         x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
         words.dtype == torch.int8,
     )  # fmt: skip
-    return operators.product(words, z, sums, plan.scales, rows, plan.numbers(words), plan.layout.factor), unit
+    products = operators.product(
+        words, z, sums, plan.scales, plan.shifts, rows, plan.numbers(words), plan.layout.factor
+    )
+    return products, unit
 
 
 def _synthesise(
@@ -171,6 +237,7 @@ def _synthesise(
 ) -> Float[Tensor, "t o"]:
     """Outputs of a linear from its products with the words of ``joined``, bias added."""
     out, dim = plan.out, plan.spec.out_features
+    assert isinstance(out, TransformPlan)
     matrices, sizes = list(out.matrices), [*out.sizes, *out.padded]
     if u.dim() == 2:
         norm = out.norm * prompt_ops.gain(plan.layout.trellis, plan.layout.factor)

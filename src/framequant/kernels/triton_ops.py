@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from framequant.kernels import launches
-from framequant.kernels.launches import Launch, Tile
+from framequant.kernels.launches import Launch
+from framequant.kernels.packed_triton import is_plain, unit_codes
 from framequant.kernels.product_bytes_triton import byte_product
 from framequant.kernels.product_triton import product as half_product
 from framequant.kernels.transform_plan import ROWS
@@ -26,7 +27,7 @@ from framequant.kernels.vector_triton import vector_transform
 
 
 @cache
-def _early(device: torch.device) -> bool:
+def starts_early(device: torch.device) -> bool:
     """Whether a kernel may start while the one before it runs: NVIDIA, compute capability 9 or above."""
     if not COMPILED or device.type != "cuda" or torch.version.hip is not None:
         return False
@@ -35,10 +36,10 @@ def _early(device: torch.device) -> bool:
 
 def _transform(tokens: int, sizes: list[int], arguments: tuple[Any, ...], rows: int, **options: Any) -> None:
     """Launch the kernel for so many tokens."""
-    early = _early(arguments[0].device)
+    early = starts_early(arguments[0].device)
     options |= {"PDL": early, "launch_pdl": early}
     if tokens <= launches.VECTOR_TOKENS:
-        warps = min(16, max(4, sizes[4] * sizes[5] * sizes[6] // 1024))
+        warps = launches.vector_warps(sizes)
         vector_transform[(tokens, sizes[0])](*arguments, *sizes, **options, num_warps=warps)
         return
     tiled_transform[(tokens, rows // ROWS)](*arguments, *sizes, ROWS=ROWS, LOW=True, **options, num_warps=8)
@@ -97,28 +98,40 @@ def _(x, signs, matrices, sizes, norm, interleave, count, planes):  # type: igno
     )
 
 
-def product_launch(trellis: bool, as_bytes: bool, rows: int, count: int, tokens: int) -> Launch:
-    """Tile and splits of the product."""
+def product_launch(layout: list[int], as_bytes: bool, rows: int, tokens: int) -> Launch:
+    """Tile and splits of the product; ``layout`` as ``product`` takes it."""
+    trellis, bits, _, _, _, levels, count, _ = layout
     if as_bytes:
         return launches.launch(launches.byte_tile(rows, tokens), rows, count, 4 * tokens)
-    tile: Tile = launches.half_tile(trellis, rows, tokens, bool(COMPILED))
+    if trellis or is_plain(bits):
+        tile = launches.half_tile(bool(trellis), rows, tokens, bool(COMPILED))
+    else:
+        tile = launches.packed_tile(unit_codes(levels, bits), tokens, bool(COMPILED))
     return launches.launch(tile, rows, count, tokens)
 
 
 @torch.library.custom_op("framequant::product", mutates_args=())
 def product(
-    words: Tensor, z: Tensor, sums: Tensor, scales: Tensor, rows: int, layout: list[int], factor: float
+    words: Tensor,
+    z: Tensor,
+    sums: Tensor,
+    scales: Tensor,
+    shifts: Tensor | None,
+    rows: int,
+    layout: list[int],
+    factor: float,
 ) -> Tensor:
     """``D̃ z`` as partial sums, float32 (splits, tokens, rows).
 
-    ``layout`` holds: trellis or not, bits, multiplier, addend, words of a row that are codes, words from row to row.
+    ``layout`` holds: trellis or not, bits, multiplier, addend, pattern, levels, words of a row that meet coefficients,
+    words from row to row (``WordLayout``). ``shifts`` are those of ``words.row_shifts``.
     Words are int32 for a trellis, with coefficients as halves; int16 for scalar codes, with halves, too; or int8, with
     coefficients as planes.
     """
-    trellis, bits, multiplier, addend, count, stride = layout
+    trellis, bits, multiplier, addend, pattern, levels, count, stride = layout
     as_bytes = words.dtype == torch.int8
-    tokens, early = z.shape[0], _early(z.device)
-    how = product_launch(bool(trellis), as_bytes, rows, count, tokens)
+    tokens, early = z.shape[0], starts_early(z.device)
+    how = product_launch(layout, as_bytes, rows, tokens)
     tile = how.tile
     u = torch.empty((how.splits, tokens, rows), dtype=torch.float32, device=z.device)
     options = {"BITS": bits, "ROW_SCALES": scales.numel() > 1, "BR": tile.rows, "BK": tile.step, "BN": tile.columns,
@@ -128,8 +141,10 @@ def product(
     options |= {"PARTS": parts, "PADDED_PARTS": 1 << (parts - 1).bit_length()}
     if not as_bytes:
         half_product[(blocks, how.splits, -(-tokens // tile.columns))](
-            words, z, sums, scales, u, rows, count, stride, how.span, tokens, factor, TRELLIS=bool(trellis),
-            MULTIPLIER=multiplier, ADDEND=addend, CENTRED=not trellis, PREFETCH=0, **options,
+            words, z, sums, scales, scales if shifts is None else shifts, u, rows, count, stride, how.span, tokens,
+            factor, TRELLIS=bool(trellis),
+            MULTIPLIER=multiplier, ADDEND=addend, PATTERN=pattern, LEVELS=levels, CENTRED=not trellis, PREFETCH=0,
+            **options,
         )  # fmt: skip
         return u
     byte_product[(blocks, how.splits, -(-tokens * 4 // tile.columns))](
@@ -140,8 +155,8 @@ def product(
 
 
 @product.register_fake
-def _(words, z, sums, scales, rows, layout, factor):  # type: ignore[no-untyped-def]
-    how = product_launch(bool(layout[0]), words.dtype == torch.int8, rows, layout[4], z.shape[0])
+def _(words, z, sums, scales, shifts, rows, layout, factor):  # type: ignore[no-untyped-def]
+    how = product_launch(layout, words.dtype == torch.int8, rows, z.shape[0])
     return z.new_empty((how.splits, z.shape[0], rows), dtype=torch.float32)
 
 

@@ -99,7 +99,9 @@ def vector_transform(
     if ANALYSIS:
         size = INTERLEAVE * words
         place = (k % INTERLEAVE) * words + k // INTERLEAVE
-        tail = F0 * F1 * F2_OUT + tl.arange(0, INTERLEAVE)
+        tail = F0 * F1 * F2_OUT + tl.arange(
+            0, triton.next_power_of_2(8 * INTERLEAVE)
+        )  # up to seven words, and a part
         tail_place = (tail % INTERLEAVE) * words + tail // INTERLEAVE
         last = (tail < size) & (row == 0)
         if PLANES:

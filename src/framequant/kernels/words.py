@@ -1,8 +1,8 @@
 """Stored codes as the words that the product kernels read: one pass over the bytes on their device, at load.
 
-Only the arrangement changes: rows are padded to whole 32-byte sectors, and the words of a trellis tile are dealt
-out to the tile's rows. The result replaces the stored bytes in memory; ``stored_bytes`` gives them back for
-saving. Must not import layers; imports no triton.
+Only the arrangement changes: rows are padded to whole 32-byte sectors, and the words of a trellis tile, half as many
+as a row of it has bits, stand one below the other, so that words of adjacent tiles are adjacent. The result replaces
+the stored bytes in memory; ``stored_bytes`` gives them back for saving. Must not import layers; imports no triton.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from framequant.codes.grid import GridSpec, ZeroPoint
-from framequant.codes.packing import bytes_per_row
+from framequant.codes.packing import bytes_per_row, word_shape
 from framequant.codes.trellis import TrellisSpec
 from framequant.codes.trellis_codebook import codebook
+from framequant.kernels.packed_words import from_planes, to_planes
 from framequant.spec import LinearSpec
 
 SECTOR = 32  # bytes; rows start at a multiple of it
@@ -27,13 +28,17 @@ class WordLayout:
     """How a coefficient matrix lies in words.
 
     Attributes:
-        trellis: whether a word holds trellis steps, and the word above is needed too.
-        bits: bits of a scalar code; state bits of a trellis.
-        codes_per_word: coefficients of one word, in one row.
-        words: words of a row.
-        stride: words from one row to the next, padding included.
+        trellis: whether a row of words holds words of adjacent tiles.
+        bits: bits of a scalar code, or of several that are one number; state bits of a trellis.
+        codes_per_word: coefficients of one word, unit of planes, or tile, in one row.
+        words: words of a row, or of a plane of a row.
+        stride: words from one row, or plane, to the next, padding included.
         multiplier: of the trellis codebook.
         addend: of the trellis codebook.
+        pattern: rates of the trellis' steps, one hexadecimal digit each, the first step's lowest.
+        tile_words: rows of words for sixteen rows of coefficients, of a trellis.
+        levels: of a scalar code.
+        planes: words of a unit of scalar codes (``packed_words``).
         factor: value of one level, before the stored scale.
     """
 
@@ -44,31 +49,59 @@ class WordLayout:
     stride: int
     multiplier: int = 0
     addend: int = 0
+    pattern: int = 0
+    tile_words: int = 16
+    levels: int = 0
+    planes: int = 1
     factor: float = 1.0
+
+    @property
+    def length(self) -> int:
+        """Words of a row, or of a plane, that meet coefficients.
+
+        Those of a trellis and of planes include what fills up: zeros, which keep the coefficients of adjacent words,
+        too, at multiples of 16 bytes.
+        """
+        return self.stride if self.trellis or self.planes > 1 else self.words
+
+    def rows(self, words: int) -> int:
+        """Rows of coefficients, padding included, that so many rows of words hold."""
+        return words * 16 // self.tile_words
 
 
 def word_layout(spec: LinearSpec) -> WordLayout | None:
     """Return the layout for a linear's codes, or None where the kernels do not cover them.
 
-    Covered: uniform grids of 2, 4, 16 levels, symmetric, one scale a row or a tensor, and trellises of two
-    bits a weight with tiles of 16 columns and 16 rows.
+    Covered: uniform grids of 3, 5 and ``2**b`` levels, symmetric, one scale a row or a tensor, and trellises of all
+    rates with tiles of 16 columns and 16 rows.
     """
     cols, code = spec.coefficient_shape[1], spec.code
     if isinstance(code, GridSpec):
         uniform = code.is_uniform and code.zero_point is ZeroPoint.SYMMETRIC and code.group_size is None
-        if not uniform or code.num_levels not in (2, 4, 16):
-            return None
-        bits = code.num_levels.bit_length() - 1
-        words = -(-cols * bits // 16)
-        return WordLayout(False, bits, 16 // bits, words, _padded(words, 2), factor=float(code.num_levels))
-    if not isinstance(code, TrellisSpec) or code.row_factors:
-        return None
-    if set(code.rates) != {2} or (code.tile_rows, code.tile_cols) != (16, 16):
+        return _scalar_layout(code.num_levels, cols) if uniform else None
+    if not isinstance(code, TrellisSpec) or (code.tile_rows, code.tile_cols) != (16, 16):
         return None
     words, book = -(-cols // 16), codebook(code.state_bits)
     return WordLayout(
-        True, code.state_bits, 16, words, _padded(words, 4), book.multiplier, book.addend, book.scale
-    )
+        True, code.state_bits, 16, words, _padded(words, 4), book.multiplier, book.addend,
+        pattern=sum(rate << (4 * step) for step, rate in enumerate(code.rates)),
+        tile_words=code.bytes_per_tile // 4, factor=book.scale,
+    )  # fmt: skip
+
+
+def _scalar_layout(levels: int, cols: int) -> WordLayout | None:
+    codes, bits = word_shape(levels)
+    if levels in (2, 4, 16):
+        words = -(-cols * bits // 16)
+        return WordLayout(
+            False, bits, 16 // bits, words, _padded(words, 2), levels=levels, factor=float(levels)
+        )
+    if codes > 1 and levels not in (3, 5):
+        return None
+    words = -(-cols // (16 * codes))
+    stride = -(-words // 8) * 8  # planes begin at multiples of 16 bytes: for 5 levels a sector is 768 weights
+    factor = float(levels) if codes == 1 else 8.0
+    return WordLayout(False, bits, 16 * codes, words, stride, levels=levels, planes=bits, factor=factor)
 
 
 def _padded(words: int, size: int) -> int:
@@ -85,17 +118,28 @@ def to_words(packed: UInt8[Tensor, ...], spec: LinearSpec, layout: WordLayout) -
         layout: ``word_layout(spec)``.
 
     Returns:
-        A new tensor on the same device: int16 for scalar codes, int32 for a trellis, whose padding rows are kept.
+        A new tensor on the same device: int16 for scalar codes; int32 for a trellis, ``tile_words`` rows for each row
+        of tiles.
     """
+    if layout.planes > 1:
+        return to_planes(packed, layout.bits, layout.stride)
     if not layout.trellis:
         bytes_ = torch.zeros((packed.shape[0], 2 * layout.stride), dtype=torch.uint8, device=packed.device)
         bytes_[:, : packed.shape[1]] = packed
         return bytes_.view(torch.int16)
-    down, across = packed.shape[0], layout.words
-    tiles = packed.contiguous().view(torch.int32).view(down, across, 16)
-    words = torch.zeros((down, 16, layout.stride), dtype=torch.int32, device=packed.device)
-    words[:, :, :across] = tiles.flip(2).transpose(1, 2)
-    return words.view(down * 16, layout.stride)
+    down, height = packed.shape[0], layout.tile_words
+    tiles = packed.contiguous().view(torch.int32).view(down, layout.words, height)
+    words = torch.zeros((down, height, layout.stride), dtype=torch.int32, device=packed.device)
+    words[:, :, : layout.words] = tiles.transpose(1, 2)
+    return words.view(down * height, layout.stride)
+
+
+def row_shifts(layout: WordLayout, device: torch.device | str) -> Int[Tensor, " 16"] | None:
+    """Where each of a tile's sixteen rows has its lowest bit within a word, int32; None for scalar codes."""
+    if not layout.trellis:
+        return None
+    lowest = 2 * layout.tile_words * torch.arange(15, -1, -1, dtype=torch.int32)
+    return (lowest % 32).to(device)
 
 
 def stored_bytes(
@@ -104,7 +148,9 @@ def stored_bytes(
     """Give the stored bytes back; the inverse of ``to_words``, bit for bit."""
     if not layout.trellis:
         size = bytes_per_row(spec.coefficient_shape[1], spec.code.num_levels)
+        if layout.planes > 1:
+            return from_planes(words, layout.bits, layout.stride, size)
         return words.view(torch.uint8)[:, :size].contiguous()
-    rows = words.shape[0]
-    tiles = words.view(rows // 16, 16, layout.stride)[:, :, : layout.words].transpose(1, 2).flip(2)
-    return tiles.contiguous().view(rows // 16, layout.words * 16).view(torch.uint8)
+    down = len(words) // layout.tile_words
+    tiles = words.view(down, layout.tile_words, layout.stride)[:, :, : layout.words].transpose(1, 2)
+    return tiles.contiguous().view(down, -1).view(torch.uint8)

@@ -201,6 +201,8 @@ def describe_frame(frame: FrameSpec) -> str:
         return f"harmonic N={frame.num_subspaces} N/d={frame.redundancy:.4f}{dual}"
     if frame.kind is FrameKind.FUSION:
         return f"fusion k={frame.num_subspaces} l={frame.subspace_dim} r={frame.redundancy:.4f}"
+    if frame.kind is FrameKind.BLOCK_HADAMARD:
+        return f"block_hadamard b={frame.subspace_dim}"
     return frame.kind.value
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from framequant.config import Denoise, FrameQuantConfig, Rounding
 from framequant.errors import NumericalError
-from framequant.frames import FrameKind, FrameOperator, FrameSpec, build_frame, choose_frame
+from framequant.frames import FrameKind, FrameOperator, FrameSpec, block_frame, build_frame, choose_frame
 from framequant.frames.order import spread_order
 from framequant.frames.signs import derive_seed
 from framequant.quantizers.coders import make_coder
@@ -97,10 +97,11 @@ def frame_specs(
     mask = (1 << SEED_BITS) - 1
     seed_in = derive_seed(config.seed, group, "in") & mask
     seed_out = derive_seed(config.seed, name, "out") & mask
+    frame_in = choose_frame(in_features, config.redundancy, seed_in)
+    if config.output_hadamard_block is not None:
+        return frame_in, block_frame(out_features, config.output_hadamard_block, seed_out)
     redundancy_out = config.redundancy if config.two_sided else 1.0
-    return choose_frame(in_features, config.redundancy, seed_in), choose_frame(
-        out_features, redundancy_out, seed_out
-    )
+    return frame_in, choose_frame(out_features, redundancy_out, seed_out)
 
 
 def quantize_group(

@@ -1,0 +1,168 @@
+"""Trellis codes in a kernel: from the words of a tile to levels, for every pattern of rates.
+
+The bits of a tile of 16 × 16 weights are a ring of 32-bit words, the oldest bits highest (``codes/trellis.py``). A
+*run*, here 16 steps (a row of the tile) or 8, owns as many bits as its rates add up to, so its lowest bit lies at a
+place that only the run tells. A kernel loads the words that hold a run and the state bits before it, around the ring,
+and moves them down by a funnel shift, by an amount for each row; from there on the state of every step is a window at a
+place that the pattern fixes at compile time. Runs of whole words, as at two or four bits, need no move.
+
+Two states that are ``32 - BITS`` bits apart come out of one window, the one by a mask, the other by a shift. Levels
+keep the constant 1534, which makes them halves in [1024, 2048) without a subtraction.
+
+PATTERN holds the rates as hexadecimal digits, the first step's lowest. Imports triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from framequant.kernels.triton_support import COMPILED
+
+
+@triton.constexpr_function
+def run_rates(pattern, steps):
+    """The rates of the steps of a run."""
+    digits = [int(digit, 16) for digit in reversed(f"{pattern:x}")]
+    return digits * (steps // len(digits))
+
+
+@triton.constexpr_function
+def tile_words(pattern):
+    """Words of a tile."""
+    return sum(run_rates(pattern, 16)) // 2
+
+
+@triton.constexpr_function
+def offset(pattern, steps, step):
+    """Place of a step's state above the lowest bit of its run."""
+    return sum(run_rates(pattern, steps)[step + 1 :])
+
+
+@triton.constexpr_function
+def is_aligned(pattern, steps):
+    """Whether every run begins with a word."""
+    return sum(run_rates(pattern, steps)) % 32 == 0
+
+
+@triton.constexpr_function
+def moved_words(pattern, steps, bits):
+    """Words that hold a run and the state bits before it, once they are moved into place."""
+    return -(-(offset(pattern, steps, 0) + bits) // 32)
+
+
+@triton.constexpr_function
+def loaded_words(pattern, steps, bits):
+    """Words that hold them wherever a run begins."""
+    size = sum(run_rates(pattern, steps))
+    furthest = 32 - min(size & -size, 32)  # runs begin at multiples of the power of two in their size
+    return -(-(furthest + offset(pattern, steps, 0) + bits) // 32)
+
+
+@triton.constexpr_function
+def partner(pattern, steps, bits, step):
+    """The step whose state lies at the top of the 32 bits that begin with this one's; -1: none; -2: this is one."""
+    offsets = [offset(pattern, steps, i) for i in range(steps)]
+    found, taken = -1, set()
+    for low in reversed(range(steps)):
+        top = offsets.index(offsets[low] + 32 - bits) if offsets[low] + 32 - bits in offsets else -1
+        if low in taken:
+            top = -2
+        elif top >= 0:
+            taken.add(top)
+        if low == step:
+            found = top
+    return found
+
+
+@triton.jit
+def run_place(run, PATTERN: tl.constexpr, RUN: tl.constexpr):
+    """Word and bit of a tile where its runs of RUN steps, counted from the oldest, have their lowest bit."""
+    bits: tl.constexpr = tile_words(PATTERN) * RUN // 8
+    lowest = bits * (256 // RUN - 1 - run)
+    return lowest >> 5, lowest & 31
+
+
+@triton.jit
+def word_around(word, NUMBER: tl.constexpr, PATTERN: tl.constexpr):
+    """The NUMBER-th word after one, around a tile's ring."""
+    words: tl.constexpr = tile_words(PATTERN)
+    following = word + NUMBER
+    return tl.where(following >= words, following - words, following)
+
+
+@triton.jit
+def _funnel(low, high, shift):
+    """The low word of ``high:low`` moved down, int32."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, shift], dtype=tl.int32, is_pure=True, pack=1
+        )  # fmt: skip
+    both = (high.to(tl.uint32).to(tl.uint64) << 32) | low.to(tl.uint32).to(tl.uint64)
+    return (both >> shift.to(tl.uint64)).to(tl.uint32).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def moved(words, shift, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
+    """COUNT words of runs in place, from those that were loaded."""
+    found = ()
+    for i in tl.static_range(COUNT):
+        if ALIGNED:
+            found += (words[i],)
+        elif i + 1 < len(words):
+            found += (_funnel(words[i], words[i + 1], shift),)
+        else:  # what is above is not looked at
+            found += (_funnel(words[i], words[i], shift),)
+    return found
+
+
+@triton.constexpr_function
+def _window_text(shift, bits):
+    """PTX that moves ``$2:$1`` down, so that at least ``bits`` bits are right."""
+    return f"shr.u32 $0, $1, {shift};" if shift + bits <= 32 else f"shf.r.wrap.b32 $0, $1, $2, {shift};"
+
+
+@triton.jit
+def window(words, OFFSET: tl.constexpr, BITS: tl.constexpr):
+    """At least BITS bits, int32, from OFFSET on in runs that are in place."""
+    first: tl.constexpr = OFFSET // 32
+    shift: tl.constexpr = OFFSET % 32
+    second: tl.constexpr = first + 1 if shift + BITS > 32 else first
+    if shift == 0:
+        return words[first]
+    if COMPILED:
+        text: tl.constexpr = _window_text(shift, BITS)
+        return tl.inline_asm_elementwise(
+            text, "=r,r,r", [words[first], words[second]], dtype=tl.int32, is_pure=True, pack=1
+        )
+    both = (words[second].to(tl.uint32).to(tl.uint64) << 32) | words[first].to(tl.uint32).to(tl.uint64)
+    return (both >> shift).to(tl.uint32).to(tl.int32, bitcast=True)
+
+
+@triton.constexpr_function
+def _level_text(take, multiplier, addend):
+    """PTX from two windows to two packed halves: states, congruence, sum of bytes onto the half 1024."""
+    one = [
+        f"{take[0]} {t}, ${number}, {take[1]}; mad.lo.u32 {t}, {t}, {multiplier}, {addend}; "
+        f"dp4a.u32.u32 {t}, {t}, 0x01010101, 0x6400;"
+        for number, t in ((1, "a"), (2, "b"))
+    ]
+    return f"{{ .reg .b32 a, b; {one[0]} {one[1]} prmt.b32 $0, a, b, 0x5410; }}"
+
+
+@triton.constexpr_function
+def _take(bits, top):
+    return ("shr.u32", 32 - bits) if top else ("and.b32", (1 << bits) - 1)
+
+
+@triton.jit
+def levels(window, BITS: tl.constexpr, TOP: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr):
+    """1534 and the level, -510 ... 510, of the states at the low end of windows or, with TOP, at their top; halves."""
+    if COMPILED:
+        text: tl.constexpr = _level_text(_take(BITS, TOP), MULTIPLIER, ADDEND)
+        return tl.inline_asm_elementwise(text, "=r,r,r", [window], dtype=tl.float16, is_pure=True, pack=2)
+    state = window.to(tl.uint32, bitcast=True).to(tl.uint64)
+    state = state >> (32 - BITS) if TOP else state & ((1 << BITS) - 1)
+    h = (state * MULTIPLIER + ADDEND) & 0xFFFFFFFF
+    total = (h & 255) + ((h >> 8) & 255) + ((h >> 16) & 255) + (h >> 24)
+    return (total.to(tl.int32) + 1024).to(tl.float16)
