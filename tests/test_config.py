@@ -42,6 +42,16 @@ def test_presets_survive_json(name):
             {"output_hadamard_block": 32, "redundancy": 1, "frame": "identity"},
             "frame = 'fusion' or 'hadamard'",
         ),
+        (
+            {
+                "output_hadamard_block": 32,
+                "code": "trellis",
+                "redundancy": 1,
+                "frame": "hadamard",
+                "output_feedback": True,
+            },
+            "output_feedback",
+        ),
         ({"redundancy": 1, "frame": "block_hadamard"}, "use frame = 'fusion' and output_hadamard_block"),
     ],
 )

@@ -83,7 +83,7 @@ class FrameQuantConfig:
             "hadamard" (that transform alone, r = 1), "identity" (none); "harmonic" for Sigma-Delta codes only.
         output_hadamard_block: rotate outputs by Hadamard transforms of so many outputs, a power of two from 8 to 1024,
             instead of one of all; linears whose outputs it does not divide keep that one. With 16 to 128 inference on a
-            GPU ends with the product. None for one transform.
+            GPU ends with the product. Not for a trellis with ``output_feedback``. None for one transform.
         code: "scalar", "trellis" or "sigma_delta".
         grid: scalar codebook: "min_max", "sigma_clip", "uniform", "lloyd_max", "search".
         levels: number of scalar levels, 2…16, instead of 2**bits; 5 levels take 7/3 bits. Sigma-Delta: 2K, even,
@@ -317,6 +317,11 @@ class FrameQuantConfig:
             raise ConfigError(
                 f"output_hadamard_block = {block} needs frame = 'fusion' or 'hadamard' and an output side without "
                 "redundancy; leave two_sided = false."
+            )
+        if self.code is CodeKind.TRELLIS and self.output_feedback:
+            raise ConfigError(
+                f"output_hadamard_block = {block} with output_feedback = true: a block's rows lie within those that "
+                "get no feedback from each other, which costs a tenth of the loss. Use one of the two, or a scalar code."
             )
 
     def _check_sigma_delta(self) -> None:
