@@ -321,7 +321,7 @@ class FrameQuantConfig:
         if self.code is CodeKind.TRELLIS and self.output_feedback:
             raise ConfigError(
                 f"output_hadamard_block = {block} with output_feedback = true: a block's rows lie within those that "
-                "get no feedback from each other, which costs a tenth of the loss. Use one of the two, or a scalar code."
+                "get no feedback from each other, which costs a tenth of the loss. Use one of them, or a scalar code."
             )
 
     def _check_sigma_delta(self) -> None:
