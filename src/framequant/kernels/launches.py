@@ -156,11 +156,14 @@ def block_launch(tile: Tile, count: int) -> Launch:
 
 
 def block_byte_tile(rows: int, tokens: int, block: int) -> Tile:
-    """For scalar codes, few tokens and a local output frame: few rows, whose columns are shared out to warps."""
-    least, columns = max(32, block), 8 if tokens <= 2 else 16
+    """For scalar codes, few tokens and a local output frame: few rows, whose columns are shared out to warps.
+
+    Of many rows a program takes 64 at a time: groups of columns in programs of 32 rows took twice as long on an H200.
+    """
+    columns = 8 if tokens <= 2 else 16
     if rows <= FEW_ROWS:
-        return Tile(least, 32, columns, 3, 8, 0, held=5 if block <= 32 else 2, groups=8)
-    return Tile(least, 32, columns, 4, 4, 0, held=2, groups=4)
+        return Tile(max(32, block), 32, columns, 3, 8, 0, held=5 if block <= 32 else 2, groups=8)
+    return Tile(max(64, block), 128, columns, 3, 4, 0, held=1)
 
 
 def block_half_tile(trellis: bool, rows: int, tokens: int, block: int, compiled: bool) -> Tile:
@@ -172,8 +175,9 @@ def block_half_tile(trellis: bool, rows: int, tokens: int, block: int, compiled:
             return Tile(least, 16, columns, 2, 8, 0, groups=8)
         return Tile(max(64, block), 32, columns, 2, 4 if block <= 64 else 8, 0)
     columns = 8 if tokens <= 8 and compiled and trellis else 16
-    step = 16 if trellis or few else 32
-    return Tile(least, step, columns, 2 if trellis else 3, 8 if few else 4, 0, groups=8 if few else 4)
+    if few:
+        return Tile(least, 16, columns, 2 if trellis else 3, 8, 0, groups=8)
+    return Tile(max(64, block), 32 if trellis else 64, columns, 2 if trellis else 3, 4, 0)
 
 
 class PanelTile(NamedTuple):
