@@ -8,7 +8,7 @@ points, the centre of the codebook) act on the sum of q alone.
 Only ``framequant.kernels.cpu`` imports this module. Imports numba and numpy, no torch.
 """
 
-# Compiled in: 4d9095f87ee0 (tests/kernels/test_stamps.py says why)
+# Compiled in: 07a1f3c15707 (tests/kernels/test_stamps.py says why)
 from __future__ import annotations
 
 import numpy as np
