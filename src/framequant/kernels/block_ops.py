@@ -17,13 +17,10 @@ from torch import Tensor
 from framequant.kernels import launches, prompt_ops
 from framequant.kernels.block_triton import finish_tokens
 from framequant.kernels.launches import Launch
-from framequant.kernels.packed_triton import num_planes, unit_codes
-from framequant.kernels.panel_triton import decode_panel
 from framequant.kernels.product_bytes_triton import byte_product
 from framequant.kernels.product_triton import product as half_product
 from framequant.kernels.prompt_transform_triton import prompt_transform
 from framequant.kernels.transform_triton import LAST_BIT
-from framequant.kernels.trellis_triton import tile_words
 from framequant.kernels.triton_ops import starts_early
 from framequant.kernels.triton_support import COMPILED
 
@@ -143,25 +140,18 @@ def prompt_product(
     ``layout`` holds: trellis or not, bits, multiplier, addend, pattern, levels; ``ends`` those of the chunks of a
     ``BlockPlan``.
     """
-    trellis, bits, multiplier, addend, pattern, levels = layout
     (tokens, wide), rows, block = z.shape, len(places), len(matrix)
     y = torch.empty((tokens, rows), dtype=z.dtype, device=z.device)
-    tile, codes = launches.block_panel_tile(block), 8 if trellis else unit_codes(levels, bits)
-    height = tile_words(pattern) if trellis else 16  # rows of words for sixteen rows
-    stride = words.shape[1] if trellis else words.shape[1] // num_planes(bits)
-    gain = prompt_ops.gain(bool(trellis), factor) * block**-0.5
+    tile, gain = launches.block_panel_tile(block), prompt_ops.gain(bool(layout[0]), factor) * block**-0.5
     panels = list(pairwise([0, *launches.panel_ends(ends, wide, tokens)]))
     most = max(end - start for start, end in panels)
     panel = torch.empty((most, wide), dtype=z.dtype, device=z.device)
     for start, end in panels:
         count = end - start
         row_scales = scales[start:end] if scales.numel() > 1 else scales
-        decode_panel[(-(-wide // (tile.words * codes)), -(-count // tile.rows))](
-            words[start * height // 16 :], row_scales, top, panel, count, stride, wide, TRELLIS=bool(trellis),
-            BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, PATTERN=pattern, ROW_SCALES=scales.numel() > 1,
-            BR=block, BK=tile.words, STEPS=tile.rows // block, places_ptr=places[start:],
+        prompt_ops.decode(
+            words, start, row_scales, top, panel[:count], layout, tile, places_ptr=places[start:],
             signs_ptr=signs[start:], matrix_ptr=matrix, gain=gain, first=start, BLOCK=block,
-            num_warps=tile.warps,
         )  # fmt: skip
         torch.mm(z, panel[:count].t(), out=y[:, start:end])
     half = z.dtype == torch.float16

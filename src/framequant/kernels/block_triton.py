@@ -16,12 +16,7 @@ import triton
 import triton.language as tl
 
 from framequant.kernels.transform_triton import two_halves_dot
-
-
-@triton.jit
-def over(power):
-    """One over a power of two, exactly."""
-    return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+from framequant.kernels.triton_support import over
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from framequant.kernels.packed_triton import num_digits
+from framequant.kernels.triton_support import over
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def decode_packed_panel(
     there = (r < rows)[:, None] & (number < 16 * stride)
     place = words_ptr + (r.to(tl.int64) * (BITS * stride))[:, None]
     word = _words(place, number, there, stride, BITS).to(tl.uint32)
-    over_top = (0x7F000000 - tl.load(top_ptr).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    over_top = over(tl.load(top_ptr))
     if ROW_SCALES:
         ratio = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) * over_top
     else:

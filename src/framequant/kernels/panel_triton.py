@@ -12,7 +12,7 @@ eight bits).
 Where the output frame is local to blocks of rows, a panel's rows are rotated as well and stand where the outputs are,
 in the outputs' dtype and unit (``block_triton``): what cuBLAS then writes are outputs.
 
-Only ``prompt_ops`` and ``block_ops`` import this module. Imports torch and triton.
+Only ``framequant.kernels.prompt_ops`` imports this module. Imports torch and triton.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from framequant.kernels.block_triton import block_matrix, over, panel_unit
+from framequant.kernels.block_triton import block_matrix, panel_unit
 from framequant.kernels.packed_triton import is_plain, num_planes, packed_fields, unit_codes
 from framequant.kernels.trellis_triton import (
     is_aligned,
@@ -33,7 +33,7 @@ from framequant.kernels.trellis_triton import (
     window,
     word_around,
 )
-from framequant.kernels.triton_support import COMPILED
+from framequant.kernels.triton_support import COMPILED, over
 
 #: Weights of a trellis that one thread makes: half a row of a tile.
 RUN = tl.constexpr(8)

@@ -8,10 +8,13 @@ Must not import layers. Only ``framequant.kernels.triton_linear`` imports this m
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from framequant.kernels import launches
+from framequant.kernels.launches import PanelTile
 from framequant.kernels.packed_triton import num_digits, num_planes, unit_codes
 from framequant.kernels.panel_packed_triton import decode_packed_panel
 from framequant.kernels.panel_triton import TRELLIS_UNIT, decode_panel
@@ -66,7 +69,7 @@ def product(words: Tensor, z: Tensor, scales: Tensor, top: Tensor, rows: int, la
 
 def _decode(words: Tensor, start: int, scales: Tensor, top: Tensor, panel: Tensor, layout: list[int]) -> None:
     """Decode as many rows as ``panel`` has, from ``start``, a multiple of 16, on; ``scales`` are theirs."""
-    trellis, bits, multiplier, addend, pattern, levels = layout
+    trellis, bits, *_, levels = layout
     count, wide = panel.shape
     if not trellis and num_digits(levels, bits) > 1:
         tile, codes = launches.PACKED_PANEL_TILE, num_digits(levels, bits)
@@ -75,14 +78,29 @@ def _decode(words: Tensor, start: int, scales: Tensor, top: Tensor, panel: Tenso
             ROW_SCALES=scales.numel() > 1, BR=tile.rows, BK=tile.words, num_warps=tile.warps,
         )  # fmt: skip
         return
-    tile, codes = launches.panel_tile(bool(trellis)), 8 if trellis else unit_codes(levels, bits)
+    decode(words, start, scales, top, panel, layout, launches.panel_tile(bool(trellis)))
+
+
+def decode(
+    words: Tensor,
+    start: int,
+    scales: Tensor,
+    top: Tensor,
+    panel: Tensor,
+    layout: list[int],
+    tile: PanelTile,
+    **rotation: Any,
+) -> None:
+    """Decode rows of all codes but several digits a word, as ``_decode`` does, with the arguments that rotate them."""
+    trellis, bits, multiplier, addend, pattern, levels = layout
+    (count, wide), codes = panel.shape, 8 if trellis else unit_codes(levels, bits)
     height = tile_words(pattern) if trellis else 16  # rows of words for sixteen rows
     stride = words.shape[1] if trellis else words.shape[1] // num_planes(bits)
     decode_panel[(-(-wide // (tile.words * codes)), -(-count // tile.rows))](
         words[start * height // 16 :], scales, top, panel, count, stride, wide,
         TRELLIS=bool(trellis), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, PATTERN=pattern,
         ROW_SCALES=scales.numel() > 1, BR=tile.step, BK=tile.words, STEPS=tile.rows // tile.step,
-        num_warps=tile.warps,
+        num_warps=tile.warps, **rotation,
     )  # fmt: skip
 
 

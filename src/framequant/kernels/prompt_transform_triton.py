@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from framequant.kernels.triton_support import over
+
 #: Norms of a token between which its coefficients are halves as they are: none above 32768, most far above 2**-14.
 LEAST_NORM: tl.constexpr = tl.constexpr(0.25)
 LARGEST_NORM: tl.constexpr = tl.constexpr(32768.0)
@@ -53,7 +55,7 @@ def prompt_transform(
                 h = x.to(tl.float32)
                 length = tl.sqrt(tl.sum(tl.sum(h * h, axis=1), axis=0)) * unit
                 left = tl.where((length >= LEAST_NORM) & (length <= LARGEST_NORM), left, unit)
-            norm *= unit * (0x7F000000 - left.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+            norm *= unit * over(left)
             unit = left
         tl.store(unit_ptr + token, unit)
     else:

@@ -30,6 +30,12 @@ def wait_for_previous(PDL: tl.constexpr):
         gdc_wait()
 
 
+@triton.jit
+def over(power):
+    """One over a power of two, exactly."""
+    return (0x7F000000 - power.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
 @triton.constexpr_function
 def _prefetch_text(count):
     return f"cp.async.bulk.prefetch.L2.global [$1], {count}; mov.b32 $0, 0;"
