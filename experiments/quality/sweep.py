@@ -141,18 +141,8 @@ def run_row(row: str, opened: Any, data: Data) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     result = {"row": row, "bits": round(report.bits_per_weight, 4), "seconds": round(seconds, 1)}
     if report.trained_ahead:
-        losses = report.trained_ahead["losses"]
-        print(
-            row,
-            "ahead",
-            round(report.trained_ahead["seconds"], 1),
-            "s",
-            [round(x, 3) for x in losses],
-            flush=True,
-        )
-    print(
-        row, "bits", {name: c["bits"] for name, c in report.allocation.get("choices", {}).items()}, flush=True
-    )
+        losses = [round(loss, 3) for loss in report.trained_ahead["losses"]]
+        print(row, "ahead", round(report.trained_ahead["seconds"], 1), "s", losses, flush=True)
     for key, text in data.texts.items():
         result[key] = round(perplexity(model, text).perplexity, 3)
     return result
