@@ -74,6 +74,9 @@ class AheadTrainer:
         self._forms = [form_of(batch, count_rows(batch)) for batch in batches]
         self._order = _order(batches, seed)
         self._state: dict[str, dict[str, Any]] = {}
+        # What is trained after one block, in the order of the leaves, and what a leaf is multiplied by.
+        self._parameters: list[nn.Parameter] = []
+        self._sizes: list[Tensor] = []
 
     def _run_teacher(self) -> Stream:
         """The float model's activations behind its last block: a step needs no more of it than its head."""
@@ -93,7 +96,7 @@ class AheadTrainer:
         values = self._values(index)
         optimizer = self._optimizer(values)
         total = 0.0
-        with self._trainable(values):
+        with self._trainable():
             for _ in range(self._steps):
                 total += self._step(index, stream, values)
                 optimizer.step()
@@ -122,6 +125,7 @@ class AheadTrainer:
         counts = torch.tensor([p.numel() for p in chosen.values()], device=self._device)
         norms = torch._foreach_norm([p.detach().float() for p in chosen.values()])
         sizes = torch.stack(norms) / counts.sqrt()
+        self._parameters = list(chosen.values())
         self._sizes = list(sizes.clamp(min=SMALLEST_SIZE).unbind())
         return {
             name: (parameter.detach().float() / size).requires_grad_(True)
@@ -139,10 +143,10 @@ class AheadTrainer:
         return optimizer
 
     @contextmanager
-    def _trainable(self, values: dict[str, Tensor]) -> Iterator[None]:
+    def _trainable(self) -> Iterator[None]:
         parameters = list(self._model.parameters())
         before = [parameter.requires_grad for parameter in parameters]
-        chosen = {id(self._model.get_parameter(name)) for name in values}
+        chosen = {id(parameter) for parameter in self._parameters}
         try:
             for parameter in parameters:
                 parameter.requires_grad_(id(parameter) in chosen)
@@ -167,13 +171,10 @@ class AheadTrainer:
             raise NumericalError(
                 f"training ahead of block {self._replay.names[index]}: the loss is {found}; try a smaller train_rate."
             )
-        for parameter, leaf in zip(self._parameters(values), values.values(), strict=True):
+        for parameter, leaf in zip(self._parameters, values.values(), strict=True):
             leaf.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
         return found
-
-    def _parameters(self, values: dict[str, Tensor]) -> list[nn.Parameter]:
-        return [self._model.get_parameter(name) for name in values]
 
     def _parts(self, chosen: list[tuple[int, int]]) -> list[dict[int, list[int]]]:
         """Samples, as batch and row, in parts that can be run at once: rows by batch."""
@@ -211,7 +212,7 @@ class AheadTrainer:
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         scaled = torch._foreach_mul([value.detach() for value in values.values()], self._sizes)
-        torch._foreach_copy_(self._parameters(values), scaled)
+        torch._foreach_copy_(self._parameters, scaled)
 
 
 def _order(batches: Sequence[Any], seed: int) -> Iterator[tuple[int, int]]:
