@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -270,20 +270,21 @@ def device_name(place: str | torch.device) -> str:
 
 
 class Amount(NamedTuple):
-    """How much calibration data a row takes, and what share of it the model writes itself; None for the usual."""
+    """How much calibration data a row takes, None for the usual, and the shares of ``Mix`` that it is made of."""
 
     samples: int | None = None
-    generated: float | None = None
+    mix: Mix = Mix()
 
 
 def parse_row(row: str) -> tuple[fq.FrameQuantConfig, int, Amount]:
-    """Settings of ``preset:key=value,…``, steps of its tuning (``tune=``), its data (``samples=``, ``generated=``)."""
+    """Settings of ``preset:key=value,…``, steps of its tuning (``tune=``), its data (``samples=``, shares)."""
     name, _, settings = row.partition(":")
     values = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in settings.split(",") if part)}
     steps = values.pop("tune", 0)
     if steps:
         values.setdefault("row_factors", name == "framequant")
-    amount = Amount(values.pop("samples", None), values.pop("generated", None))
+    shares = {field.name: values.pop(field.name, None) for field in fields(Mix)}
+    amount = Amount(values.pop("samples", None), Mix(**shares))
     return fq.preset(name, **values), steps, amount
 
 
@@ -353,16 +354,16 @@ class Bench:
         amount = amount or Amount()
         amount = amount._replace(samples=amount.samples or self.size.samples)
         if amount not in self._data:
-            self._data[amount] = self._read_data(amount.samples, amount.generated)
+            self._data[amount] = self._read_data(amount.samples, amount.mix)
         return self._data[amount]
 
-    def _read_data(self, samples: int, generated: float | None) -> Any:
+    def _read_data(self, samples: int, mix: Mix) -> Any:
         if self.kind == "encoder":
             sentences = self._sentences()
             count = min(SENTENCES * samples, len(sentences))
             return calibration_sentences(self.opened.tokenizer, sentences, 128, count, self.seed)
         length = self.size.length
-        mix = PLAIN if self.plain else Mix(generated=generated)
+        mix = PLAIN if self.plain else mix
         return calibration_tensor(
             self._source(), self.opened, samples, length, self.seed, Reporter(False), mix
         )

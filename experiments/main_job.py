@@ -10,10 +10,10 @@ Vision::
     python experiments/main_job.py ../shared/models/deit_tiny_patch16_224 \\
         --calibration ../shared/data/imagenet/train --imagenet ../shared/data/imagenet/val
 
-Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards and
-``samples=N`` for other than ``--samples``, ``generated=SHARE`` of which the model writes itself; without ``--row``
-the rows of the issue are run. Every figure is that of the model *reloaded* from disk, and "equal" says whether its
-logits are the in-memory model's, bit for bit.
+Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards, ``samples=N`` for other
+than ``--samples`` and ``generated=SHARE``, ``continued=SHARE`` and the like for what they are made of; without
+``--row`` the rows of the issue are run. Every figure is that of the model *reloaded* from disk (but for "untuned_" ones),
+and "equal" says whether its logits are the in-memory model's, bit for bit.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def run_row(row: str, bench: Bench) -> Row:
     model, report, figures = bench.quantized(config, amount, steps)
     tuned = {}
     if steps:
+        tuned = {f"untuned_{key}": value for key, value in bench.evaluate(model).items() if key != "tokens"}
         found = fq.tune_(model, bench.model, data, steps)
-        tuned = {
+        tuned |= {
             "tune_seconds": round(found.seconds, 1),
             "held_out_kl_before": round(found.loss_before, 5),
             "held_out_kl_after": round(found.loss_after, 5),

@@ -9,10 +9,10 @@ in two renderings, beside texts of other kinds::
 
 with TEXTS written by ``experiments/quality/other_texts.py``.
 
-A row is ``preset:key=value,…``. ``mix``, ``layout``, ``random``, ``swapped``, ``named``, ``repeated`` and ``generated``
-are shares of the calibration windows to write with punctuation apart, that and line breaks of many kinds, to draw from
-the vocabulary, to disturb, to give made-up names, to fill with random phrases that come again, and to sample from the
-model; ``samples`` their number.
+A row is ``preset:key=value,…``. ``mix``, ``layout``, ``random``, ``swapped``, ``named``, ``repeated``, ``generated``
+and ``continued`` are shares of the calibration windows to write with punctuation apart, that and line breaks of many
+kinds, to draw from the vocabulary, to disturb, to give made-up names, to fill with random phrases that come again, to
+sample from the model, and to sample from it going on from words of the text; ``samples`` their number.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from framequant.integrations.sources import open_model
 
 #: Kinds of calibration windows that are made from the text's, and those that are made from nothing.
 FROM_TEXT = ("mix", "layout", "swapped", "named")
-FROM_NOTHING = ("random", "repeated", "generated")
+FROM_NOTHING = ("random", "repeated", "generated", "continued")
 KINDS = FROM_TEXT + FROM_NOTHING
 
 
@@ -125,6 +125,10 @@ class Data:
             self.own = own_windows(self.opened.model, self.tokenizer, count, self.length)
             print(count, "windows of its own:", round(time.perf_counter() - start, 1), "s", flush=True)
         return self.own[:count]
+
+    def _continued(self, count: int) -> torch.Tensor:
+        """The model's own text, each piece of 128 tokens beginning with 16 of the calibration text."""
+        return own_windows(self.opened.model, self.tokenizer, count, self.length, 1, self.pieces.flatten())
 
     def _repeated(self, count: int) -> torch.Tensor:
         return repeated_windows(self.tokenizer, count, self.length)

@@ -20,7 +20,7 @@ def marked(monkeypatch):
     monkeypatch.setattr(
         own_text,
         "own_windows",
-        lambda m, t, count, length, seed: torch.zeros(count, length, dtype=torch.long),
+        lambda m, t, count, length, seed, text=None: torch.zeros(count, length, dtype=torch.long),
     )
     monkeypatch.setattr(
         copying,
@@ -50,6 +50,7 @@ def test_every_kind_has_its_share():
     assert kinds(Mix(repeated=1.0)) == (0, 40, 0)
     assert kinds(Mix(generated=0.0, repeated=0.0))[:2] == (0, 0)
     assert kinds(Mix(generated=0.5, repeated=0.5)) == (20, 20, 0)
+    assert kinds(Mix(generated=0.25, continued=0.25, repeated=0.5)) == (20, 20, 0)
 
 
 def test_a_given_share_shrinks_the_defaults_when_it_must():
@@ -61,7 +62,7 @@ def test_a_given_share_shrinks_the_defaults_when_it_must():
 
 def test_models_that_write_nothing_get_text_only():
     counts = Mix().counts(make("bert")[0], make_tokenizer(), 100)
-    assert counts == {"word_tokenized": 50, "renamed": 0, "repeated": 0, "generated": 0}
+    assert counts == {"word_tokenized": 50, "renamed": 0, "repeated": 0, "generated": 0, "continued": 0}
 
 
 def test_windows_are_shuffled_and_reproducible():

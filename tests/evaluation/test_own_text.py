@@ -44,6 +44,21 @@ def test_the_model_says_what_the_windows_hold():
     assert torch.equal(windows, windows[:, :1].expand_as(windows))
 
 
+def test_pieces_go_on_from_words_of_a_text(monkeypatch):
+    monkeypatch.setattr(own_text, "PIECE", 20)
+    model, tokenizer = make_llama(), make_tokenizer()
+    text = torch.arange(model.config.vocab_size)  # ascending, so a beginning is known when it is seen
+    windows = own_windows(model, tokenizer, 3, 40, text=text)
+    pieces = windows.view(-1, 20)
+    assert torch.equal(pieces[:, 1:16], pieces[:, :15] + 1)
+    assert len(pieces[:, 0].unique()) > 1
+    assert not torch.equal(pieces[:, 16:], pieces[:, 12:16] + 4)
+    assert torch.equal(windows, own_windows(model, tokenizer, 3, 40, text=text))
+    assert own_windows(model, tokenizer, 3, 10, text=text).shape == (3, 10)
+    with pytest.raises(CalibrationError, match="continued 0"):
+        own_windows(model, tokenizer, 1, 40, text=text[:15])
+
+
 def test_short_memory_halves_the_batch(monkeypatch):
     model, tokenizer = make_llama(), make_tokenizer()
     generate = model.generate

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import framequant as fq
+from framequant.model import allocation
 from framequant.model.walk import quantized_linears
 from tests.model.architectures import output
 
@@ -79,6 +80,20 @@ def test_the_scalar_code_has_no_allocation():
 def test_block_rows_are_whole_tiles():
     with pytest.raises(fq.ConfigError, match="multiple of tile_rows"):
         fq.FrameQuantConfig(code="trellis", redundancy=1.0, output_block=24)
+
+
+def test_a_tilt_gives_later_linears_more():
+    rates = {}
+    for tilt in (1.0, 16.0):
+        model, data = wide()
+        config = fq.FrameQuantConfig(bits=3, rate_tilt=tilt, output_feedback=True, **SETTINGS)
+        fq.quantize_(model, data, config)
+        found = [layer.spec.code.rate for layer in quantized_linears(model).values()]
+        half = len(found) // 2
+        rates[tilt] = sum(found[half:]) / (len(found) - half) - sum(found[:half]) / half
+    assert rates[16.0] > rates[1.0] + 0.5
+    assert allocation._tilts(3, fq.preset("framequant")) == [1, 1, 1]
+    assert allocation._tilts(3, fq.preset("framequant", train_ahead=1)) == [0.5, 1, 2]
 
 
 def test_the_spread_of_the_rates_is_scaled():

@@ -100,6 +100,12 @@ def run(
         float | None,
         typer.Option(help="Share of the windows that the language model writes itself; 0.4.", min=0, max=1),
     ] = None,
+    continued: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the windows that it writes going on from a few words of the text; 0.", min=0, max=1
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     seed: Annotated[
@@ -177,7 +183,7 @@ def run(
     }
     from framequant.evaluation.mix import Mix
 
-    mix = Mix(word_tokenized, renamed, repeated, generated)
+    mix = Mix(word_tokenized, renamed, repeated, generated, continued)
     reporter = Reporter(as_json)
     chosen = build_config(preset, config, settings or [], flags)
     place = choose_device(device)
@@ -185,9 +191,9 @@ def run(
     if streaming is not None:
         if tune is not None:
             raise ConfigError("--tune needs the whole model in memory; leave it out, or give --no-stream.")
-        if generated:
+        if generated or continued:
             raise ConfigError(
-                "--generated needs the whole model in memory; give --generated 0, or --no-stream."
+                "--generated and --continued need the whole model in memory; give 0 for both, or --no-stream."
             )
         check_not_itself(out, model)
         source = find_calibration(calibration)

@@ -83,7 +83,7 @@ class Streaming:
                 sequence_length,
                 config.seed,
                 reporter,
-                replace(mix, generated=0),
+                replace(mix, generated=0, continued=0),
             )
         reporter.err.print(f"  {describe_calibration(data)}")
         if getattr(data, "ndim", 0) == 2:

@@ -31,7 +31,8 @@ class Mix:
         word_tokenized: of the text, with its punctuation apart.
         renamed: of the text, with made-up names.
         repeated: random phrases that come again.
-        generated: sampled from the model itself.
+        generated: sampled from the model itself, from a random token on.
+        continued: sampled from the model itself, going on from a few words of the text.
 
     Raises:
         CalibrationError: a share is not from 0 to 1, or those given exceed 1 together.
@@ -41,6 +42,7 @@ class Mix:
     renamed: float | None = None
     repeated: float | None = None
     generated: float | None = None
+    continued: float | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -68,11 +70,11 @@ class Mix:
 
 
 #: Nothing but the text.
-PLAIN = Mix(0, 0, 0, 0)
+PLAIN = Mix(0, 0, 0, 0, 0)
 #: Shares for models that write text from left to right.
-CAUSAL = {"word_tokenized": 0.2, "renamed": 0.15, "repeated": 0.1, "generated": 0.4}
+CAUSAL = {"word_tokenized": 0.2, "renamed": 0.15, "repeated": 0.1, "generated": 0.4, "continued": 0.0}
 #: Shares for others whose tokenizer sets no frame around a window.
-OTHERS = {"word_tokenized": 0.5, "renamed": 0.0, "repeated": 0.0, "generated": 0.0}
+OTHERS = {"word_tokenized": 0.5, "renamed": 0.0, "repeated": 0.0, "generated": 0.0, "continued": 0.0}
 
 
 def defaults(model: Any, tokenizer: Any) -> dict[str, float]:
@@ -100,15 +102,19 @@ def calibration_mix(
         CalibrationError: the text is too short, or the model cannot generate and should.
     """
     counts = (mix or Mix()).counts(model, tokenizer, count)
-    own, again = counts["generated"], counts["repeated"]
+    own, further, again = counts["generated"], counts["continued"], counts["repeated"]
+    made = own + further + again
     parts = []
-    if own + again < count:
-        of_text = text.calibration_windows(tokenizer, content, count - own - again, length, seed, own + again)
+    if made < count:
+        of_text = text.calibration_windows(tokenizer, content, count - made, length, seed, made)
         parts += _in_other_ways(tokenizer, of_text, counts, seed)
     if again:
         parts.append(copying.repeated_windows(tokenizer, again, length, seed))
     if own:
         parts.append(own_text.own_windows(model, tokenizer, own, length, seed))
+    if further:
+        tokens = text.tokenize(tokenizer, content)
+        parts.append(own_text.own_windows(model, tokenizer, further, length, seed + 1, tokens))
     if len(parts) == 1:
         return parts[0]
     windows = torch.cat(parts)

@@ -119,7 +119,7 @@ def calibration_windows(
 
 
 def _beside(others: int) -> str:
-    return f" beside {others} of other kinds (--generated, --repeated)" if others else ""
+    return f" beside {others} of other kinds (--generated, --continued, --repeated)" if others else ""
 
 
 def is_framed(tokenizer: Any) -> bool:

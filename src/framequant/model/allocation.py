@@ -36,6 +36,8 @@ from framequant.storage import layout
 RATES = tuple(step / 8 for step in range(8, 65))
 #: Share of the budget that may stay unused before frames of a little redundancy fill it up.
 SLACK = 0.002
+#: ``rate_tilt`` where blocks to come are trained to make good what was lost; measured in experiments/quality/README.md.
+TRAINED_TILT = 4.0
 #: Redundancies for that, the largest first.
 FILL = tuple(1 + step / 64 for step in range(8, 0, -1))
 
@@ -78,7 +80,7 @@ def allocate_bits(
 
     Args:
         model: the float model.
-        names: linears to quantize.
+        names: linears to quantize, in the order in which they run.
         gradients: with inputs, by name; a linear that was not reached counts as insensitive.
         config: an override that names a linear's ``bits`` or ``code`` fixes what it takes of the budget.
         use: share of the model's tokens that pass a linear, 1 for those not named.
@@ -93,13 +95,13 @@ def allocate_bits(
     options: dict[str, list[Option]] = {}
     tempering: dict[str, float] = {}
     weights = 0
-    for name in names:
+    for name, tilt in zip(names, _tilts(len(names), config), strict=True):
         weight = discovery.linear_weight(model.get_submodule(name))
         weights += weight.numel()
         settings = config.for_linear(name) or config
         found = gradients.get(name)
         sensitivity = sensitivity_of(weight, found, config, name) if known is None else known.get(name, 0.0)
-        sensitivity *= (use or {}).get(name, 1.0)
+        sensitivity *= (use or {}).get(name, 1.0) * tilt
         tempering[name] = _tempering(sensitivity / weight.numel(), config.rate_spread)
         options[name] = _options(
             weight, sensitivity * tempering[name], settings, name, config.fixes_code(name)
@@ -136,6 +138,14 @@ def check_budget(model: nn.Module, names: Sequence[str], config: FrameQuantConfi
         lowest = replace(settings, allocation=Allocation.UNIFORM) if fixed else at_rate(settings, RATES[0])
         least += stored_bytes(weight.shape, lowest, name)
     check_fits(least, int(config.bits * weights / 8), weights)
+
+
+def _tilts(count: int, config: FrameQuantConfig) -> list[float]:
+    """What the sensitivities of the first to the last linear are multiplied with, see ``config.rate_tilt``."""
+    tilt = config.rate_tilt
+    if tilt is None:
+        tilt = TRAINED_TILT if config.train_ahead else 1.0
+    return [tilt ** (place / max(count - 1, 1) - 0.5) for place in range(count)]
 
 
 def _tempering(per_weight: float, spread: float) -> float:

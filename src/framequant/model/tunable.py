@@ -27,6 +27,8 @@ from framequant.storage import decode_rows
 
 #: Factors of scalar codes stay within this range of the scale that the codes were chosen for.
 FACTOR_RANGE = (0.25, 4.0)
+#: Rows of coefficients up to which the output transform is one more matrix, faster there than its many short steps.
+DENSE_SYNTHESIS = 2048
 #: Rate of a vector's entries, relative to their size, is not below that of entries of this size.
 SMALLEST_SIZE = 0.01
 
@@ -50,25 +52,45 @@ class TunableLinear:
         with torch.no_grad():
             self._matrix = decode_rows(spec, self.layer.tensors, 0, rows, torch.float32).to(dtype)
         self._trellis = isinstance(spec.code, TrellisSpec)
+        self._synthesis: Tensor | None = None
         shape = (rows, 1) if self._trellis else tuple(self._scales.shape)
         self.offsets = torch.zeros(shape, device=self._matrix.device, requires_grad=True)
         if self._trellis:  # factors that a tuning before this one left
             factors = decode_factors(self.layer.tensors["row_factors"], torch.float32)
             self.offsets.data += factors - 1
             self._matrix /= factors.to(dtype)
+        self._folded = shape[1] == 1 and self.layer.spec.activation is None
+        if self._folded:
+            self._fold()
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Factors of whole rows come after the product, so the analysis can be part of the matrix: fewer operations."""
+        frame_in, frame_out = self.layer.frames
+        self._matrix = reference.synthesis(frame_in, self._matrix)
+        rows = self._matrix.shape[0]
+        if rows <= DENSE_SYNTHESIS:
+            identity = torch.eye(rows, device=self._matrix.device)
+            self._synthesis = frame_out.synthesis(identity).T.to(self._matrix.dtype)
+
+    def _forward_folded(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
+        outputs = functional.linear(inputs.to(self._matrix.dtype), self._matrix) * (1 + self.offsets[:, 0])
+        if self._synthesis is not None:
+            return functional.linear(outputs.to(self._matrix.dtype), self._synthesis).to(inputs.dtype)
+        return reference.synthesis(self.layer.frames[1], outputs.to(inputs.dtype))
 
     def forward(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
         """Apply the linear with its factors as they are, differentiably."""
+        if self._folded:
+            outputs = self._forward_folded(inputs)
+            return outputs if self.layer.bias is None else outputs + self.layer.bias.to(outputs.dtype)
         frame_in, frame_out = self.layer.frames
         coefficients = reference.coefficients(self.layer.spec, self.layer.tensors, frame_in, inputs)
         coefficients = coefficients.to(self._matrix.dtype)
         factors = 1 + self.offsets
-        if factors.shape[1] == 1:
-            outputs = functional.linear(coefficients, self._matrix) * factors[:, 0]
-        else:
-            group = -(-self._columns // factors.shape[1])
-            spread = factors.repeat_interleave(group, dim=1)[:, : self._columns]
-            outputs = functional.linear(coefficients, self._matrix * spread.to(self._matrix.dtype))
+        group = -(-self._columns // factors.shape[1])
+        spread = factors.repeat_interleave(group, dim=1)[:, : self._columns]
+        outputs = functional.linear(coefficients, self._matrix * spread.to(self._matrix.dtype))
         outputs = reference.synthesis(frame_out, outputs.to(inputs.dtype))
         return outputs if self.layer.bias is None else outputs + self.layer.bias.to(outputs.dtype)
 

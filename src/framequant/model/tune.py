@@ -35,7 +35,7 @@ from framequant.model.walk import Progress, ProgressCallback, quantized_linears
 #: Evaluations in a row without an improvement that end the tuning.
 PATIENCE = 4
 SECONDS_BETWEEN_SAVES = 60.0
-#: Where training steps of a float32 model run in bfloat16; the float model and the judging stay in float32.
+#: Where training steps of a float32 model run in bfloat16, the float model's part too; the judging stays in float32.
 HALF_DEVICES = ("cuda",)
 
 
@@ -228,9 +228,10 @@ class _Run:
     def _loss(self, batch: Any, mixed: bool = False) -> tuple[Tensor, int]:
         """Sum over the batch's real positions of the distance to the float model, and their number."""
         reference = next(self.teacher.parameters())
-        with torch.no_grad():
+        half = torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
+        with half, torch.no_grad():
             target = self._output(self.teacher, to_device(batch, reference.device, reference.dtype))
-        with torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext():
+        with half:
             output = self._output(self.model, batch)
         return distance(output, target.to(output.device), token_mask(batch), self.kind)
 

@@ -28,7 +28,7 @@ from framequant.model.data_free import quantize_data_free
 from framequant.model.gradients import OutputGradients
 from framequant.model.group_sharing import quantize_shared
 from framequant.model.ranks import reduce_moments, require_batches
-from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode
+from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode, short_products
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.model.residence import Ledger, Residence
 from framequant.model.streams import FloatBlock, Stream
@@ -89,7 +89,8 @@ def quantize_(
         return quantize_data_free(model, config, report)
     batches = as_batches(calibration, next(model.parameters()).device.type)
     dtype = None if config.walk_dtype is None else getattr(torch, config.walk_dtype)
-    with inference_mode(model), computed_in(model, dtype):
+    device = next(model.parameters()).device
+    with inference_mode(model), computed_in(model, dtype), short_products(device, dtype is None):
         return _Walk(model, batches, config, progress).run()
 
 

@@ -1,0 +1,195 @@
+r"""What a tuning should train: one quantized model, several kinds of trainable numbers, judged on other texts.
+
+    python experiments/quality/tune_variants.py smollm2 --calibration ../shared/data/wikitext-2-raw/calibration.txt \\
+        --judge TEXTS/wiki.txt --row framequant:bits=2.25,samples=512,train_ahead=32,mix=0.2,generated=0.5 \\
+        --variant frame --variant out,bias --variant out,lora4 --variant ste:rate=0.003
+
+Norms are trained in each variant. ``frame``: a factor per row of the coefficients (what ``--tune`` trains); ``out``
+and ``in``: a factor per output or input; ``bias``: a bias per output; ``loraR``: R columns of low-rank factors;
+``ste``: the coefficients themselves, encoded anew in every step, with straight-through gradients. After a colon:
+``steps``, and ``rate`` of matrices.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+import yaml
+from sweep import KINDS, Data
+from torch import Tensor, nn
+from torch.nn import functional
+
+import framequant as fq
+from framequant.cli.options import choose_device
+from framequant.codes.trellis import codebook_values, matrix_from_tiles, tiles_from_matrix
+from framequant.evaluation.perplexity import perplexity
+from framequant.evaluation.text import read_text
+from framequant.integrations.sources import open_model
+from framequant.kernels.viterbi import encode_tiles
+from framequant.layers import FrameLinear
+from framequant.model.tune_loss import distance
+from framequant.model.walk import quantized_linears
+from framequant.storage import decode_rows
+
+SAMPLES_PER_STEP = 8
+#: Of vectors, relative to their size.
+RATE = 1e-3
+
+
+class Student(nn.Module):
+    """A quantized linear as dense matrices, with the trainable numbers of a variant."""
+
+    def __init__(self, layer: FrameLinear, kinds: list[str]) -> None:
+        super().__init__()
+        self.kinds, self.spec = kinds, layer.spec.code
+        frame_in, frame_out = layer.frames
+        rows, _ = layer.spec.coefficient_shape
+        device = layer.tensors["scales"].device
+        self.analysis = frame_in.analysis(torch.eye(layer.in_features, device=device))
+        self.synthesis = frame_out.synthesis(torch.eye(rows, device=device))
+        self.codes = decode_rows(layer.spec, layer.tensors, 0, rows, torch.float32)
+        self.scale = layer.tensors["scales"].float()
+        self.dense = self._dense(self.codes)
+        self.size: Tensor | None = None
+        out, n = layer.out_features, layer.in_features
+        self.rank = next((int(kind[4:]) for kind in kinds if kind.startswith("lora")), 0)
+        if "frame" in kinds:
+            self.half = self.codes @ self.analysis.T
+            self.frame = nn.Parameter(torch.ones(rows, device=device))
+        if "out" in kinds:
+            self.out = nn.Parameter(torch.ones(out, device=device))
+        if "in" in kinds:
+            self.inner = nn.Parameter(torch.ones(n, device=device))
+        if "bias" in kinds:
+            self.bias = nn.Parameter(torch.zeros(out, device=device))
+        if self.rank:
+            self.low_a = nn.Parameter(torch.randn(self.rank, n, device=device) / math.sqrt(n))
+            self.low_b = nn.Parameter(torch.zeros(out, self.rank, device=device))
+        if "ste" in kinds:
+            self.shadow = nn.Parameter(self.codes / self.scale)
+            self.start = self.codes
+
+    def _dense(self, codes: Tensor) -> Tensor:
+        return self.synthesis.T @ codes @ self.analysis.T
+
+    @torch.no_grad()
+    def encode(self) -> None:
+        tiles = tiles_from_matrix(self.shadow, self.spec)
+        values = codebook_values(self.spec.state_bits, device=tiles.device)[
+            encode_tiles(tiles, self.spec, check=False)
+        ]
+        self.codes = matrix_from_tiles(values, *self.shadow.shape, self.spec) * self.scale
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if "in" in self.kinds:
+            inputs = inputs * self.inner
+        if "ste" in self.kinds:
+            through = self.codes + (self.shadow - self.shadow.detach()) * self.scale
+            outputs = functional.linear(inputs, self._dense(through))
+        elif "frame" in self.kinds:
+            outputs = (functional.linear(inputs, self.half) * self.frame) @ self.synthesis
+        else:
+            outputs = functional.linear(inputs, self.dense)
+        if self.rank:
+            outputs = outputs + functional.linear(functional.linear(inputs, self.low_a), self.low_b)
+        if "out" in self.kinds:
+            outputs = outputs * self.out
+        if "bias" in self.kinds:
+            if self.size is None:
+                self.size = outputs.detach().float().square().mean().sqrt()
+            outputs = outputs + self.bias * self.size
+        return outputs
+
+
+def students(model: nn.Module, kinds: list[str]) -> nn.Module:
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(parameter.ndim == 1)
+    for name, layer in quantized_linears(copied).items():
+        copied.set_submodule(name, Student(layer, kinds))
+    return copied
+
+
+def train(student: nn.Module, teacher: nn.Module, windows: Tensor, steps: int, rate: float) -> list[float]:
+    groups = []
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            size = float(parameter.detach().square().mean().sqrt()) if parameter.ndim == 1 else 1.0
+            own = RATE * max(size, 0.01) if size else RATE
+            groups.append({"params": [parameter], "own": own if parameter.ndim == 1 else rate})
+    optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95))
+    layers = [layer for layer in student.modules() if isinstance(layer, Student) and "ste" in layer.kinds]
+    draw, losses = np.random.RandomState(0), []
+    order = np.concatenate([draw.permutation(len(windows)) for _ in range(1 + steps * 8 // len(windows))])
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["own"] * min((step + 1) / 10, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        batch = windows[order[step * SAMPLES_PER_STEP : (step + 1) * SAMPLES_PER_STEP]]
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            with torch.no_grad():
+                target = teacher(batch).logits
+            total, count = distance(student(batch).logits, target, None, "kl")
+        (total / count).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for layer in layers:
+            layer.encode()
+        losses.append(float(total.detach() / count))
+    return losses
+
+
+def flipped(student: nn.Module) -> float:
+    layers = [layer for layer in student.modules() if isinstance(layer, Student) and "ste" in layer.kinds]
+    changed = sum(int((layer.codes != layer.start).sum()) for layer in layers)
+    return changed / max(sum(layer.codes.numel() for layer in layers), 1)
+
+
+def main(
+    model: str,
+    calibration: Annotated[Path, typer.Option()],
+    row: Annotated[str, typer.Option()],
+    variant: Annotated[list[str], typer.Option()],
+    held: int = 24,
+    device: str = "auto",
+    sequence_length: int = 1024,
+    judge: Annotated[list[Path] | None, typer.Option()] = None,
+) -> None:
+    opened = open_model(model, dtype="float32", device=choose_device(device))
+    data = Data(opened, read_text(calibration), 128, sequence_length, held, judge or [])
+    name, _, settings = row.partition(":")
+    values = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in settings.split(",") if part)}
+    shares = {kind: values.pop(kind) for kind in KINDS if kind in values}
+    windows = data.calibration(values.pop("samples", 128), shares)
+    quantized = copy.deepcopy(opened.model)
+    report = fq.quantize_(quantized, windows, fq.preset(name, **values))
+    windows = windows.to(choose_device(device))
+    print(row, round(report.bits_per_weight, 4), round(report.seconds, 1), "s", flush=True)
+    base = {key: perplexity(opened.model, text).perplexity for key, text in data.texts.items()}
+    for each in ["", *variant]:
+        kinds, _, options = each.partition(":")
+        given: dict[str, Any] = {"steps": 300, "rate": 1e-3}
+        given |= {k: yaml.safe_load(v) for k, v in (part.split("=") for part in options.split(",") if part)}
+        start = time.perf_counter()
+        student = students(quantized, kinds.split(","))
+        losses = train(student, opened.model, windows, given["steps"], given["rate"]) if each else []
+        took = time.perf_counter() - start
+        with torch.no_grad():
+            ratios = {
+                key: perplexity(student, text).perplexity / base[key] for key, text in data.texts.items()
+            }
+        print(
+            each or "untuned", {key: round(value, 4) for key, value in ratios.items()},
+            [round(float(np.mean(part)), 4) for part in np.array_split(losses, 6)] if losses else "",
+            f"{took:.0f} s, changed {flipped(student):.4f}", flush=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    typer.run(main)
