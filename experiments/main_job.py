@@ -12,8 +12,8 @@ Vision::
 
 Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards, ``samples=N`` for other
 than ``--samples`` and ``generated=SHARE``, ``continued=SHARE`` and the like for what they are made of; without
-``--row`` the rows of the issue are run. Every figure is that of the model *reloaded* from disk (but for "untuned_" ones),
-and "equal" says whether its logits are the in-memory model's, bit for bit.
+``--row`` the rows of the issue are run. Every figure is that of the model *reloaded* from disk, but for
+"untuned_" ones, and "equal" says whether its logits are the in-memory model's, bit for bit.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def run_row(row: str, bench: Bench) -> Row:
     tuned = {}
     if steps:
         tuned = {f"untuned_{key}": value for key, value in bench.evaluate(model).items() if key != "tokens"}
+        print({"row": row, **figures, **tuned}, flush=True)
         found = fq.tune_(model, bench.model, data, steps)
         tuned |= {
             "tune_seconds": round(found.seconds, 1),
