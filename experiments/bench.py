@@ -282,7 +282,7 @@ def parse_row(row: str) -> tuple[fq.FrameQuantConfig, int, Amount]:
     values = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in settings.split(",") if part)}
     steps = values.pop("tune", 0)
     if steps:
-        values.setdefault("row_factors", name == "framequant")
+        values.setdefault("row_factors", fq.PRESETS.get(name, {}).get("code") == "trellis")
     shares = {field.name: values.pop(field.name, None) for field in fields(Mix)}
     amount = Amount(values.pop("samples", None), Mix(**shares))
     return fq.preset(name, **values), steps, amount

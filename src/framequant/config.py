@@ -502,18 +502,27 @@ _RANGES: dict[str, tuple[float, float]] = {
     "flip_passes": (0, 1000),
 }
 
+_TRELLIS: dict[str, Any] = {
+    "code": "trellis",
+    "bits": 2.25,
+    "redundancy": 1.0,
+    "allocation": "sensitivity",
+    "rate_spread": 0.5,
+    "output_feedback": True,
+    "token_weights": 0.5,
+}
+
 # The paper does not say whether the 2σ clip comes before the feedback or is the range of its grid. Clamping
 # first is the same algorithm with a larger loss (set clip_coefficients), so the preset takes the grid's range.
 #: Every preset as the fields in which it differs from the defaults of ``FrameQuantConfig``.
 PRESETS: dict[str, dict[str, Any]] = {
-    "framequant": {
-        "code": "trellis",
-        "bits": 2.25,
-        "redundancy": 1.0,
-        "allocation": "sensitivity",
-        "rate_spread": 0.5,
-        "output_feedback": True,
-        "token_weights": 0.5,
+    "framequant": _TRELLIS,
+    "framequant-trained": {
+        **_TRELLIS,
+        "state_bits": 14,
+        "train_ahead": 32,
+        "float_targets": 1.0,
+        "residual_targets": 1.0,
     },
     "framequant-scalar": {},
     "framequant-paper": {

@@ -69,7 +69,13 @@ def test_what_is_refused(tmp_path, llama_directory):
     fails("is no size", "quantize", llama_directory, *out, "--max-memory", "much")
     fails("--tune needs the whole model", "quantize", llama_directory, *out, "--stream", "--tune", 5)
     fails(
-        "--generated and --continued need the whole model", "quantize", llama_directory, *out, "--stream", "--generated", 0.5
+        "--generated and --continued need the whole model",
+        "quantize",
+        llama_directory,
+        *out,
+        "--stream",
+        "--generated",
+        0.5,
     )
     fails("cannot be streamed", "quantize", "timm/deit_tiny_patch16_224", *out, "--stream")
     fails("Sigma-Delta", "quantize", llama_directory, *out, "--stream", "--preset", "sigma-delta")
