@@ -12,7 +12,7 @@ from framequant.errors import ConfigError, NumericalError
 from framequant.model import train_ahead
 from framequant.model.rows import count_rows, form_of, pick
 from framequant.model.tune_loss import distance
-from tests.model.architectures import make
+from tests.model.architectures import make, make_family
 from tests.model.test_tune import data_for
 
 COARSE = fq.FrameQuantConfig(code="trellis", bits=1, redundancy=1, frame="hadamard", state_bits=8)
@@ -139,6 +139,12 @@ def test_a_step_runs_samples_of_several_batches_together(monkeypatch):
         assert set(runs) == {8}
         found.append(report.trained_ahead["losses"][0])
     assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-3)
+
+
+def test_two_towers_are_trained_on_their_embeddings():
+    model, data = make_family("clip")
+    report = fq.quantize_(model, data, replace(COARSE, train_ahead=2))
+    assert all(loss > 0 for loss in report.trained_ahead["losses"])
 
 
 def test_samples_of_other_forms_run_by_themselves():

@@ -107,7 +107,8 @@ def calibration_windows(
         raise CalibrationError(
             f"the calibration text is too short: {len(tokens)} tokens make {available} windows of "
             f"{sequence_length}, {samples} are asked for ({samples * inner} tokens){_beside(others)}. Give a longer "
-            f"text, or --samples {available * (samples + others) // samples}, or a smaller --sequence-length."
+            f"text, or --samples {available * (samples + others) // samples}, or a smaller --sequence-length"
+            f"{', or larger shares of these' if others else ''}."
         )
     pieces = windows(tokens, inner)
     order = np.random.RandomState(seed % 2**32).permutation(len(pieces))[:samples]

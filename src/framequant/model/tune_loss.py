@@ -69,10 +69,14 @@ def output_of(result: Any, kind: str) -> Tensor:
         value = getattr(result, name, None)
         if isinstance(value, Tensor):
             return value
+    both = [getattr(result, name, None) for name in ("image_embeds", "text_embeds")]
+    if kind == "mse" and all(isinstance(value, Tensor) for value in both):  # two towers, as CLIP's
+        return torch.cat(both)
     if kind == "mse" and isinstance(result, tuple) and isinstance(result[0], Tensor):
         return result[0]
     raise CalibrationError(
-        f"{type(result).__name__} holds no {'logits' if kind == 'kl' else 'hidden states'} to tune on."
+        f"{type(result).__name__} holds no {'logits' if kind == 'kl' else 'hidden states'} to train on: leave --tune out "
+        "and give --set train_ahead=0."
     )
 
 
