@@ -38,7 +38,7 @@ RATES = tuple(step / 8 for step in range(8, 65))
 SLACK = 0.002
 #: ``rate_tilt`` where blocks to come are trained to make good what was lost; measured in experiments/quality/README.md.
 TRAINED_TILT = 4.0
-#: Redundancies for that, the largest first: of multiples of 1/64 those that most GPU kernels take, see ``transform_plan``.
+#: Redundancies for that, the largest first: those that the GPU kernels take for most dimensions.
 FILL = (9 / 8, 17 / 16, 33 / 32, 65 / 64)
 
 

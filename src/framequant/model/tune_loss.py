@@ -75,8 +75,8 @@ def output_of(result: Any, kind: str) -> Tensor:
     if kind == "mse" and isinstance(result, tuple) and isinstance(result[0], Tensor):
         return result[0]
     raise CalibrationError(
-        f"{type(result).__name__} holds no {'logits' if kind == 'kl' else 'hidden states'} to train on: leave --tune out "
-        "and give --set train_ahead=0."
+        f"{type(result).__name__} holds no {'logits' if kind == 'kl' else 'hidden states'} to train on: leave --tune "
+        "out, and give --set train_ahead=0."
     )
 
 

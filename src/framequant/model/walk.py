@@ -28,6 +28,7 @@ from framequant.model.data_free import quantize_data_free
 from framequant.model.gradients import OutputGradients
 from framequant.model.group_sharing import quantize_shared
 from framequant.model.ranks import reduce_moments, require_batches
+from framequant.model.remarks import run_warnings
 from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode, short_products
 from framequant.model.report import QuantizationReport, environment, linear_report
 from framequant.model.residence import Ledger, Residence
@@ -436,35 +437,13 @@ class _Walk:
                 "a router" if name in self.routers else "left in float by include, ignore or overrides"
             )
         mixture.warn_of_fallbacks(report, self.few)
-        for entry in report.linears:
-            if entry.escalations:
-                report.warnings.append(
-                    f"{entry.name}: damping raised to {entry.damping:g}; too few calibration tokens?"
-                )
-            if "scales_shrunk_by" in entry.details:
-                report.warnings.append(
-                    f"{entry.name}: rounding did more harm than zeros would, so its scales were multiplied by "
-                    f"{entry.details['scales_shrunk_by']:.3g}. More bits, or ignore it."
-                )
-            if entry.tokens == 0 and entry.name not in self.few:
-                report.warnings.append(
-                    f"{entry.name}: saw no calibration token; an identity Hessian was used."
-                )
-        if self.config.residual_targets > 0 and not any(e.residual_correction for e in report.linears):
-            report.warnings.append(
-                "no linear writes straight to a residual stream (a norm or a scale may lie between), so the "
-                "stream's deviation is not corrected."
-            )
         for name in self.stacked:
             report.skipped[name] = (
                 "left in float by include, ignore or overrides"
                 if name.rpartition(".")[0] in self.unselected
                 else "matrices in one parameter that cannot be taken apart into linears"
             )
-        if report.coverage < 0.95:
-            report.warnings.append(
-                f"only {report.coverage:.1%} of the weights of the blocks' linears are quantized."
-            )
+        report.warnings += run_warnings(report, self.few, self.config.residual_targets > 0)
         report.seconds = seconds
         self.model.framequant_report = report
 
