@@ -7,6 +7,7 @@ Calibration takes windows of the first four fifths of the text, the last fifth i
 row is a configuration and a seed: geometric mean of the linears' relative proxy losses over those of one transform
 with the same seed, and KL divergence from the float model on held-out windows, in nats a token. With ``--apart`` each
 linear is rounded by itself against the float model's second moments, so that losses differ by its own rounding only.
+``--side in``: blocks of inputs instead, which no setting of the library makes; with ``--apart``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import csv
 import math
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,10 @@ import torch
 
 import framequant as fq
 from framequant.evaluation.text import read_text, tokenize, windows
+from framequant.frames import FrameSpec
+from framequant.frames.block_hadamard import block_frame
 from framequant.integrations.sources import open_model
+from framequant.quantizers import weight
 from framequant.quantizers.hessian import Moments
 from framequant.quantizers.weight import quantize_group
 
@@ -81,11 +87,27 @@ def layer_moments(model: torch.nn.Module, data: torch.Tensor) -> dict[str, tuple
     return found
 
 
+@contextmanager
+def inputs_in_blocks(size: int) -> Iterator[None]:
+    """Input frames are Hadamard transforms of so many inputs, where these divide all; 0 for the frames as they are."""
+    plain = weight.frame_specs
+
+    def specs(config: fq.FrameQuantConfig, inputs: int, *others: Any) -> tuple[FrameSpec, FrameSpec]:
+        frame_in, frame_out = plain(config, inputs, *others)
+        return block_frame(inputs, size, frame_in.seed) if size else frame_in, frame_out
+
+    weight.frame_specs = specs
+    try:
+        yield
+    finally:
+        weight.frame_specs = plain
+
+
 def apart(found: dict[str, tuple[torch.Tensor, Moments]], config: fq.FrameQuantConfig) -> dict[str, float]:
     """Relative loss of each linear, rounded by itself."""
     return {
-        name: quantize_group({name: weight}, moments, {name: config}, name)[name].loss.relative
-        for name, (weight, moments) in found.items()
+        name: quantize_group({name: matrix}, moments, {name: config}, name)[name].loss.relative
+        for name, (matrix, moments) in found.items()
     }
 
 
@@ -109,11 +131,14 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="*", default=[0, 128, 64, 32], help="0: one transform")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--apart", action="store_true", help="each linear by itself, no walk")
+    parser.add_argument("--side", choices=("out", "in"), default="out")
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--held", type=int, default=12)
     parser.add_argument("--csv", type=Path)
     arguments = parser.parse_args()
+    if arguments.side == "in" and not arguments.apart:
+        parser.error("--side in goes with --apart")
     opened = open_model("smollm2", dtype="bfloat16", device="cpu")
     pieces = windows(tokenize(opened.require_tokenizer(), read_text(arguments.calibration)), arguments.length)
     split = len(pieces) * 4 // 5
@@ -128,9 +153,10 @@ def main() -> None:
             for size in arguments.sizes:
                 begin, settings = time.perf_counter(), dict(CONFIGS[name])
                 config = fq.preset(settings.pop("preset"), **settings, include=[BLOCKS], seed=seed,
-                                   output_hadamard_block=size or None)  # fmt: skip
+                                   output_hadamard_block=(arguments.side == "out" and size) or None)  # fmt: skip
                 if arguments.apart:
-                    losses, kl = apart(found, config), float("nan")
+                    with inputs_in_blocks(size if arguments.side == "in" else 0):
+                        losses, kl = apart(found, config), float("nan")
                 else:
                     model = copy.deepcopy(opened.model)
                     report = fq.quantize_(model, calibration, config)
