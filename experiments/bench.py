@@ -363,9 +363,14 @@ class Bench:
             count = min(SENTENCES * samples, len(sentences))
             return calibration_sentences(self.opened.tokenizer, sentences, 128, count, self.seed)
         length = self.size.length
-        mix = PLAIN if self.plain else mix
         return calibration_tensor(
-            self._source(), self.opened, samples, length, self.seed, Reporter(False), mix
+            self._source(),
+            self.opened,
+            samples,
+            length,
+            self.seed,
+            Reporter(False),
+            PLAIN if self.plain else mix,
         )
 
     def _sentences(self) -> Sequence[str]:

@@ -134,14 +134,25 @@ class Data:
         return repeated_windows(self.tokenizer, count, self.length)
 
 
-def run_row(row: str, opened: Any, data: Data) -> dict[str, Any]:
+def read_options(text: str) -> dict[str, Any]:
+    """The values of ``key=value,…``."""
+    return {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in text.split(",") if part)}
+
+
+def read_row(row: str, data: Data) -> tuple[fq.FrameQuantConfig, torch.Tensor]:
+    """Settings of a row and its calibration windows."""
     name, _, settings = row.partition(":")
-    values = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in settings.split(",") if part)}
+    values = read_options(settings)
     samples = values.pop("samples", data.samples)
     shares = {kind: values.pop(kind) for kind in KINDS if kind in values}
+    return fq.preset(name, **values), data.calibration(samples, shares)
+
+
+def run_row(row: str, opened: Any, data: Data) -> dict[str, Any]:
     model = copy.deepcopy(opened.model)
     start = time.perf_counter()
-    report = fq.quantize_(model, data.calibration(samples, shares), fq.preset(name, **values))
+    config, windows = read_row(row, data)
+    report = fq.quantize_(model, windows, config)
     seconds = time.perf_counter() - start
     result = {"row": row, "bits": round(report.bits_per_weight, 4), "seconds": round(seconds, 1)}
     if report.trained_ahead:

@@ -16,13 +16,12 @@ import copy
 import math
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
 import typer
-import yaml
-from sweep import KINDS, Data
+from sweep import Data, read_options, read_row
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -125,9 +124,10 @@ def train(student: nn.Module, teacher: nn.Module, windows: Tensor, steps: int, r
             own = RATE * max(size, 0.01) if size else RATE
             groups.append({"params": [parameter], "own": own if parameter.ndim == 1 else rate})
     optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95))
-    layers = [layer for layer in student.modules() if isinstance(layer, Student) and "ste" in layer.kinds]
+    layers = encoded(student)
     draw, losses = np.random.RandomState(0), []
-    order = np.concatenate([draw.permutation(len(windows)) for _ in range(1 + steps * 8 // len(windows))])
+    passes = 1 + steps * SAMPLES_PER_STEP // len(windows)
+    order = np.concatenate([draw.permutation(len(windows)) for _ in range(passes)])
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["own"] * min((step + 1) / 10, 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -145,8 +145,13 @@ def train(student: nn.Module, teacher: nn.Module, windows: Tensor, steps: int, r
     return losses
 
 
+def encoded(student: nn.Module) -> list[Student]:
+    """The linears whose codes are chosen anew in every step."""
+    return [layer for layer in student.modules() if isinstance(layer, Student) and "ste" in layer.kinds]
+
+
 def flipped(student: nn.Module) -> float:
-    layers = [layer for layer in student.modules() if isinstance(layer, Student) and "ste" in layer.kinds]
+    layers = encoded(student)
     changed = sum(int((layer.codes != layer.start).sum()) for layer in layers)
     return changed / max(sum(layer.codes.numel() for layer in layers), 1)
 
@@ -163,19 +168,15 @@ def main(
 ) -> None:
     opened = open_model(model, dtype="float32", device=choose_device(device))
     data = Data(opened, read_text(calibration), 128, sequence_length, held, judge or [])
-    name, _, settings = row.partition(":")
-    values = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in settings.split(",") if part)}
-    shares = {kind: values.pop(kind) for kind in KINDS if kind in values}
-    windows = data.calibration(values.pop("samples", 128), shares)
+    config, windows = read_row(row, data)
     quantized = copy.deepcopy(opened.model)
-    report = fq.quantize_(quantized, windows, fq.preset(name, **values))
+    report = fq.quantize_(quantized, windows, config)
     windows = windows.to(choose_device(device))
     print(row, round(report.bits_per_weight, 4), round(report.seconds, 1), "s", flush=True)
     base = {key: perplexity(opened.model, text).perplexity for key, text in data.texts.items()}
     for each in ["", *variant]:
         kinds, _, options = each.partition(":")
-        given: dict[str, Any] = {"steps": 300, "rate": 1e-3}
-        given |= {k: yaml.safe_load(v) for k, v in (part.split("=") for part in options.split(",") if part)}
+        given = {"steps": 300, "rate": 1e-3, **read_options(options)}
         start = time.perf_counter()
         student = students(quantized, kinds.split(","))
         losses = train(student, opened.model, windows, given["steps"], given["rate"]) if each else []

@@ -1,6 +1,6 @@
 """What a report warns of when a walk is done: linears that went badly, corrections that were off.
 
-Must not import layers or models.
+Must not import layers or quantizers.
 """
 
 from __future__ import annotations

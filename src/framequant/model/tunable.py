@@ -73,25 +73,27 @@ class TunableLinear:
             identity = torch.eye(rows, device=self._matrix.device)
             self._synthesis = frame_out.synthesis(identity).T.to(self._matrix.dtype)
 
-    def _forward_folded(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
-        outputs = functional.linear(inputs.to(self._matrix.dtype), self._matrix) * (1 + self.offsets[:, 0])
-        if self._synthesis is not None:
-            return functional.linear(outputs.to(self._matrix.dtype), self._synthesis).to(inputs.dtype)
-        return reference.synthesis(self.layer.frames[1], outputs.to(inputs.dtype))
+    def _coefficients(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b m"]:
+        """What the matrix is multiplied with: the inputs themselves where it holds the analysis."""
+        if self._folded:
+            return inputs
+        return reference.coefficients(self.layer.spec, self.layer.tensors, self.layer.frames[0], inputs)
+
+    def _product(self, coefficients: Float[Tensor, "*b m"]) -> Float[Tensor, "*b rows"]:
+        factors = 1 + self.offsets
+        if factors.shape[1] == 1:
+            return functional.linear(coefficients, self._matrix) * factors[:, 0]
+        group = -(-self._columns // factors.shape[1])
+        spread = factors.repeat_interleave(group, dim=1)[:, : self._columns]
+        return functional.linear(coefficients, self._matrix * spread.to(self._matrix.dtype))
 
     def forward(self, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
         """Apply the linear with its factors as they are, differentiably."""
-        if self._folded:
-            outputs = self._forward_folded(inputs)
-            return outputs if self.layer.bias is None else outputs + self.layer.bias.to(outputs.dtype)
-        frame_in, frame_out = self.layer.frames
-        coefficients = reference.coefficients(self.layer.spec, self.layer.tensors, frame_in, inputs)
-        coefficients = coefficients.to(self._matrix.dtype)
-        factors = 1 + self.offsets
-        group = -(-self._columns // factors.shape[1])
-        spread = factors.repeat_interleave(group, dim=1)[:, : self._columns]
-        outputs = functional.linear(coefficients, self._matrix * spread.to(self._matrix.dtype))
-        outputs = reference.synthesis(frame_out, outputs.to(inputs.dtype))
+        outputs = self._product(self._coefficients(inputs).to(self._matrix.dtype))
+        if self._synthesis is None:
+            outputs = reference.synthesis(self.layer.frames[1], outputs.to(inputs.dtype))
+        else:
+            outputs = functional.linear(outputs.to(self._matrix.dtype), self._synthesis).to(inputs.dtype)
         return outputs if self.layer.bias is None else outputs + self.layer.bias.to(outputs.dtype)
 
     @torch.no_grad()

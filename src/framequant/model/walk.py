@@ -90,8 +90,7 @@ def quantize_(
         return quantize_data_free(model, config, report)
     batches = as_batches(calibration, next(model.parameters()).device.type)
     dtype = None if config.walk_dtype is None else getattr(torch, config.walk_dtype)
-    device = next(model.parameters()).device
-    with inference_mode(model), computed_in(model, dtype), short_products(device, dtype is None):
+    with inference_mode(model), computed_in(model, dtype):
         return _Walk(model, batches, config, progress).run()
 
 
@@ -125,7 +124,8 @@ class _Walk:
     def run(self) -> QuantizationReport:
         start = time.perf_counter()
         try:
-            self._walk()
+            with short_products(self.device, self.config.walk_dtype is None):
+                self._walk()
         finally:
             release_decoded(self.model)
         self._finish(time.perf_counter() - start)
