@@ -12,7 +12,8 @@ with TEXTS written by ``experiments/quality/other_texts.py``.
 A row is ``preset:key=value,…``. ``mix``, ``layout``, ``random``, ``swapped``, ``named``, ``repeated``, ``generated``
 and ``continued`` are shares of the calibration windows to write with punctuation apart, that and line breaks of many
 kinds, to draw from the vocabulary, to disturb, to give made-up names, to fill with random phrases that come again, to
-sample from the model, and to sample from it going on from words of the text; ``samples`` their number.
+sample from the model, and to sample from it going on from words of the text; ``samples`` their number; ``per_step``
+the samples of a step of training ahead.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from framequant.evaluation.perplexity import perplexity
 from framequant.evaluation.renderings import word_tokenized, written
 from framequant.evaluation.text import read_text, tokenize, windows
 from framequant.integrations.sources import open_model
+from framequant.model import train_ahead
 
+SAMPLES_PER_STEP = train_ahead.SAMPLES_PER_STEP
 #: Kinds of calibration windows that are made from the text's, and those that are made from nothing.
 FROM_TEXT = ("mix", "layout", "swapped", "named")
 FROM_NOTHING = ("random", "repeated", "generated", "continued")
@@ -145,6 +148,7 @@ def read_row(row: str, data: Data) -> tuple[fq.FrameQuantConfig, torch.Tensor]:
     values = read_options(settings)
     samples = values.pop("samples", data.samples)
     shares = {kind: values.pop(kind) for kind in KINDS if kind in values}
+    train_ahead.SAMPLES_PER_STEP = values.pop("per_step", SAMPLES_PER_STEP)
     return fq.preset(name, **values), data.calibration(samples, shares)
 
 

@@ -6,8 +6,9 @@ r"""What a tuning should train: one quantized model, several kinds of trainable 
 
 Norms are trained in each variant. ``frame``: a factor per row of the coefficients (what ``--tune`` trains); ``out``
 and ``in``: a factor per output or input; ``bias``: a bias per output; ``loraR``: R columns of low-rank factors;
-``ste``: the coefficients themselves, encoded anew in every step, with straight-through gradients. After a colon:
-``steps``, and ``rate`` of matrices.
+``ste``: the coefficients themselves, encoded anew in every step, with straight-through gradients; ``embed``: the
+token embeddings, which stay float. After a colon: ``steps``, ``rate`` of matrices (of embeddings relative to their
+size), and ``vectors``, that of vectors relative to theirs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import copy
 import math
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -38,8 +39,6 @@ from framequant.model.walk import quantized_linears
 from framequant.storage import decode_rows
 
 SAMPLES_PER_STEP = 8
-#: Of vectors, relative to their size.
-RATE = 1e-3
 
 
 class Student(nn.Module):
@@ -113,17 +112,30 @@ def students(model: nn.Module, kinds: list[str]) -> nn.Module:
         parameter.requires_grad_(parameter.ndim == 1)
     for name, layer in quantized_linears(copied).items():
         copied.set_submodule(name, Student(layer, kinds))
+    if "embed" in kinds:
+        copied.get_input_embeddings().weight.requires_grad_(True)
     return copied
 
 
-def train(student: nn.Module, teacher: nn.Module, windows: Tensor, steps: int, rate: float) -> list[float]:
-    groups = []
+def rates(student: nn.Module, rate: float, vectors: float) -> list[dict[str, Any]]:
+    """Groups of an optimizer, each with the rate that it has at its highest."""
+    groups: list[dict[str, Any]] = []
+    embeddings = student.get_input_embeddings().weight
     for parameter in student.parameters():
         if parameter.requires_grad:
-            size = float(parameter.detach().square().mean().sqrt()) if parameter.ndim == 1 else 1.0
-            own = RATE * max(size, 0.01) if size else RATE
-            groups.append({"params": [parameter], "own": own if parameter.ndim == 1 else rate})
-    optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.95))
+            size = max(float(parameter.detach().square().mean().sqrt()), 0.01)
+            if parameter.ndim == 1:
+                own = vectors * (size if bool(parameter.any()) else 1.0)
+            else:
+                own = rate * (size if parameter is embeddings else 1.0)
+            groups.append({"params": [parameter], "own": own})
+    return groups
+
+
+def train(
+    student: nn.Module, teacher: nn.Module, windows: Tensor, steps: int, rate: float, vectors: float
+) -> list[float]:
+    optimizer = torch.optim.Adam(rates(student, rate, vectors), lr=rate, betas=(0.9, 0.95))
     layers = encoded(student)
     draw, losses = np.random.RandomState(0), []
     passes = 1 + steps * SAMPLES_PER_STEP // len(windows)
@@ -176,10 +188,10 @@ def main(
     base = {key: perplexity(opened.model, text).perplexity for key, text in data.texts.items()}
     for each in ["", *variant]:
         kinds, _, options = each.partition(":")
-        given = {"steps": 300, "rate": 1e-3, **read_options(options)}
+        given = {"steps": 300, "rate": 1e-3, "vectors": 1e-3, **read_options(options)}
         start = time.perf_counter()
         student = students(quantized, kinds.split(","))
-        losses = train(student, opened.model, windows, given["steps"], given["rate"]) if each else []
+        losses = train(student, opened.model, windows, given["steps"], given["rate"], given["vectors"]) if each else []
         took = time.perf_counter() - start
         with torch.no_grad():
             ratios = {

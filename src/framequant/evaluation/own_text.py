@@ -21,8 +21,8 @@ from framequant.errors import CalibrationError
 PIECE = 128
 #: Tokens of the calibration text that a piece goes on from.
 BEGINNING = 16
-#: Texts sampled side by side; halved as often as memory wants it.
-SIDE_BY_SIDE = 512
+#: Texts sampled side by side, by kind of device; halved as often as memory wants it.
+SIDE_BY_SIDE = {"cpu": 512, "cuda": 2048}
 
 
 def own_windows(
@@ -63,7 +63,8 @@ def own_windows(
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        tokens = torch.cat([_sample(model, part, piece) for part in first.split(SIDE_BY_SIDE)])
+        together = SIDE_BY_SIDE["cpu" if device.type == "cpu" else "cuda"]
+        tokens = torch.cat([_sample(model, part, piece) for part in first.split(together)])
     return tokens.reshape(-1)[: count * length].view(count, length)
 
 
