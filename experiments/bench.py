@@ -276,16 +276,20 @@ class Amount(NamedTuple):
     mix: Mix = Mix()
 
 
-def parse_row(row: str) -> tuple[fq.FrameQuantConfig, int, Amount]:
-    """Settings of ``preset:key=value,…``, steps of its tuning (``tune=``), its data (``samples=``, shares)."""
+#: What a row says of its tuning, and where it stands in a ``TuneConfig``.
+TUNING = {"tune": "steps", "tune_lr": "learning_rate", "tune_embeddings": "embedding_rate"}
+
+
+def parse_row(row: str) -> tuple[fq.FrameQuantConfig, fq.TuneConfig | None, Amount]:
+    """Settings of ``preset:key=value,…``, its tuning (``tune=`` steps …), its data (``samples=``, shares)."""
     name, _, settings = row.partition(":")
     values = {k: yaml.safe_load(v) for k, v in (part.split("=", 1) for part in settings.split(",") if part)}
-    steps = values.pop("tune", 0)
-    if steps:
+    told = {field: values.pop(key) for key, field in TUNING.items() if key in values}
+    if told:
         values.setdefault("row_factors", fq.PRESETS.get(name, {}).get("code") == "trellis")
     shares = {field.name: values.pop(field.name, None) for field in fields(Mix)}
     amount = Amount(values.pop("samples", None), Mix(**shares))
-    return fq.preset(name, **values), steps, amount
+    return fq.preset(name, **values), fq.TuneConfig(**told) if told else None, amount
 
 
 class Bench:
@@ -433,13 +437,13 @@ class Bench:
         return dict(self._rows[key])
 
     def quantized(
-        self, config: fq.FrameQuantConfig, amount: Amount | None = None, tune_steps: int = 0
+        self, config: fq.FrameQuantConfig, amount: Amount | None = None, tuning: fq.TuneConfig | None = None
     ) -> tuple[nn.Module, Any, Row]:
         """A quantized copy, its report, and the columns that every row has; without what judges a tuning to come."""
         model = copy.deepcopy(self.model)
         data = None if config.is_data_free else self.data(amount)
-        if tune_steps:
-            data = without_judges(data, fq.TuneConfig(tune_steps), next(model.parameters()).device.type)
+        if tuning:
+            data = without_judges(data, tuning, next(model.parameters()).device.type)
         start = time.perf_counter()
         report = fq.quantize_(model, data, config)
         if next(model.parameters()).is_cuda:

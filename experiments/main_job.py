@@ -10,15 +10,18 @@ Vision::
     python experiments/main_job.py ../shared/models/deit_tiny_patch16_224 \\
         --calibration ../shared/data/imagenet/train --imagenet ../shared/data/imagenet/val
 
-Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards, ``samples=N`` for other
-than ``--samples`` and ``generated=SHARE``, ``continued=SHARE`` and the like for what they are made of; without
-``--row`` the rows of the issue are run. Every figure is that of the model *reloaded* from disk, but for
-"untuned_" ones, and "equal" says whether its logits are the in-memory model's, bit for bit.
+Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards (``tune_lr``,
+``tune_embeddings``: rates), ``samples=N`` for other than ``--samples`` and ``generated=SHARE``, ``continued=SHARE`` and
+the like for what they are made of; without ``--row`` the rows of the issue are run. ``--untuned FOLDER`` keeps the
+untuned model of the first tuned row, and other tunings of the same settings begin with it. Every figure is that of the
+model *reloaded* from disk, but for "untuned_" ones, and "equal" says whether its logits are the in-memory model's, bit
+for bit.
 """
 
 from __future__ import annotations
 
 import gc
+import json
 import time
 from argparse import Namespace
 from dataclasses import replace
@@ -55,17 +58,36 @@ def example(bench: Bench) -> torch.Tensor:
     return torch.full((1, 3, settings.height, settings.width), 0.1)
 
 
-def run_row(row: str, bench: Bench) -> Row:
-    config, steps, amount = parse_row(row)
+def untuned(bench: Bench, row: str, folder: Path | None) -> tuple[torch.nn.Module, Any, Row, Any]:
+    """The model of a row before its tuning, report, columns and data: those in ``folder``, or new ones put there."""
+    config, tuning, amount = parse_row(row)
+    wanted = json.loads(json.dumps([config.to_dict(), amount._asdict() | {"mix": amount.mix.given}]))
+    if tuning and folder is not None and (folder / "row.json").is_file():
+        kept, figures = json.loads((folder / "row.json").read_text(encoding="utf-8"))
+        if kept != wanted:
+            raise fq.ConfigError(f"{folder} holds an untuned model of other settings: {kept}; not {wanted}")
+        model = fq.load(folder / "model", device=next(bench.model.parameters()).device)
+        return model, model.framequant_report, figures, torch.load(folder / "data.pt")
     start = time.perf_counter()
     data = bench.data(amount)
-    data_seconds = time.perf_counter() - start
-    model, report, figures = bench.quantized(config, amount, steps)
+    seconds = time.perf_counter() - start
+    model, report, figures = bench.quantized(config, amount, tuning)
+    figures["data_seconds"] = round(seconds, 1)
+    if tuning and folder is not None:
+        fq.save_pretrained(model, folder / "model")
+        torch.save(data, folder / "data.pt")
+        (folder / "row.json").write_text(json.dumps([wanted, figures]), encoding="utf-8")
+    return model, report, figures, data
+
+
+def run_row(row: str, bench: Bench, folder: Path | None = None) -> Row:
+    tuning = parse_row(row)[1]
+    model, report, figures, data = untuned(bench, row, folder)
     tuned = {}
-    if steps:
+    if tuning:
         tuned = {f"untuned_{key}": value for key, value in bench.evaluate(model).items() if key != "tokens"}
         print({"row": row, **figures, **tuned}, flush=True)
-        found = fq.tune_(model, bench.model, data, steps)
+        found = fq.tune_(model, bench.model, data, tuning)
         tuned |= {
             "tune_seconds": round(found.seconds, 1),
             "held_out_kl_before": round(found.loss_before, 5),
@@ -81,7 +103,6 @@ def run_row(row: str, bench: Bench) -> Row:
         "bits_per_weight": round(report.bits_per_weight, 4),
         **bench.evaluate(loaded),
         "samples": len(data),
-        "data_seconds": round(data_seconds, 1),
         "checkpoint_bytes": size,
         "reload_equal": equal,
         "warnings": len(report.warnings),
@@ -101,6 +122,7 @@ def main(
     dtype: str = "float32",
     row: Annotated[list[str] | None, typer.Option()] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv")] = None,
+    untuned_folder: Annotated[Path | None, typer.Option("--untuned")] = None,
     commit_name: Annotated[str, typer.Option("--commit")] = "",
 ) -> None:
     if perplexity_text is None and imagenet is None:
@@ -118,7 +140,7 @@ def main(
     for text in row or (VISION_ROWS if bench.kind == "vision" else LANGUAGE_ROWS):
         start = time.perf_counter()
         try:
-            result = run_row(text, bench)
+            result = run_row(text, bench, untuned_folder)
         except fq.FrameQuantError as error:
             result = {"row": text, "error": str(error)}
         if "perplexity" in result:

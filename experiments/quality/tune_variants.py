@@ -191,7 +191,11 @@ def main(
         given = {"steps": 300, "rate": 1e-3, "vectors": 1e-3, **read_options(options)}
         start = time.perf_counter()
         student = students(quantized, kinds.split(","))
-        losses = train(student, opened.model, windows, given["steps"], given["rate"], given["vectors"]) if each else []
+        losses = (
+            train(student, opened.model, windows, given["steps"], given["rate"], given["vectors"])
+            if each
+            else []
+        )
         took = time.perf_counter() - start
         with torch.no_grad():
             ratios = {

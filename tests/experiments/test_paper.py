@@ -118,6 +118,29 @@ def test_the_main_jobs_table_and_a_row_that_cannot_be_run(data, llama_directory)
     assert "no_such_setting" in rows[3]["error"]
 
 
+def test_tunings_of_one_untuned_model(data, llama_directory):
+    texts, path, kept = data / "shared" / "data" / "wikitext-2-raw", data / "main.csv", data / "untuned"
+    row = "framequant:state_bits=8,bits=2.5,samples=16,generated=0,tune=4"
+    importlib.import_module("main_job").main(
+        str(llama_directory),
+        str(texts / "calibration.txt"),
+        perplexity_text=texts / "test.txt",
+        sequence_length=24,
+        device="cpu",
+        row=[row, f"{row},tune_embeddings=0.05", row.replace("2.5", "3")],
+        csv_file=path,
+        untuned_folder=kept,
+    )
+    first, second, other = read_table(path).rows[1:]
+    assert first["untuned_perplexity"] == second["untuned_perplexity"]
+    assert first["quantize_seconds"] == second["quantize_seconds"]
+    assert first["held_out_kl_before"] == second["held_out_kl_before"]
+    tuning = importlib.import_module("bench").parse_row(second["row"])[1]
+    assert (tuning.steps, tuning.embedding_rate) == (4, 0.05)
+    assert first["reload_equal"] == second["reload_equal"] == "True"
+    assert "other settings" in other["error"]
+
+
 def test_missing_data_is_a_reason(data, llama_directory):
     (data / "shared" / "data" / "wikitext-2-raw" / "test.txt").unlink()
     table = run("one_bit", data / "out", llama_directory)

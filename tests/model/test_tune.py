@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,42 @@ def test_the_report_is_the_stored_model(name, config, tmp_path):
     weights = sum(entry.num_weights for entry in saved.linears)
     expected = bits + (8 * rows / weights if config is TRELLIS else 0)
     assert saved.bits_per_weight == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_trained_where_asked_and_stored(tied, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, tie_word_embeddings=tied, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    teacher, data = copy.deepcopy(model), data_for("llama")
+    fq.quantize_(model, data, TRELLIS)
+    bits = model.framequant_report.bits_per_weight
+    rows = {key: layer.spec.coefficient_shape[0] for key, layer in quantized_linears(model).items()}
+    report = fq.tune_(model, teacher, data, replace(QUICK, embedding_rate=0.01))
+    assert report.chosen_step > 0
+    assert report.settings["embedding_rate"] == 0.01
+    tables = [model.model.embed_tokens.weight, model.lm_head.weight]
+    assert all(not torch.equal(table, teacher.lm_head.weight) for table in tables)
+    assert (tables[0] is tables[1]) == tied
+    weights = sum(entry.num_weights for entry in model.framequant_report.linears)
+    expected = bits + 8 * sum(rows.values()) / weights
+    assert model.framequant_report.bits_per_weight == pytest.approx(expected, rel=1e-9)
+    fq.save_pretrained(model, tmp_path / "out")
+    loaded = fq.load(tmp_path / "out")
+    assert torch.equal(output(loaded, data), output(model, data))
+
+
+def test_a_model_without_embeddings_has_none_to_train():
+    model, teacher, data = quantized("timm_vit", SCALAR)
+    before = state_of(model)
+    with pytest.raises(ConfigError, match="no token embeddings"):
+        fq.tune_(model, teacher, data, replace(QUICK, embedding_rate=0.01))
+    assert same(before, state_of(model))
 
 
 def test_a_tuning_that_does_not_help_leaves_the_model_as_it_was(monkeypatch):

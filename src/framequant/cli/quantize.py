@@ -148,6 +148,12 @@ def run(
     ] = None,
     tune_lr: Annotated[float | None, typer.Option(help="Learning rate of --tune; 0.001.")] = None,
     tune_batch: Annotated[int | None, typer.Option(help="Samples of a step of --tune; 8.")] = None,
+    tune_embeddings: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RATE", help="Learning rate of --tune for token embeddings and a float output head; 0."
+        ),
+    ] = None,
     stream: Annotated[
         bool | None,
         typer.Option(
@@ -200,7 +206,7 @@ def run(
         streaming.quantize(chosen, out, source, samples, sequence_length, mix, overwrite, as_json)
         return
     check_output(out, overwrite, model)
-    tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed)
+    tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed, tune_embeddings)
     if tune_config is not None and chosen.is_data_free:
         raise ConfigError("--tune needs calibration data, and sigma-delta codes use none; leave --tune out.")
     chosen = with_room_for_tuning(chosen) if tune_config else chosen

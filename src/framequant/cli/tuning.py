@@ -27,9 +27,13 @@ STATE = "state.safetensors"
 
 
 def tune_settings(
-    steps: int | None, learning_rate: float | None, batch: int | None, seed: int
+    steps: int | None,
+    learning_rate: float | None,
+    batch: int | None,
+    seed: int,
+    embedding_rate: float | None = None,
 ) -> TuneConfig | None:
-    """The settings that ``--tune``, ``--tune-lr`` and ``--tune-batch`` make; None without ``--tune``.
+    """The settings that ``--tune`` and its companions make; None without ``--tune``.
 
     Raises:
         ConfigError: a value out of range, or one of the others without ``--tune``.
@@ -37,11 +41,13 @@ def tune_settings(
     from framequant.errors import ConfigError
     from framequant.model.tune_config import TuneConfig
 
-    given = {"learning_rate": learning_rate, "batch": batch}
+    given = {"learning_rate": learning_rate, "batch": batch, "embedding_rate": embedding_rate}
     given = {key: value for key, value in given.items() if value is not None}
     if steps is None:
         if given:
-            raise ConfigError("--tune-lr and --tune-batch say how to tune; give --tune STEPS too.")
+            raise ConfigError(
+                "--tune-lr, --tune-batch and --tune-embeddings say how to tune; give --tune STEPS too."
+            )
         return None
     return TuneConfig(steps, seed=seed, **given)
 

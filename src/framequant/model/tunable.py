@@ -1,9 +1,10 @@
-"""What tuning may change of a quantized model while its codes stay: scales of rows, norms and biases.
+"""What tuning may change of a quantized model while its codes stay: scales of rows, norms, biases, embeddings.
 
 A coefficient matrix is decoded once and multiplied by a trainable factor per scale: scalar codes have one for each
 stored scale, trellis codes one per row, stored as a byte (``codes.trellis_storage``). Every parameter of one
-dimension that the model has (gains and biases of norms, biases of linears, LayerScale) is trained too. Training
-sees float32 numbers; ``install`` writes what the file will hold, and that is what is judged.
+dimension that the model has (gains and biases of norms, biases of linears, LayerScale) is trained too, and if asked
+for its token embeddings and its output head, which stay float and take no bits of the codes. Training sees float32
+numbers; ``install`` writes what the file will hold, and that is what is judged.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional
 
 from framequant.codes.trellis import TrellisSpec
 from framequant.codes.trellis_storage import decode_factors, encode_factors
+from framequant.errors import ConfigError
 from framequant.kernels import reference
 from framequant.layers import FrameLinear
 from framequant.model.replay import forwards_replaced
@@ -120,26 +122,51 @@ def _with_row_factors(layer: FrameLinear) -> FrameLinear:
     return copy.train(layer.training)
 
 
+def embedding_tables(model: nn.Module) -> set[str]:
+    """Names of the parameters that hold token embeddings or a float output head, tied ones once.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or (module is head and isinstance(module, nn.Linear))
+    }
+    names = {name for name, p in model.named_parameters() if id(p) in found and p.is_floating_point()}
+    if not names:
+        raise ConfigError(
+            f"{type(model).__name__} has no token embeddings to tune: leave embedding_rate at 0."
+        )
+    return names
+
+
 class Tunable:
     """The trainable numbers of a quantized model, by name, and the way back to what it was.
 
     Args:
         model: quantized; its trellis linears are replaced by ones with row factors until ``restore``.
         dtype: in which decoded matrices are kept.
+        embeddings: whether token embeddings and a float output head are trained too.
 
     Attributes:
+        tables: names of these.
         values: trainable leaves, float32: offsets under the linear's name and ``.factors``, vectors under theirs.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, embeddings: bool = False) -> None:
         self._model = model
+        self.tables = embedding_tables(model) if embeddings else set()
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, FrameLinear)}
         self._linears = {name: TunableLinear(layer, dtype) for name, layer in self._layers.items()}
         self._scales = {name: layer.tensors for name, layer in self._layers.items()}
         for name, linear in self._linears.items():
             model.set_submodule(name, linear.layer)
         self._vectors = {
-            name: p for name, p in model.named_parameters() if p.ndim == 1 and p.is_floating_point()
+            name: p
+            for name, p in model.named_parameters()
+            if p.is_floating_point() and (p.ndim == 1 or name in self.tables)
         }
         self._before = {name: p.detach().clone() for name, p in self._vectors.items()}
         self.values: dict[str, Tensor] = {

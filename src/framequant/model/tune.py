@@ -1,4 +1,4 @@
-"""Tuning: with the codes as they are, scales, norms and biases are trained towards the float model.
+"""Tuning: with the codes as they are, scales, norms, biases and embeddings are trained towards the float model.
 
 The loss is the divergence of the logits (language models, classifiers) or the relative error of the outputs
 (encoders). A part of the calibration data is held out; the model is judged on it as it would be stored, and the
@@ -67,7 +67,8 @@ def tune_(
 
     Raises:
         CalibrationError: too few samples for the steps asked for; the message says how many are needed.
-        ConfigError: the model has no quantized linear, or the state belongs to a tuning with other settings.
+        ConfigError: the model has no quantized linear, or no embeddings where these are to be trained, or the state
+            belongs to a tuning with other settings.
         NumericalError: the loss became NaN or infinite.
     """
     config = TuneConfig(config) if isinstance(config, int) else config
@@ -132,7 +133,9 @@ class _Run:
     def run(self) -> TuningReport:
         loaded = None if self.path is None else load_state(self.path, self.request)
         self.mixed = self.dtype == torch.float32 and self.device.type in HALF_DEVICES
-        tunable = Tunable(self.model, torch.bfloat16 if self.mixed else self.dtype)
+        tunable = Tunable(
+            self.model, torch.bfloat16 if self.mixed else self.dtype, self.config.embedding_rate > 0
+        )
         try:
             return self._train(tunable, loaded)
         except BaseException:
@@ -243,7 +246,8 @@ def _optimizer(tunable: Tunable, config: TuneConfig) -> torch.optim.AdamW:
     """AdamW with one group for all values of one size, to which their rate is relative."""
     groups: dict[float, list[Tensor]] = {}
     for name, value in tunable.values.items():
-        groups.setdefault(tunable.size(name), []).append(value)
+        slower = config.embedding_rate / config.learning_rate if name in tunable.tables else 1.0
+        groups.setdefault(tunable.size(name) * slower, []).append(value)
     parameters = [{"params": values, "size": size} for size, values in groups.items()]
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
 

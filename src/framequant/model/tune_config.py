@@ -22,6 +22,8 @@ class TuneConfig:
     Attributes:
         steps: of the optimizer (AdamW without weight decay), at most.
         learning_rate: at its highest: for factors absolute, for norms and biases relative to their size.
+        embedding_rate: of token embeddings and the output head that stayed float, relative to the size of their
+            entries; 0 leaves them as they are.
         batch: samples of a step.
         warmup: share of the steps in which the rate rises; afterwards it falls to zero along a cosine.
         held_out: share of the calibration samples that judges and is never trained on.
@@ -36,6 +38,7 @@ class TuneConfig:
 
     steps: int
     learning_rate: float = 1e-3
+    embedding_rate: float = 0.0
     batch: int = 8
     warmup: float = 0.05
     held_out: float = 0.125
@@ -53,6 +56,10 @@ class TuneConfig:
                 raise ConfigError(
                     f"tuning {name} = {getattr(self, name)}: expected more than 0 and less than 1."
                 )
+        if not 0 <= self.embedding_rate < 1:
+            raise ConfigError(
+                f"tuning embedding_rate = {self.embedding_rate}: expected 0 or more and less than 1."
+            )
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"tuning warmup = {self.warmup}: expected 0 or more and less than 1.")
         if self.loss not in ("auto", "kl", "mse"):
