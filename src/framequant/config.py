@@ -131,8 +131,6 @@ class FrameQuantConfig:
         train_ahead: steps of Adam after each block, in which the blocks that are still float learn to live with the
             rounded ones, see ``model.train_ahead``; 0 for none. Takes a second model's memory, and no streaming.
         train_rate: of these steps, relative to the size of a parameter's entries.
-        trials: roundings of each group of linears, each with other random signs, 1…64; the one is taken that leaves the
-            model's outputs nearest to the float model's, see ``model.trials``. Takes what ``train_ahead`` takes.
         walk_dtype: "float32" or "float64" to run the calibration in, whatever the model's dtype; None for that.
             In float64 CPU and GPU choose the same codes.
         include: regular expressions of module names to quantize; empty for every linear inside the blocks.
@@ -188,7 +186,6 @@ class FrameQuantConfig:
     residual_targets: float = 0.5
     train_ahead: int = 0
     train_rate: float = 2e-3
-    trials: int = 1
     walk_dtype: str | None = None
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -237,7 +234,7 @@ class FrameQuantConfig:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected true or false.")
         for name in (
             *("state_bits", "tile_rows", "tile_cols", "output_block", "seed", "order", "flip_passes"),
-            *("train_ahead", "trials"),
+            "train_ahead",
         ):
             if not _is_int(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected an integer.")
@@ -274,11 +271,6 @@ class FrameQuantConfig:
         if self.redundancy > 1 and self.frame is not FrameKind.FUSION:
             raise ConfigError(
                 f"redundancy = {self.redundancy} needs frame = 'fusion'; frame = {self.frame.value!r} has redundancy 1."
-            )
-        if self.trials > 1 and self.frame not in (FrameKind.FUSION, FrameKind.HADAMARD):
-            raise ConfigError(
-                f"trials = {self.trials}: trials differ in the random signs of a frame, and frame = "
-                f"{self.frame.value!r} has none, or no calibration that judges. Leave trials at 1."
             )
         self._check_output_frame()
         if self.code is CodeKind.SCALAR and self.levels is None and self.bits != int(self.bits):
@@ -504,7 +496,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "rate_tilt": (0.01, 100),
     "train_ahead": (0, 10_000),
     "train_rate": (0, 1),
-    "trials": (1, 64),
     "float_targets": (0, 1),
     "residual_targets": (0, 1),
     "frame_size_ratio": (0, 4096),
@@ -641,7 +632,7 @@ def _check_pattern(pattern: str) -> None:
 def _check_override(pattern: str, changes: Mapping[str, Any]) -> None:
     forbidden = {
         *("include", "ignore", "overrides", "seed", "recapture", "walk_dtype", "skip"),
-        *("train_ahead", "train_rate", "trials"),
+        *("train_ahead", "train_rate"),
     }
     if not isinstance(changes, Mapping):
         raise ConfigError(f"override {pattern!r}: expected a mapping of settings, found {changes!r}.")

@@ -9,7 +9,7 @@ import torch
 
 import framequant as fq
 from framequant.errors import ConfigError, NumericalError
-from framequant.model import outlook
+from framequant.model import train_ahead
 from framequant.model.rows import count_rows, form_of, pick
 from framequant.model.tune_loss import distance
 from tests.model.architectures import make, make_family
@@ -98,7 +98,7 @@ def test_batches_with_padding_count_real_positions_only():
 
 def test_what_cannot_be_trained_is_refused(monkeypatch):
     model, data = float_model("llama"), data_for("llama")
-    monkeypatch.setattr(outlook, "distance", lambda output, *_: (output.sum() * float("nan"), 1))
+    monkeypatch.setattr(train_ahead, "distance", lambda output, *_: (output.sum() * float("nan"), 1))
     with pytest.raises(NumericalError, match="smaller train_rate"):
         fq.quantize_(model, data, replace(COARSE, train_ahead=1))
     with pytest.raises(ConfigError, match="quantize in memory"):
@@ -123,7 +123,7 @@ def test_a_step_runs_samples_of_several_batches_together(monkeypatch):
     for batches in (data, list(data.split(2)), [data[:3], data[3:]]):
         model, runs = float_model("llama"), []
         monkeypatch.setattr(
-            outlook, "distance", lambda *args, runs=runs: runs.append(len(args[0])) or distance(*args)
+            train_ahead, "distance", lambda *args, runs=runs: runs.append(len(args[0])) or distance(*args)
         )
         draw = iter(number for _ in range(9) for number in (0, 5, 1, 3, 4, 2, 5, 0))
         counts = [count_rows(batch) for batch in (data.split(len(data)) if batches is data else batches)]
@@ -132,7 +132,7 @@ def test_a_step_runs_samples_of_several_batches_together(monkeypatch):
             (max(i for i, s in enumerate(starts) if s <= n), n - max(s for s in starts if s <= n))
             for n in draw
         ]
-        monkeypatch.setattr(outlook, "sample_order", lambda *_, places=places: iter(places))
+        monkeypatch.setattr(train_ahead, "_order", lambda *_, places=places: iter(places))
         report = fq.quantize_(
             model, batches, replace(COARSE, train_ahead=1, float_targets=0, residual_targets=0)
         )

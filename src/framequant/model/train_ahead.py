@@ -9,19 +9,24 @@ Must not import layers, quantizers or checkpoint.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from framequant.errors import NumericalError
 from framequant.memory import return_freed_memory
-from framequant.model.outlook import Outlook
-from framequant.model.replay import Replay
+from framequant.model.calibration import as_samples, to_device
+from framequant.model.capture import token_mask
+from framequant.model.replay import Replay, call_model
+from framequant.model.rows import count_rows, form_of, pick
 from framequant.model.streams import Stream
+from framequant.model.tune_loss import distance, output_of, probe, samples_at_once, weight_of
 
 #: Samples of a step.
 SAMPLES_PER_STEP = 8
@@ -29,6 +34,8 @@ SAMPLES_PER_STEP = 8
 SMALLEST_SIZE = 1e-3
 #: Decay of Adam's two means; the second forgets faster than usual, since there are few steps between two blocks.
 BETAS = (0.9, 0.95)
+#: Where steps of a float32 model run in bfloat16.
+HALF_DEVICES = ("cuda",)
 
 
 class AheadTrainer:
@@ -37,23 +44,45 @@ class AheadTrainer:
     Args:
         model: all of it float yet; in evaluation mode.
         replay: its blocks in the order of the walk.
-        outlook: compares it with the float model.
+        batches: the calibration batches of the walk, on the model's device.
         steps: after each block.
         rate: of a step, relative to the size of a parameter's entries.
         seed: of the order of the samples.
     """
 
     def __init__(
-        self, model: nn.Module, replay: Replay, outlook: Outlook, steps: int, rate: float, seed: int
+        self,
+        model: nn.Module,
+        replay: Replay,
+        batches: Sequence[Any],
+        steps: int,
+        rate: float,
+        seed: int,
     ) -> None:
-        self._model, self._replay, self._outlook = model, replay, outlook
+        self._model, self._replay, self._batches = model, replay, batches
         self._steps, self._rate = steps, rate
-        self._device = next(model.parameters()).device
-        self._order = outlook.order(seed)
+        parameter = next(model.parameters())
+        self._device, dtype = parameter.device, parameter.dtype
+        self._mixed = dtype == torch.float32 and self._device.type in HALF_DEVICES
+        sample = as_samples([batches[0]])[0]
+        self._kind, outputs = probe(model, sample, "auto")
+        self._at_once = samples_at_once(sample, outputs, self._device.type, SAMPLES_PER_STEP)
+        self._teacher = copy.deepcopy(model)
+        if self._mixed:
+            self._teacher.to(torch.bfloat16)
+        self._targets = self._run_teacher()
+        self._forms = [form_of(batch, count_rows(batch)) for batch in batches]
+        self._order = _order(batches, seed)
         self._state: dict[str, dict[str, Any]] = {}
         # What is trained after one block, in the order of the leaves, and what a leaf is multiplied by.
         self._parameters: list[nn.Parameter] = []
         self._sizes: list[Tensor] = []
+
+    def _run_teacher(self) -> Stream:
+        """The float model's activations behind its last block: a step needs no more of it than its head."""
+        targets = Stream(self._replay.on(self._teacher), self._batches)
+        targets.run_through(lambda number: self._for_teacher(self._batches[number]))
+        return targets
 
     def train(self, index: int, stream: Stream) -> float:
         """Train what comes after block ``index``, whose outputs the stream holds.
@@ -128,10 +157,13 @@ class AheadTrainer:
                 parameter.grad = None
 
     def _step(self, index: int, stream: Stream, values: dict[str, Tensor]) -> float:
+        parts = self._parts([next(self._order) for _ in range(SAMPLES_PER_STEP)])
+        batches = [self._batch(rows) for rows in parts]
+        weights = [weight_of(batch) for batch in batches]
         loss = torch.zeros((), device=self._device)
-        for rows, batch, share in self._outlook.parts([next(self._order) for _ in range(SAMPLES_PER_STEP)]):
+        for rows, batch, weight in zip(parts, batches, weights, strict=True):
             with torch.enable_grad():
-                value = self._outlook.distance(index + 1, stream, rows, batch, self._outlook.mixed) * share
+                value = self._loss(index, stream, rows, batch) * (weight / sum(weights))
             value.backward()
             loss += value.detach()
         found = float(loss)
@@ -144,7 +176,49 @@ class AheadTrainer:
             parameter.grad = None
         return found
 
+    def _parts(self, chosen: list[tuple[int, int]]) -> list[dict[int, list[int]]]:
+        """Samples, as batch and row, in parts that can be run at once: rows by batch."""
+        by_form: dict[Hashable, list[tuple[int, int]]] = {}
+        for number, row in sorted(chosen):
+            by_form.setdefault(self._forms[number], []).append((number, row))
+        parts: list[dict[int, list[int]]] = []
+        for alike in by_form.values():
+            size = -(-len(alike) // -(-len(alike) // self._at_once))  # parts of nearly one size
+            for start in range(0, len(alike), size):
+                rows: dict[int, list[int]] = {}
+                for number, row in alike[start : start + size]:
+                    rows.setdefault(number, []).append(row)
+                parts.append(rows)
+        return parts
+
+    def _batch(self, rows: dict[int, list[int]]) -> Any:
+        batches = [self._batches[number] for number in rows]
+        return pick(batches, [count_rows(batch) for batch in batches], list(rows.values()))
+
+    def _loss(self, index: int, stream: Stream, rows: dict[int, list[int]], batch: Any) -> Tensor:
+        """Mean distance to the float model over ``batch``, some rows of the calibration batches."""
+        half = torch.autocast(self._device.type, torch.bfloat16) if self._mixed else nullcontext()
+        with half, torch.no_grad(), self._targets.behind_rows(rows, len(self._replay.names)):
+            target = output_of(call_model(self._teacher, self._for_teacher(batch)), self._kind)
+        with half, stream.behind_rows(rows, index + 1):
+            output = output_of(call_model(self._model, batch), self._kind)
+        total, positions = distance(output, target, token_mask(batch), self._kind)
+        return total / max(positions, 1)
+
+    def _for_teacher(self, batch: Any) -> Any:
+        reference = next(self._teacher.parameters())
+        return to_device(batch, reference.device, reference.dtype)
+
     @torch.no_grad()
     def _write(self, values: dict[str, Tensor]) -> None:
         scaled = torch._foreach_mul([value.detach() for value in values.values()], self._sizes)
         torch._foreach_copy_(self._parameters, scaled)
+
+
+def _order(batches: Sequence[Any], seed: int) -> Iterator[tuple[int, int]]:
+    """Batch and row of one sample after the other: permutations of all of them without end."""
+    every = [(number, row) for number, batch in enumerate(batches) for row in range(count_rows(batch))]
+    draw = np.random.RandomState(seed % 2**32)
+    while True:
+        for place in draw.permutation(len(every)):
+            yield every[place]

@@ -27,7 +27,6 @@ from framequant.model.capture import Seen, add_moments, observe, token_mask
 from framequant.model.data_free import quantize_data_free
 from framequant.model.gradients import OutputGradients
 from framequant.model.group_sharing import quantize_shared
-from framequant.model.outlook import Outlook
 from framequant.model.ranks import reduce_moments, require_batches
 from framequant.model.remarks import run_warnings
 from framequant.model.replay import Call, Replay, as_call, computed_in, inference_mode, short_products
@@ -36,11 +35,9 @@ from framequant.model.residence import Ledger, Residence
 from framequant.model.streams import FloatBlock, Stream
 from framequant.model.trace import Group, trace_block
 from framequant.model.train_ahead import AheadTrainer
-from framequant.model.trials import Trials
 from framequant.quantizers.activations import SAMPLE_TOKENS, thinned, with_activation
 from framequant.quantizers.budget import Option
 from framequant.quantizers.hessian import NOT_FINITE, Moments, all_finite
-from framequant.quantizers.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,6 @@ class _Walk:
         self.done = 0
         self.few: dict[str, tuple[int, str]] = {}
         self.samples: dict[str, list[Tensor]] = {}
-        self.trials: Trials | None = None
-        self.at = 0
 
     def run(self) -> QuantizationReport:
         start = time.perf_counter()
@@ -143,9 +138,7 @@ class _Walk:
         quantized = Stream(replay, self.batches, lambda name: self.home.store(f"quantized-{name}"))
         floating = Stream(replay, self.batches, lambda name: self.home.store(f"float-{name}"))
         last = self._last_to_run(replay)
-        outlook = self._outlook(replay)
-        ahead = self._trainer(replay, outlook)
-        self.trials = self._trials(quantized, outlook)
+        ahead = self._trainer(replay)
         for index, name in enumerate(replay.names):
             self._pass_block(index, name, replay, quantized, floating, ahead, onward=index < last)
         self._quantize_outside(replay, quantized)
@@ -156,22 +149,12 @@ class _Walk:
             return len(replay.names)
         return max((i for i, name in enumerate(replay.names) if not self.home.is_done(name)), default=-1)
 
-    def _outlook(self, replay: Replay) -> Outlook | None:
-        """The float model to compare with, where something is decided by the model's outputs."""
-        wanted = self.config.train_ahead or self.config.trials > 1
-        return Outlook(self.model, replay, self.batches) if wanted else None
-
-    def _trials(self, stream: Stream, outlook: Outlook | None) -> Trials | None:
-        if outlook is None or self.config.trials == 1:
-            return None
-        return Trials(outlook, stream, self.config.trials, self.config.seed)
-
-    def _trainer(self, replay: Replay, outlook: Outlook | None) -> AheadTrainer | None:
+    def _trainer(self, replay: Replay) -> AheadTrainer | None:
         steps, rate = self.config.train_ahead, self.config.train_rate
-        if outlook is None or not steps:
+        if not steps:
             return None
         self.report.trained_ahead = {"steps": steps, "rate": rate, "losses": [], "seconds": 0.0}
-        return AheadTrainer(self.model, replay, outlook, steps, rate, self.config.seed)
+        return AheadTrainer(self.model, replay, self.batches, steps, rate, self.config.seed)
 
     def _pass_block(
         self,
@@ -198,7 +181,7 @@ class _Walk:
         if done:
             self._restore_block(name)
         else:
-            ledger, self.at = Ledger(self.report), index
+            ledger = Ledger(self.report)
             self._quantize_block(name, block, original, calls)
             record = ledger.record()
             record.few = {linear: few for linear, few in self.few.items() if linear.startswith(f"{name}.")}
@@ -427,30 +410,15 @@ class _Walk:
             }
         group_name = group.family or prefix + group.name
         return_freed_memory()  # of the activations: rounding takes the most
+        results = quantize_shared(weights, moments, configs, group_name, self.home.ranks)
         held = self.samples.pop(prefix + group.name, [])
         sample = self.home.ranks.share(torch.cat(held) if held else None, 0)
-
-        def rounded(trial: int = 0, used: Moments = moments) -> dict[str, QuantizedWeight]:
-            tried = {name: replace(config, seed=config.seed + trial) for name, config in configs.items()}
-            found = quantize_shared(weights, used, tried, group_name, self.home.ranks)
-            return {
-                name: with_activation(weight, configs[name].activation_spec(), sample, name)
-                for name, weight in found.items()
-            }
-
-        def install(results: dict[str, QuantizedWeight]) -> None:
-            for name, result in results.items():
-                layer = FrameLinear.from_tensors(result.spec, result.tensors, modules[name].bias)
-                layer.hold_dense(self.dtype)
-                self.model.set_submodule(name, layer)
-
-        if self.trials is None or group.family or not prefix:
-            results = rounded()
-            install(results)
-        else:  # moments are used up by a rounding, their sums are not
-            results = self.trials.best(self.at, lambda trial: rounded(trial, copy.copy(moments)), install)
         seconds = (time.perf_counter() - start) / len(modules)
-        for name, result in results.items():
+        for name, weight in results.items():
+            result = with_activation(weight, configs[name].activation_spec(), sample, name)
+            layer = FrameLinear.from_tensors(result.spec, result.tensors, modules[name].bias)
+            layer.hold_dense(self.dtype)
+            self.model.set_submodule(name, layer)
             corrected = name in moments.residual_sum and configs[name].residual_targets > 0
             self.report.linears.append(linear_report(name, result, moments.count, corrected, seconds))
             self.done += result.spec.num_weights

@@ -33,7 +33,6 @@ FALLBACKS: dict[str, Any] = {
     "float_targets": 0.0,
     "residual_targets": 0.0,
     "train_ahead": 0,
-    "trials": 1,
     "recapture": False,
 }
 

@@ -96,8 +96,8 @@ def quantize_streaming(
     Raises:
         CalibrationError: no calibration data, of the wrong kind, or fewer batches than ranks.
         CheckpointError: the output cannot be written; what was finished is kept.
-        ConfigError: Sigma-Delta codes, training ahead or trials; or the settings, model or data are not those of the
-            run to go on with.
+        ConfigError: Sigma-Delta codes or training ahead; or the settings, model or data are not those of the run to
+            go on with.
         DiscoveryError: the model has no repeated blocks, or they cannot be walked.
         ModelSourceError: no safetensors, a damaged file, or tensors that transformers fuses on loading.
         NumericalError: NaN or infinity in weights or activations; the linear is named.
@@ -110,11 +110,6 @@ def quantize_streaming(
         raise ConfigError(
             f"train_ahead = {config.train_ahead} trains the blocks to come, and a streamed model has one block in "
             "memory. Leave it out, or quantize in memory."
-        )
-    if config.trials > 1:
-        raise ConfigError(
-            f"trials = {config.trials}: the whole model judges each, and a streamed one has one block in memory. Leave "
-            "trials at 1, or quantize in memory."
         )
     ranks, place = ranks or Ranks(), torch.device(device)
     skeleton = source if isinstance(source, Skeleton) else build_skeleton(Path(source), dtype)
