@@ -60,7 +60,8 @@ def test_an_interrupted_run_goes_on(tmp_path, llama_directory, text_file, monkey
     from framequant.model import walk
 
     command = ["quantize", llama_directory, "--calibration", text_file, *ARGUMENTS]
-    whole = run(*command, "--out", tmp_path / "whole", *TUNE)
+    tune = [*TUNE, "--tune-embeddings", 0.0001]
+    whole = run(*command, "--out", tmp_path / "whole", *tune)
     assert whole.exit_code == 0, whole.stderr
     real = fq.tune_
 
@@ -73,19 +74,19 @@ def test_an_interrupted_run_goes_on(tmp_path, llama_directory, text_file, monkey
 
     out, kept = tmp_path / "out", tmp_path / "out.tuning"
     monkeypatch.setattr(fq, "tune_", interrupted)
-    assert run(*command, "--out", out, *TUNE).exit_code != 0
+    assert run(*command, "--out", out, *tune).exit_code != 0
     assert not out.exists()
     assert sorted(path.name for path in kept.iterdir()) == ["settings.json", "state.safetensors", "untuned"]
     monkeypatch.setattr(fq, "tune_", real)
-    fails("tune.learning_rate: 0.001 there, 0.02 now", *command, "--out", out, *TUNE, "--tune-lr", 0.02)
-    fails("config.damping: 0.01 there, 0.5 now", *command, "--out", out, *TUNE, "--damping", 0.5)
+    fails("tune.learning_rate: 0.001 there, 0.02 now", *command, "--out", out, *tune, "--tune-lr", 0.02)
+    fails("config.damping: 0.01 there, 0.5 now", *command, "--out", out, *tune, "--damping", 0.5)
 
     def no_walk(*_, **__):
         raise AssertionError("the walk was done before")
 
     monkeypatch.setattr(fq, "quantize_", no_walk)
     monkeypatch.setattr(walk, "quantize_", no_walk)
-    result = run(*command, "--out", out, *TUNE)
+    result = run(*command, "--out", out, *tune)
     assert result.exit_code == 0, result.stderr
     assert "going on with" in result.stderr
     assert not kept.exists()
@@ -96,7 +97,8 @@ def test_an_interrupted_run_goes_on(tmp_path, llama_directory, text_file, monkey
 
 def test_bad_requests(tmp_path, llama_directory, text_file):
     command = ["quantize", llama_directory, "--out", tmp_path / "out", "--calibration", text_file, *ARGUMENTS]
-    fails("give --tune STEPS too", *command, "--tune-lr", 0.1)
+    for option in ("--tune-lr", "--tune-embeddings"):
+        fails("give --tune STEPS too", *command, option, 0.1)
     fails("tuning steps = 0", *command, "--tune", 0)
     fails(
         "the calibration is too short for this tuning: 4000 steps of 8 samples need", *command, "--tune", 4000
