@@ -632,7 +632,7 @@ def _check_pattern(pattern: str) -> None:
 def _check_override(pattern: str, changes: Mapping[str, Any]) -> None:
     forbidden = {
         *("include", "ignore", "overrides", "seed", "recapture", "walk_dtype", "skip"),
-        *("train_ahead", "train_rate"),
+        *("train_ahead", "train_rate", "rate_spread", "rate_tilt"),
     }
     if not isinstance(changes, Mapping):
         raise ConfigError(f"override {pattern!r}: expected a mapping of settings, found {changes!r}.")

@@ -103,8 +103,9 @@ def test_what_cannot_be_trained_is_refused(monkeypatch):
         fq.quantize_(model, data, replace(COARSE, train_ahead=1))
     with pytest.raises(ConfigError, match="quantize in memory"):
         fq.quantize_streaming("nowhere", "out", data, replace(COARSE, train_ahead=1))
-    with pytest.raises(ConfigError, match="whole run"):
-        replace(COARSE, overrides={"mlp": {"train_ahead": 2}})
+    for setting in ("train_ahead", "rate_tilt", "rate_spread"):
+        with pytest.raises(ConfigError, match="whole run"):
+            replace(COARSE, overrides={"mlp": {setting: 1}})
     with pytest.raises(ConfigError, match="expected an integer"):
         replace(COARSE, train_ahead=1.5)
 
