@@ -99,6 +99,7 @@ def test_bad_requests(tmp_path, llama_directory, text_file):
     command = ["quantize", llama_directory, "--out", tmp_path / "out", "--calibration", text_file, *ARGUMENTS]
     for option in ("--tune-lr", "--tune-embeddings"):
         fails("give --tune STEPS too", *command, option, 0.1)
+        fails("give --tune STEPS too", *command, option, 0.1, "--stream")
     fails("tuning steps = 0", *command, "--tune", 0)
     fails(
         "the calibration is too short for this tuning: 4000 steps of 8 samples need", *command, "--tune", 4000

@@ -193,9 +193,10 @@ def run(
     reporter = Reporter(as_json)
     chosen = build_config(preset, config, settings or [], flags)
     place = choose_device(device)
+    tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed, tune_embeddings)
     streaming = choose_streaming(model, stream, max_memory, dtype, place, chosen)
     if streaming is not None:
-        if tune is not None:
+        if tune_config is not None:
             raise ConfigError("--tune needs the whole model in memory; leave it out, or give --no-stream.")
         if generated or continued:
             raise ConfigError(
@@ -206,7 +207,6 @@ def run(
         streaming.quantize(chosen, out, source, samples, sequence_length, mix, overwrite, as_json)
         return
     check_output(out, overwrite, model)
-    tune_config = tune_settings(tune, tune_lr, tune_batch, chosen.seed, tune_embeddings)
     if tune_config is not None and chosen.is_data_free:
         raise ConfigError("--tune needs calibration data, and sigma-delta codes use none; leave --tune out.")
     chosen = with_room_for_tuning(chosen) if tune_config else chosen
