@@ -30,7 +30,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from bench import FULL, Bench, Row, commit, device_name, parse_row, reloaded, write
+from bench import FULL, Amount, Bench, Row, commit, device_name, parse_row, reloaded, write
 
 import framequant as fq
 from framequant.cli.options import choose_device
@@ -58,9 +58,14 @@ def example(bench: Bench) -> torch.Tensor:
     return torch.full((1, 3, settings.height, settings.width), 0.1)
 
 
-def untuned(bench: Bench, row: str, folder: Path | None) -> tuple[torch.nn.Module, Any, Row, Any]:
+def untuned(
+    bench: Bench,
+    config: fq.FrameQuantConfig,
+    tuning: fq.TuneConfig | None,
+    amount: Amount,
+    folder: Path | None,
+) -> tuple[torch.nn.Module, Any, Row, Any]:
     """The model of a row before its tuning, report, columns and data: those in ``folder``, or new ones put there."""
-    config, tuning, amount = parse_row(row)
     wanted = json.loads(json.dumps([config.to_dict(), amount._asdict() | {"mix": amount.mix.given}]))
     if tuning and folder is not None and (folder / "row.json").is_file():
         kept, figures = json.loads((folder / "row.json").read_text(encoding="utf-8"))
@@ -81,8 +86,8 @@ def untuned(bench: Bench, row: str, folder: Path | None) -> tuple[torch.nn.Modul
 
 
 def run_row(row: str, bench: Bench, folder: Path | None = None) -> Row:
-    tuning = parse_row(row)[1]
-    model, report, figures, data = untuned(bench, row, folder)
+    config, tuning, amount = parse_row(row)
+    model, report, figures, data = untuned(bench, config, tuning, amount, folder)
     tuned = {}
     if tuning:
         tuned = {f"untuned_{key}": value for key, value in bench.evaluate(model).items() if key != "tokens"}

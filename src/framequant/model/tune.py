@@ -246,8 +246,8 @@ def _optimizer(tunable: Tunable, config: TuneConfig) -> torch.optim.AdamW:
     """AdamW with one group for all values of one size, to which their rate is relative."""
     groups: dict[float, list[Tensor]] = {}
     for name, value in tunable.values.items():
-        slower = config.embedding_rate / config.learning_rate if name in tunable.tables else 1.0
-        groups.setdefault(tunable.size(name) * slower, []).append(value)
+        ratio = config.embedding_rate / config.learning_rate if name in tunable.tables else 1.0
+        groups.setdefault(tunable.size(name) * ratio, []).append(value)
     parameters = [{"params": values, "size": size} for size, values in groups.items()]
     return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
 
