@@ -277,7 +277,12 @@ class Amount(NamedTuple):
 
 
 #: What a row says of its tuning, and where it stands in a ``TuneConfig``.
-TUNING = {"tune": "steps", "tune_lr": "learning_rate", "tune_embeddings": "embedding_rate"}
+TUNING = {
+    "tune": "steps",
+    "tune_lr": "learning_rate",
+    "tune_embeddings": "embedding_rate",
+    "tune_held_out": "held_out",
+}
 
 
 def parse_row(row: str) -> tuple[fq.FrameQuantConfig, fq.TuneConfig | None, Amount]:

@@ -85,7 +85,7 @@ class Data:
         return written(self.tokenizer, pieces, write, joint)
 
     def calibration(self, samples: int, shares: dict[str, float]) -> torch.Tensor:
-        """``samples`` windows: shares of them written anew, generated, or random; the rest as they are."""
+        """``samples`` windows, shuffled: shares of them written anew, generated, or random; the rest as they are."""
         counts = {kind: round(share * samples) for kind, share in shares.items()}
         made = [getattr(self, f"_{kind}")(counts[kind]) for kind in FROM_NOTHING if counts.get(kind)]
         plain = self.pieces[torch.arange(samples - sum(map(len, made))) % len(self.pieces)]
@@ -95,7 +95,8 @@ class Data:
                 part = plain[start : start + counts[kind]]
                 made.append(getattr(self, f"_{kind}")(part))
                 start += len(part)
-        return torch.cat([*made, plain[start:]])
+        found = torch.cat([*made, plain[start:]])
+        return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
 
     def _mix(self, part: torch.Tensor) -> torch.Tensor:
         return self._written(word_tokenized, part, " \n ")

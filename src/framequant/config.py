@@ -131,6 +131,8 @@ class FrameQuantConfig:
         train_ahead: steps of Adam after each block, in which the blocks that are still float learn to live with the
             rounded ones, see ``model.train_ahead``; 0 for none. Takes a second model's memory, and no streaming.
         train_rate: of these steps, relative to the size of a parameter's entries.
+        rounding_samples: with ``train_ahead``: rounding sees so many calibration samples, the first, and the rest
+            trains only, which is cheaper; None for all of them.
         walk_dtype: "float32" or "float64" to run the calibration in, whatever the model's dtype; None for that.
             In float64 CPU and GPU choose the same codes.
         include: regular expressions of module names to quantize; empty for every linear inside the blocks.
@@ -186,6 +188,7 @@ class FrameQuantConfig:
     residual_targets: float = 0.5
     train_ahead: int = 0
     train_rate: float = 2e-3
+    rounding_samples: int | None = None
     walk_dtype: str | None = None
     include: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -238,7 +241,7 @@ class FrameQuantConfig:
         ):
             if not _is_int(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected an integer.")
-        for name in ("levels", "group_size", "refine_sweeps", "output_hadamard_block"):
+        for name in ("levels", "group_size", "refine_sweeps", "output_hadamard_block", "rounding_samples"):
             if getattr(self, name) is not None and not _is_int(getattr(self, name)):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: expected an integer or nothing.")
         for name in _RANGES:
@@ -273,6 +276,11 @@ class FrameQuantConfig:
                 f"redundancy = {self.redundancy} needs frame = 'fusion'; frame = {self.frame.value!r} has redundancy 1."
             )
         self._check_output_frame()
+        if self.rounding_samples is not None and not self.train_ahead:
+            raise ConfigError(
+                f"rounding_samples = {self.rounding_samples} leaves the other samples to train_ahead, which is 0: give "
+                "train_ahead, or fewer samples."
+            )
         if self.code is CodeKind.SCALAR and self.levels is None and self.bits != int(self.bits):
             raise ConfigError(
                 f"bits = {self.bits}: a scalar code has a whole number of bits. "
@@ -482,7 +490,7 @@ _ENUMS: dict[str, type[Enum]] = {
     "vectors": Vectors,
 }
 
-_OPTIONAL = {"clip_sigmas", "refine_sweeps", "rate_tilt"}
+_OPTIONAL = {"clip_sigmas", "refine_sweeps", "rate_tilt", "rounding_samples"}
 
 _RANGES: dict[str, tuple[float, float]] = {
     "bits": (1, 8),
@@ -496,6 +504,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "rate_tilt": (0.01, 100),
     "train_ahead": (0, 10_000),
     "train_rate": (0, 1),
+    "rounding_samples": (1, 1 << 40),
     "float_targets": (0, 1),
     "residual_targets": (0, 1),
     "frame_size_ratio": (0, 4096),
@@ -632,7 +641,7 @@ def _check_pattern(pattern: str) -> None:
 def _check_override(pattern: str, changes: Mapping[str, Any]) -> None:
     forbidden = {
         *("include", "ignore", "overrides", "seed", "recapture", "walk_dtype", "skip"),
-        *("train_ahead", "train_rate", "rate_spread", "rate_tilt"),
+        *("train_ahead", "train_rate", "rounding_samples", "rate_spread", "rate_tilt"),
     }
     if not isinstance(changes, Mapping):
         raise ConfigError(f"override {pattern!r}: expected a mapping of settings, found {changes!r}.")

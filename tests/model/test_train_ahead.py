@@ -110,6 +110,25 @@ def test_what_cannot_be_trained_is_refused(monkeypatch):
         replace(COARSE, train_ahead=1.5)
 
 
+def test_samples_beyond_the_rounding_ones_train_only():
+    data, found = data_for("llama"), []
+    torch.manual_seed(5)
+    others = torch.randint_like(data, 64)
+    config = replace(COARSE, train_ahead=2, output_feedback=True, token_weights=0.5)
+    for batches, rounding in (([data], None), ([data, others], None), ([data, others], len(data) - 1)):
+        model = float_model("llama")
+        fq.quantize_(model, batches, replace(config, rounding_samples=rounding))
+        found.append({name: value for name, value in model.state_dict().items() if "codes" in name})
+    alone, all_of_them, parted = found
+    first = [name for name in alone if ".layers.0." in name]
+    later = [name for name in alone if ".layers.1." in name]
+    assert all(torch.equal(alone[name], parted[name]) for name in first)
+    assert not all(torch.equal(alone[name], all_of_them[name]) for name in first)
+    assert not all(torch.equal(alone[name], parted[name]) for name in later)
+    with pytest.raises(ConfigError, match="give train_ahead, or fewer samples"):
+        replace(COARSE, rounding_samples=4)
+
+
 def test_a_head_is_quantized_after_all_was_trained():
     model, data = float_model("llama"), data_for("llama")
     report = fq.quantize_(model, data, replace(COARSE, train_ahead=1, include=["layers", "lm_head"]))

@@ -71,6 +71,8 @@ class Mix:
 
 #: Nothing but the text.
 PLAIN = Mix(0, 0, 0, 0, 0)
+#: How often the text may be gone through, each time cut at other places, where other kinds of windows stand beside it.
+PASSES = 8
 #: Shares for models that write text from left to right.
 CAUSAL = {"word_tokenized": 0.2, "renamed": 0.15, "repeated": 0.1, "generated": 0.4, "continued": 0.0}
 #: Shares for others whose tokenizer sets no frame around a window.
@@ -106,7 +108,7 @@ def calibration_mix(
     made = own + further + again
     parts = []
     if made < count:
-        of_text = text.calibration_windows(tokenizer, content, count - made, length, seed, made)
+        of_text = text.calibration_windows(tokenizer, content, count - made, length, seed, made, PASSES if made else 1)
         parts += _in_other_ways(tokenizer, of_text, counts, seed)
     if again:
         parts.append(copying.repeated_windows(tokenizer, again, length, seed))

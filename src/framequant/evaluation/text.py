@@ -87,12 +87,27 @@ def evaluation_windows(
 
 
 def calibration_windows(
-    tokenizer: Any, text: str, samples: int, sequence_length: int, seed: int = 0, others: int = 0
+    tokenizer: Any,
+    text: str,
+    samples: int,
+    sequence_length: int,
+    seed: int = 0,
+    others: int = 0,
+    passes: int = 1,
 ) -> Int[Tensor, "samples length"]:
     """Choose windows of a text for calibration: the first ``samples`` of a seeded permutation of all.
 
     An encoder's tokenizer (one with a class and a separator token) frames each window with these two, within
-    the sequence length. ``others`` windows come from elsewhere; it only changes what the error says.
+    the sequence length.
+
+    Args:
+        tokenizer: of the model.
+        text: to take windows of.
+        samples: windows wanted.
+        sequence_length: tokens of a window.
+        seed: of the choice.
+        others: windows that come from elsewhere; it only changes what the error says.
+        passes: how often the text may be gone through, each time cut at other places, until there are enough.
 
     Raises:
         CalibrationError: the text has fewer windows than samples are asked for; the message says how many.
@@ -102,21 +117,34 @@ def calibration_windows(
     frame = _encoder_frame(tokenizer)
     tokens = tokenize(tokenizer, text)
     inner = sequence_length - (2 if frame else 0)
-    available = len(tokens) // max(inner, 1)
+    available = passes * (len(tokens) // max(inner, 1))
     if 0 < available < samples:
         raise CalibrationError(
             f"the calibration text is too short: {len(tokens)} tokens make {available} windows of "
-            f"{sequence_length}, {samples} are asked for ({samples * inner} tokens){_beside(others)}. Give a longer "
+            f"{sequence_length}{_passing(passes)}, {samples} are asked for ({samples * inner} tokens){_beside(others)}. Give a longer "
             f"text, or --samples {available * (samples + others) // samples}, or a smaller --sequence-length"
             f"{', or larger shares of these' if others else ''}."
         )
-    pieces = windows(tokens, inner)
-    order = np.random.RandomState(seed % 2**32).permutation(len(pieces))[:samples]
-    chosen = pieces[torch.from_numpy(order)]
+    chosen = _drawn(tokens, inner, samples, seed)
     if frame:
         first, last = (torch.full((samples, 1), token) for token in frame)
         chosen = torch.cat([first, chosen, last], dim=1)
     return chosen
+
+
+def _drawn(tokens: Tensor, length: int, samples: int, seed: int) -> Tensor:
+    """Windows in random order, first those that lie one behind the other from the start, then from other places."""
+    draw, parts, missing, start = np.random.RandomState(seed % 2**32), [], samples, 0
+    while missing > 0:
+        pieces = windows(tokens[start:], length)
+        parts.append(pieces[torch.from_numpy(draw.permutation(len(pieces))[:missing])])
+        missing -= len(parts[-1])
+        start = int(draw.randint(min(length, len(tokens) - length + 1)))
+    return torch.cat(parts)
+
+
+def _passing(passes: int) -> str:
+    return f" in {passes} passes" if passes > 1 else ""
 
 
 def _beside(others: int) -> str:

@@ -7,7 +7,8 @@ folders are read by ``evaluation.text`` and ``evaluation.images``; this module k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from framequant.errors import CalibrationError
+from framequant.model.rows import count_rows
 
 #: Tokens of one batch: large enough to keep the machine busy, small enough for attention that keeps its scores.
 TOKENS_PER_BATCH = {"cpu": 8192, "cuda": 16384}
@@ -86,6 +88,14 @@ def _as_batch(item: Any) -> Any:
     raise CalibrationError(
         f"a calibration batch is {type(item).__name__}; expected a tensor, a tuple or a mapping."
     )
+
+
+def batches_of(batches: Sequence[Any], samples: int | None) -> int:
+    """How many of the first batches it takes to have so many samples; all if None."""
+    if samples is None:
+        return len(batches)
+    counts = itertools.accumulate(count_rows(batch) for batch in batches)
+    return next((number for number, count in enumerate(counts, 1) if count >= samples), len(batches))
 
 
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

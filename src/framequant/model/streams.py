@@ -29,6 +29,8 @@ class Calls(Sequence[Call]):
         return self._count
 
     def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return Calls(len(range(self._count)[number]), lambda n: self._make(range(self._count)[number][n]))
         if not 0 <= number < self._count:
             raise IndexError(number)
         return self._make(number)

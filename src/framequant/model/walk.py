@@ -22,7 +22,7 @@ from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
 from framequant.model import discovery, experts, mixture
 from framequant.model.allocation import allocate_bits, at_rate, check_budget
-from framequant.model.calibration import as_batches, to_device
+from framequant.model.calibration import as_batches, batches_of, to_device
 from framequant.model.capture import Seen, add_moments, observe, token_mask
 from framequant.model.data_free import quantize_data_free
 from framequant.model.gradients import OutputGradients
@@ -112,7 +112,8 @@ class _Walk:
             require_batches(batches, self.home.ranks)
         mine = self.home.ranks.deal(batches)
         self.batches = [to_device(batch, self.device, self.dtype) for batch in mine]
-        self.masks = [token_mask(batch) for batch in self.batches]
+        self.rounding = self.batches[: batches_of(self.batches, config.rounding_samples)]
+        self.masks = [token_mask(batch) for batch in self.rounding]
         self.report = QuantizationReport(
             config.to_dict(),
             environment=environment(str(self.device), str(self.dtype).removeprefix("torch.")),
@@ -173,8 +174,9 @@ class _Walk:
         if onward or not done:
             self.home.enter(name)
             calls = quantized.calls(index)
+            seen = calls[: len(self.rounding)]
             own_stream = carry and index and ahead is None  # what was trained is right for what comes in
-            float_calls = floating.calls(index) if own_stream else calls
+            float_calls = floating.calls(index) if own_stream else seen
             twin = copy.deepcopy(block) if carry else None
             original = None if twin is None else FloatBlock(twin, float_calls, self.home.float_cache_bytes)
         record = None
@@ -182,7 +184,7 @@ class _Walk:
             self._restore_block(name)
         else:
             ledger = Ledger(self.report)
-            self._quantize_block(name, block, original, calls)
+            self._quantize_block(name, block, original, seen)
             record = ledger.record()
             record.few = {linear: few for linear, few in self.few.items() if linear.startswith(f"{name}.")}
         return_freed_memory()
@@ -236,7 +238,7 @@ class _Walk:
             self.progress(Progress(0, self.total, "gradients of the float model"))
         self.gradients, note = self.home.gradients(
             self.model,
-            self.batches,
+            self.rounding,
             self.selected,
             self.config.seed,
             inputs=allocate,
@@ -272,8 +274,8 @@ class _Walk:
             found = [
                 self.gradients[prefix + name] for name in group.linears if prefix + name in self.gradients
             ]
-            if found and all(len(one.squares) == len(self.batches) for one in found):
-                powered = [sum(one.squares[i] for one in found) ** power for i in range(len(self.batches))]
+            if found and all(len(one.squares) == len(self.rounding) for one in found):
+                powered = [sum(one.squares[i] for one in found) ** power for i in range(len(self.rounding))]
                 mean = self._mean(torch.cat(powered))
                 if 0 < float(mean) < float("inf"):  # no gradient at all: tokens count alike
                     weights[group.name] = [batch / mean for batch in powered]
@@ -300,7 +302,7 @@ class _Walk:
             self.home.bring_outside(name)
             module = self.model.get_submodule(name)
             group, moments = Group([name]), Moments(discovery.linear_weight(module).shape[1])
-            for number, (batch, mask) in enumerate(zip(self.batches, self.masks, strict=True)):
+            for number, (batch, mask) in enumerate(zip(self.rounding, self.masks, strict=True)):
                 with stream.behind_blocks(number):
                     seen = observe(self.model, as_call(batch), [group])
                 self._keep_sample("", [group], seen)
@@ -392,7 +394,7 @@ class _Walk:
             specs = [self._config_of(prefix + linear).activation_spec() for linear in group.linears]
             if any(spec is not None and spec.stored_steps for spec in specs):
                 held = self.samples.setdefault(prefix + group.name, [])
-                share = -(-SAMPLE_TOKENS // len(self.batches))
+                share = -(-SAMPLE_TOKENS // len(self.rounding))
                 held.extend(thinned(inputs, share) for inputs in seen.inputs.get(group.name, []))
 
     def _quantize_group(self, prefix: str, block: nn.Module, group: Group, moments: Moments) -> None:
