@@ -132,7 +132,8 @@ class FrameQuantConfig:
             rounded ones, see ``model.train_ahead``; 0 for none. Takes a second model's memory, and no streaming.
         train_rate: of these steps, relative to the size of a parameter's entries.
         rounding_samples: with ``train_ahead``: rounding sees so many calibration samples, the first, and the rest
-            trains only, which is cheaper; None for all of them.
+            trains only, which is cheaper; None for 1024 (``model.walk.ROUNDING_SAMPLES``). Without training it sees
+            all of them.
         walk_dtype: "float32" or "float64" to run the calibration in, whatever the model's dtype; None for that.
             In float64 CPU and GPU choose the same codes.
         include: regular expressions of module names to quantize; empty for every linear inside the blocks.

@@ -3,6 +3,7 @@ import torch
 
 from framequant.errors import CalibrationError
 from framequant.evaluation import text as texts
+from tests.conftest import make_text
 
 
 def test_windows_are_consecutive_and_drop_the_rest():
@@ -98,3 +99,20 @@ def test_king_james_testaments():
     assert new.startswith("The book of the generation of Jesus Christ")
     assert old.count("\n\n") == 928
     assert new.count("\n\n") == 259
+
+
+def test_further_passes_cut_the_text_at_other_places(tokenizer):
+    text = make_text(170)
+    once = texts.calibration_windows(tokenizer, text, 10, 16)
+    with pytest.raises(CalibrationError, match="make 10 windows of 16, 30 are asked for"):
+        texts.calibration_windows(tokenizer, text, 30, 16)
+    found = texts.calibration_windows(tokenizer, text, 30, 16, passes=3)
+    assert torch.equal(found[:10], once)
+    tokens = texts.tokenize(tokenizer, text).tolist()
+    pieces = {tuple(tokens[i : i + 16]) for i in range(len(tokens) - 15)}
+    assert {tuple(window.tolist()) for window in found} <= pieces
+    assert len({tuple(window.tolist()) for window in found}) > 20
+    with pytest.raises(CalibrationError, match="make 30 windows of 16 in 3 passes, 31 are asked for"):
+        texts.calibration_windows(tokenizer, text, 31, 16, passes=3)
+    one = make_text(16)  # a text of one window has no other places
+    assert len(texts.calibration_windows(tokenizer, one, 3, 16, passes=3)) == 3

@@ -117,7 +117,10 @@ def test_samples_beyond_the_rounding_ones_train_only():
     config = replace(COARSE, train_ahead=2, output_feedback=True, token_weights=0.5)
     for batches, rounding in (([data], None), ([data, others], None), ([data, others], len(data) - 1)):
         model = float_model("llama")
-        fq.quantize_(model, batches, replace(config, rounding_samples=rounding))
+        report = fq.quantize_(model, batches, replace(config, rounding_samples=rounding))
+        told = report.trained_ahead
+        assert told["samples"] == sum(map(len, batches))
+        assert told["rounding_samples"] == (len(data) if rounding else sum(map(len, batches)))
         found.append({name: value for name, value in model.state_dict().items() if "codes" in name})
     alone, all_of_them, parted = found
     first = [name for name in alone if ".layers.0." in name]

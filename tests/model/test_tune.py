@@ -14,7 +14,7 @@ from framequant.layers import FrameLinear
 from framequant.model import discovery
 from framequant.model.calibration import as_batches, as_samples, collate
 from framequant.model.tunable import Tunable
-from framequant.model.tune_config import rows_of_step, split_samples, without_judges
+from framequant.model.tune_config import MOST_HELD_OUT, rows_of_step, split_samples, without_judges
 from framequant.model.tune_loss import distance
 from framequant.model.walk import quantized_linears
 from tests.model.architectures import make, output
@@ -235,6 +235,8 @@ def test_too_short_calibration_says_how_much_is_needed():
         assert sorted([*train, *held]) == list(range(needed))
         with pytest.raises(CalibrationError):
             split_samples(needed - 1, config)
+    train, held = split_samples(100_000, fq.TuneConfig(4))
+    assert (len(train), len(held)) == (100_000 - MOST_HELD_OUT, MOST_HELD_OUT)
     model, teacher, data = quantized("own", SCALAR)
     with pytest.raises(CalibrationError, match="too short"):
         fq.tune_(model, teacher, data[:6], fq.TuneConfig(4))

@@ -90,10 +90,8 @@ def _as_batch(item: Any) -> Any:
     )
 
 
-def batches_of(batches: Sequence[Any], samples: int | None) -> int:
-    """How many of the first batches it takes to have so many samples; all if None."""
-    if samples is None:
-        return len(batches)
+def batches_of(batches: Sequence[Any], samples: int) -> int:
+    """How many of the first batches it takes to have so many samples; all where there are fewer."""
     counts = itertools.accumulate(count_rows(batch) for batch in batches)
     return next((number for number, count in enumerate(counts, 1) if count >= samples), len(batches))
 

@@ -13,6 +13,8 @@ from framequant.model.calibration import as_batches, as_samples, collate
 
 #: How often the training samples may be gone through; beyond, a longer calibration is worth more than steps.
 MOST_PASSES = 100
+#: More samples than these would not judge better, only longer.
+MOST_HELD_OUT = 256
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class TuneConfig:
             entries; 0 leaves them as they are.
         batch: samples of a step.
         warmup: share of the steps in which the rate rises; afterwards it falls to zero along a cosine.
-        held_out: share of the calibration samples that judges and is never trained on.
+        held_out: share of the calibration samples that judges and is never trained on; ``MOST_HELD_OUT`` at most.
         evaluations: how often the held-out samples are looked at.
         loss: "kl" (divergence of logits), "mse" (relative squared error of outputs), or "auto": "kl" for models
             that return logits.
@@ -121,11 +123,11 @@ def split_samples(count: int, config: TuneConfig) -> tuple[np.ndarray, np.ndarra
     Raises:
         CalibrationError: too few samples; the message says how many are needed.
     """
-    held = max(round(config.held_out * count), 1)
+    held = _held(count, config)
     needed = max(config.batch, -(-config.steps * config.batch // MOST_PASSES))
     if count - held < needed:
         total = needed + 1
-        while total - max(round(config.held_out * total), 1) < needed:
+        while total - _held(total, config) < needed:
             total += 1
         raise CalibrationError(
             f"the calibration is too short for this tuning: {config.steps} steps of {config.batch} samples need "
@@ -134,6 +136,10 @@ def split_samples(count: int, config: TuneConfig) -> tuple[np.ndarray, np.ndarra
         )
     order = np.random.RandomState(config.seed % 2**32).permutation(count)
     return order[held:], order[:held]
+
+
+def _held(count: int, config: TuneConfig) -> int:
+    return min(max(round(config.held_out * count), 1), MOST_HELD_OUT)
 
 
 def without_judges(calibration: Any, config: TuneConfig, device: str = "cpu") -> list[Any]:

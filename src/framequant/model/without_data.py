@@ -33,6 +33,7 @@ FALLBACKS: dict[str, Any] = {
     "float_targets": 0.0,
     "residual_targets": 0.0,
     "train_ahead": 0,
+    "rounding_samples": None,
     "recapture": False,
 }
 
