@@ -24,14 +24,17 @@ rounder = AutoRound(
     nsamples=len(tokens),
     seqlen=tokens.shape[1],
     iters=200 if torch.cuda.is_available() else 20,
+    enable_torch_compile=False,  # the same steps; a model this small is done before its compiler would pay
     device_map=args.device,
 )
-found, _ = rounder.quantize()
+found = block_linears(rounder.quantize()[0])
+# It casts the whole model to bfloat16; what it does not quantize is taken as it was.
+model = load(args)
+for name, linear in block_linears(model).items():
+    with torch.no_grad():
+        linear.weight.copy_(found[name].weight)
 # Codes, and of every group a scale in 16 bits and a zero point as wide as a code: its own packed format.
-groups = sum(
-    linear.weight.shape[0] * -(-linear.weight.shape[1] // args.group_size)
-    for linear in block_linears(found).values()
-)
-weights = sum(linear.weight.numel() for linear in block_linears(found).values())
-bits = args.bits + (16 + args.bits) * groups / weights
-finish(args, found, bits, start, "bits from its packed format, not from a file")
+shapes = [linear.weight.shape for linear in block_linears(model).values()]
+groups = sum(rows * -(-columns // args.group_size) for rows, columns in shapes)
+bits = args.bits + (16 + args.bits) * groups / sum(shape.numel() for shape in shapes)
+finish(args, model, bits, start, "bits from its packed format, not from a file")
