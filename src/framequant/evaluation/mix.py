@@ -108,7 +108,9 @@ def calibration_mix(
     made = own + further + again
     parts = []
     if made < count:
-        of_text = text.calibration_windows(tokenizer, content, count - made, length, seed, made, PASSES if made else 1)
+        of_text = text.calibration_windows(
+            tokenizer, content, count - made, length, seed, made, PASSES if made else 1
+        )
         parts += _in_other_ways(tokenizer, of_text, counts, seed)
     if again:
         parts.append(copying.repeated_windows(tokenizer, again, length, seed))

@@ -78,7 +78,7 @@ def can_generate(model: Any) -> bool:
 
 
 def _writer(model: Any) -> Any:
-    """The model that writes: on a GPU in bfloat16, several times as fast; what it then calls likely is as good a text."""
+    """The model that writes: on a GPU in bfloat16, several times as fast and as good a text."""
     parameter = next(model.parameters())
     if parameter.device.type != "cuda" or parameter.dtype != torch.float32:
         return model

@@ -121,9 +121,9 @@ def calibration_windows(
     if 0 < available < samples:
         raise CalibrationError(
             f"the calibration text is too short: {len(tokens)} tokens make {available} windows of "
-            f"{sequence_length}{_passing(passes)}, {samples} are asked for ({samples * inner} tokens){_beside(others)}. Give a longer "
-            f"text, or --samples {available * (samples + others) // samples}, or a smaller --sequence-length"
-            f"{', or larger shares of these' if others else ''}."
+            f"{sequence_length}{_passing(passes)}, {samples} are asked for ({samples * inner} tokens)"
+            f"{_beside(others)}. Give a longer text, or --samples {available * (samples + others) // samples}, or a "
+            f"smaller --sequence-length{', or larger shares of these' if others else ''}."
         )
     chosen = _drawn(tokens, inner, samples, seed)
     if frame:

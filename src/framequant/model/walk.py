@@ -40,7 +40,6 @@ from framequant.quantizers.activations import SAMPLE_TOKENS, thinned, with_activ
 from framequant.quantizers.budget import Option
 from framequant.quantizers.hessian import NOT_FINITE, Moments, all_finite
 
-
 #: Calibration samples that rounding sees where the blocks to come are trained; more of them train only. Second moments
 #: of a million tokens are known well enough, and training gains from every sample that it has not seen yet.
 ROUNDING_SAMPLES = 1024
