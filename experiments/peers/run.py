@@ -1,7 +1,7 @@
 """Peers at two and three bits: the same model, calibration text and evaluation as our own rows.
 
     python experiments/peers/run.py --quick
-    python experiments/peers/run.py --model smollm2 --env hqq=/venvs/hqq/bin/python
+    python experiments/peers/run.py --model smollm2 --env hqq=/venvs/hqq/bin/python --only ":2 bit"
 
 Each peer runs in a process of its own, with the Python that ``--env PEER=PYTHON`` names, or with ours and, on its path,
 the folder ``--env PEER=FOLDER`` that its packages were installed to (``pip install --no-deps --target FOLDER hqq``).
@@ -81,6 +81,9 @@ def prepare(bench: Bench, folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser(__doc__)
     options.add_argument("--env", action="append", default=[], metavar="PEER=PYTHON|FOLDER")
+    options.add_argument(
+        "--only", action="append", metavar="WORDS", help="rows that have these in their name"
+    )
     args = parse(options, __file__, argv)
     places = dict(
         entry.partition("=")[::2] for entry in [*os.environ.get("FRAMEQUANT_PEERS", "").split(), *args.env]
@@ -102,11 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                     continue
                 for bits in widths:
                     known = {"model": bench.name, "method": f"{peer}:{bits} bit"}
+                    if not wanted(known["method"], args.only):
+                        continue
                     record.attempt(
                         lambda b=bench, f=folder, r=runner, n=bits, d=device: run_peer(b, f, r, n, places.get(r), d),
                         **known,
                     )  # fmt: skip
-        own(bench, record, args.quick)
+        own(bench, record, args.quick, args.only)
     text = (
         "Real peers on the same model, the same calibration windows and the same evaluation; groups of 64, what they "
         "store counted as bits. One that is not installed or fails is listed with its last words."
@@ -114,7 +119,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     record.plots("Peers", text)
 
 
-def own(bench: Bench, record: Record, quick: bool) -> None:
+def wanted(method: str, only: Sequence[str] | None) -> bool:
+    """Whether a row is among those asked for."""
+    return not only or any(words in method for words in only)
+
+
+def own(bench: Bench, record: Record, quick: bool, only: Sequence[str] | None = None) -> None:
     """Our own rows at the same widths; those of a quick run are among the tables' rows."""
     for bits in (2,) if quick else (2, 3):
         both = fq.preset("framequant-paper", bits=bits, redundancy=1.1)
@@ -125,7 +135,9 @@ def own(bench: Bench, record: Record, quick: bool) -> None:
             rows["framequant-scalar, r = 1.125 (ours)"] = fq.preset("framequant-scalar", bits=bits)
             rows["framequant, trellis (ours)"] = fq.preset("framequant", bits=bits + 0.25)
         for method, config in rows.items():
-            record.attempt(lambda c=config: bench.row(c), model=bench.name, method=f"{method}:{bits} bit")
+            name = f"{method}:{bits} bit"
+            if wanted(name, only):
+                record.attempt(lambda c=config: bench.row(c), model=bench.name, method=name)
 
 
 if __name__ == "__main__":
