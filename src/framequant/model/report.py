@@ -86,8 +86,7 @@ class QuantizationReport:
         warnings: what a reader should know.
         seconds: wall-clock time of the walk.
         trained_ahead: steps and rate of training between blocks, samples trained on and those of them that rounding
-            saw, the mean loss after each block, and the seconds; empty
-            without it.
+            saw, the mean loss after each block, and the seconds; empty without it.
         tuning: what tuning did, as ``TuningReport.to_dict`` gives it; empty without tuning.
         bounds: of the whole network's error, where they are known (Sigma-Delta).
     """

@@ -117,7 +117,7 @@ class _Walk:
             require_batches(batches, self.home.ranks)
         mine = self.home.ranks.deal(batches)
         self.batches = [to_device(batch, self.device, self.dtype) for batch in mine]
-        self.rounding = self.batches[: self._rounding_batches()]
+        self.rounding = self.batches[: self._count_rounding()]
         self.masks = [token_mask(batch) for batch in self.rounding]
         self.report = QuantizationReport(
             config.to_dict(),
@@ -127,7 +127,7 @@ class _Walk:
         self.few: dict[str, tuple[int, str]] = {}
         self.samples: dict[str, list[Tensor]] = {}
 
-    def _rounding_batches(self) -> int:
+    def _count_rounding(self) -> int:
         """How many batches rounding sees; the others train only."""
         if not self.config.train_ahead:
             return len(self.batches)
@@ -167,8 +167,12 @@ class _Walk:
             return None
         samples, rounding = (sum(map(count_rows, part)) for part in (self.batches, self.rounding))
         self.report.trained_ahead = {
-            **{"steps": steps, "rate": rate, "samples": samples, "rounding_samples": rounding},
-            **{"losses": [], "seconds": 0.0},
+            "steps": steps,
+            "rate": rate,
+            "samples": samples,
+            "rounding_samples": rounding,
+            "losses": [],
+            "seconds": 0.0,
         }
         return AheadTrainer(self.model, replay, self.batches, steps, rate, self.config.seed)
 
@@ -189,9 +193,9 @@ class _Walk:
         if onward or not done:
             self.home.enter(name)
             calls = quantized.calls(index)
-            seen = calls[: len(self.rounding)]
+            rounding = calls[: len(self.rounding)]
             own_stream = carry and index and ahead is None  # what was trained is right for what comes in
-            float_calls = floating.calls(index) if own_stream else seen
+            float_calls = floating.calls(index) if own_stream else rounding
             twin = copy.deepcopy(block) if carry else None
             original = None if twin is None else FloatBlock(twin, float_calls, self.home.float_cache_bytes)
         record = None
@@ -199,7 +203,7 @@ class _Walk:
             self._restore_block(name)
         else:
             ledger = Ledger(self.report)
-            self._quantize_block(name, block, original, seen)
+            self._quantize_block(name, block, original, rounding)
             record = ledger.record()
             record.few = {linear: few for linear, few in self.few.items() if linear.startswith(f"{name}.")}
         return_freed_memory()
