@@ -505,7 +505,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "rate_tilt": (0.01, 100),
     "train_ahead": (0, 10_000),
     "train_rate": (0, 1),
-    "rounding_samples": (1, 1 << 40),
+    "rounding_samples": (1, 1_000_000),
     "float_targets": (0, 1),
     "residual_targets": (0, 1),
     "frame_size_ratio": (0, 4096),
