@@ -99,9 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             prepare(bench, folder)
             for peer, (runner, widths) in PEERS.items():
                 if args.quick and runner in SLOW and runner not in places:
-                    record.add(
-                        model=bench.name, method=peer, error="left out of a quick run: minutes on two cores"
-                    )
+                    if wanted(peer, args.only):
+                        record.add(
+                            model=bench.name,
+                            method=peer,
+                            error="left out of a quick run: minutes on two cores",
+                        )
                     continue
                 for bits in widths:
                     known = {"model": bench.name, "method": f"{peer}:{bits} bit"}

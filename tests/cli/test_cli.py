@@ -192,7 +192,7 @@ def test_settings_come_from_preset_then_file_then_flags(tmp_path, llama_director
         ("'no_such_linear' matches no linear", ["--ignore", "no_such_linear"]),
         ("choose auto, cpu or cuda", ["--device", "tpu"]),
         ("dtype 'int8' is unknown", ["--dtype", "int8"]),
-        ("windows of 32, 2000 are asked for", ["--samples", 4000]),
+        ("windows of 32 in 8 passes, 2000 are asked for", ["--samples", 4000]),
         ("exceed 1 together", ["--renamed", 0.6, "--generated", 0.6]),
         ("reads at most 128 tokens", ["--sequence-length", 4096]),
     ],

@@ -1,5 +1,7 @@
 """Calibration windows that a model writes itself."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -76,3 +78,25 @@ def test_an_encoder_cannot():
     model, _ = make("bert")
     with pytest.raises(CalibrationError, match="give --generated 0"):
         own_windows(model, make_tokenizer(), 1, 8)
+
+
+class OnGpu:
+    """What ``_writer`` asks of a model, on a device that this machine need not have."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def parameters(self):
+        return iter([SimpleNamespace(device=torch.device("cuda"), dtype=self.dtype)])
+
+    def to(self, dtype: torch.dtype) -> "OnGpu":
+        self.dtype = dtype
+        return self
+
+
+def test_a_float32_model_on_a_gpu_writes_in_bfloat16_and_stays_what_it_is():
+    model, half, on_cpu = OnGpu(torch.float32), OnGpu(torch.float16), make_llama()
+    assert own_text._writer(model).dtype == torch.bfloat16
+    assert model.dtype == torch.float32
+    assert own_text._writer(half) is half
+    assert own_text._writer(on_cpu) is on_cpu

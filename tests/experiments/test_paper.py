@@ -364,6 +364,8 @@ def test_peers_that_are_not_installed_are_listed(data, llama_directory, monkeypa
     assert "4 is the least" in rows["bitsandbytes:2 bit"]["error"]
     assert "left out of a quick run" in rows["AutoRound"]["error"]
     assert rows["GPTQ (ours):2 bit"]["perplexity"]
+    peers.main([*words, "--only", "HQQ:2", "--env", "hqq=/no/such/python"])
+    assert [row["method"] for row in read_table(data / "out" / "peers.csv").rows] == ["float", "HQQ:2 bit"]
 
 
 @pytest.mark.slow
