@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from framequant.codes.trellis_codebook import codebook, symmetric_codebook
+from framequant.codes.trellis_codebook import Codebook, codebook, symmetric_codebook
 from framequant.kernels.viterbi_cpu import search
 
 THREADS = int(os.environ.get("THREADS", "2"))
@@ -62,9 +62,12 @@ def trained(table: np.ndarray, rates: tuple[int, ...], tiles: int, rounds: int) 
     return table
 
 
-def candidate(state_bits: int, multiplier: int, upper: bool) -> np.ndarray:
-    book = symmetric_codebook(state_bits, multiplier, upper)
+def table_of(book: Codebook, state_bits: int) -> np.ndarray:
     return normalised(book.levels(torch.arange(1 << state_bits)).numpy())
+
+
+def candidate(state_bits: int, multiplier: int, upper: bool) -> np.ndarray:
+    return table_of(symmetric_codebook(state_bits, multiplier, upper), state_bits)
 
 
 def score(
@@ -87,10 +90,18 @@ def search_constants(state_bits: int, candidates: int, seed: int, work: float) -
     print(f"    {state_bits}: {pool[0]},", flush=True)
 
 
+def write(path: Path | None, head: list[str], rows: list[tuple[float, ...]]) -> None:
+    if path is not None:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(head)
+            writer.writerows(rows)
+
+
 def report(state_bits: list[int], tiles: int, draws: int, path: Path | None) -> None:
     rows = []
     for bits in state_bits:
-        table = normalised(codebook(bits).levels(torch.arange(1 << bits)).numpy())
+        table = table_of(codebook(bits), bits)
         values = gaussian(max(64, int(tiles * min(1.0, 2.0 ** (13 - bits)))), seed=99)
         for rates in RATES:
             computed = gaussian_error(table, rates, values)
@@ -109,28 +120,20 @@ def report(state_bits: list[int], tiles: int, draws: int, path: Path | None) -> 
             )
             rows.append(row)
             print("L={} rate={:.3f} computed {:.5f} random {:.5f} ratio {:.4f} bound {:.5f}".format(*row))
-    if path is not None:
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["state_bits", "rate", "computed", "random", "ratio", "bound"])
-            writer.writerows(rows)
+    write(path, ["state_bits", "rate", "computed", "random", "ratio", "bound"], rows)
 
 
 def report_trained(state_bits: list[int], tiles: int, rounds: int, path: Path | None) -> None:
     rows, values = [], gaussian(tiles, seed=99)
     for bits in state_bits:
-        table = normalised(codebook(bits).levels(torch.arange(1 << bits)).numpy())
+        table = table_of(codebook(bits), bits)
         for rates in ((1,), (2,), (3,)):
             computed = gaussian_error(table, rates, values)
-            samples = max(tiles, (1 << bits) // 4)  # 64 a state
-            found = gaussian_error(trained(table, rates, samples, rounds), rates, values)
+            more = max(tiles, (1 << bits) // 4)  # of 256 samples: 64 for a state
+            found = gaussian_error(trained(table, rates, more, rounds), rates, values)
             rows.append((bits, sum(rates) / len(rates), rounds, computed, found, found / computed))
             print("L={} rate={} {} rounds: computed {:.5f} trained {:.5f} ratio {:.4f}".format(*rows[-1]))
-    if path is not None:
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["state_bits", "rate", "rounds", "computed", "trained", "ratio"])
-            writer.writerows(rows)
+    write(path, ["state_bits", "rate", "rounds", "computed", "trained", "ratio"], rows)
 
 
 def main() -> None:

@@ -11,11 +11,11 @@ Vision::
         --calibration ../shared/data/imagenet/train --imagenet ../shared/data/imagenet/val
 
 Rows are ``preset`` or ``preset:key=value,key=value``, with ``tune=STEPS`` to tune afterwards (``tune_lr``,
-``tune_embeddings``: rates), ``samples=N`` for other than ``--samples`` and ``generated=SHARE``, ``continued=SHARE`` and
-the like for what they are made of; without ``--row`` the rows of the issue are run. ``--untuned FOLDER`` keeps the
-untuned model of the first tuned row, and other tunings of the same settings begin with it. Every figure is that of the
-model *reloaded* from disk, but for "untuned_" ones, and "equal" says whether its logits are the in-memory model's, bit
-for bit.
+``tune_embeddings``: rates; ``tune_held_out``: the share that judges), ``samples=N`` for other than ``--samples`` and
+``generated=SHARE``, ``continued=SHARE`` and the like for what they are made of; without ``--row`` the rows of the issue
+are run. ``--untuned FOLDER`` keeps the untuned model of the first tuned row, and other tunings of the same settings
+begin with it. Every figure is that of the model *reloaded* from disk, but for "untuned_" ones, and "equal" says whether
+its logits are the in-memory model's, bit for bit.
 """
 
 from __future__ import annotations

@@ -11,13 +11,13 @@ last windows of the text; bytes are of codes and scales.
 from __future__ import annotations
 
 import copy
-import csv
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from jaxtyping import Float
+from sweep import write
 from torch import Tensor
 
 from framequant.cli.options import choose_device
@@ -70,10 +70,7 @@ def main(
         )  # fmt: skip
         print(rows[-1], flush=True)
     if csv_file:
-        with csv_file.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write(rows, csv_file)
 
 
 if __name__ == "__main__":

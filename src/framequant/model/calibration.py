@@ -8,7 +8,7 @@ folders are read by ``evaluation.text`` and ``evaluation.images``; this module k
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -90,10 +90,10 @@ def _as_batch(item: Any) -> Any:
     )
 
 
-def batches_of(batches: Sequence[Any], samples: int) -> int:
-    """How many of the first batches it takes to have so many samples; all where there are fewer."""
+def leading(batches: list[Any], samples: int) -> list[Any]:
+    """The first batches, as many as it takes to have so many samples; all where there are fewer."""
     counts = itertools.accumulate(count_rows(batch) for batch in batches)
-    return next((number for number, count in enumerate(counts, 1) if count >= samples), len(batches))
+    return batches[: next((number for number, count in enumerate(counts, 1) if count >= samples), None)]
 
 
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:

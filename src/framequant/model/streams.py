@@ -30,7 +30,8 @@ class Calls(Sequence[Call]):
 
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
-            return Calls(len(range(self._count)[number]), lambda n: self._make(range(self._count)[number][n]))
+            chosen = range(self._count)[number]
+            return Calls(len(chosen), lambda place: self._make(chosen[place]))
         if not 0 <= number < self._count:
             raise IndexError(number)
         return self._make(number)

@@ -22,7 +22,7 @@ from framequant.layers import FrameLinear
 from framequant.memory import return_freed_memory
 from framequant.model import discovery, experts, mixture
 from framequant.model.allocation import allocate_bits, at_rate, check_budget
-from framequant.model.calibration import as_batches, batches_of, to_device
+from framequant.model.calibration import as_batches, leading, to_device
 from framequant.model.capture import Seen, add_moments, observe, token_mask
 from framequant.model.data_free import quantize_data_free
 from framequant.model.gradients import OutputGradients
@@ -117,8 +117,10 @@ class _Walk:
             require_batches(batches, self.home.ranks)
         mine = self.home.ranks.deal(batches)
         self.batches = [to_device(batch, self.device, self.dtype) for batch in mine]
-        self.rounding = self.batches[: self._count_rounding()]
-        self.masks = [token_mask(batch) for batch in self.rounding]
+        self.rounding_batches = self.batches
+        if config.train_ahead:
+            self.rounding_batches = leading(self.batches, config.rounding_samples or ROUNDING_SAMPLES)
+        self.masks = [token_mask(batch) for batch in self.rounding_batches]
         self.report = QuantizationReport(
             config.to_dict(),
             environment=environment(str(self.device), str(self.dtype).removeprefix("torch.")),
@@ -126,12 +128,6 @@ class _Walk:
         self.done = 0
         self.few: dict[str, tuple[int, str]] = {}
         self.samples: dict[str, list[Tensor]] = {}
-
-    def _count_rounding(self) -> int:
-        """How many batches rounding sees; the others train only."""
-        if not self.config.train_ahead:
-            return len(self.batches)
-        return batches_of(self.batches, self.config.rounding_samples or ROUNDING_SAMPLES)
 
     def run(self) -> QuantizationReport:
         start = time.perf_counter()
@@ -165,7 +161,7 @@ class _Walk:
         steps, rate = self.config.train_ahead, self.config.train_rate
         if not steps:
             return None
-        samples, rounding = (sum(map(count_rows, part)) for part in (self.batches, self.rounding))
+        samples, rounding = (sum(map(count_rows, part)) for part in (self.batches, self.rounding_batches))
         self.report.trained_ahead = {
             "steps": steps,
             "rate": rate,
@@ -193,9 +189,9 @@ class _Walk:
         if onward or not done:
             self.home.enter(name)
             calls = quantized.calls(index)
-            rounding = calls[: len(self.rounding)]
+            rounding_calls = calls[: len(self.rounding_batches)]
             own_stream = carry and index and ahead is None  # what was trained is right for what comes in
-            float_calls = floating.calls(index) if own_stream else rounding
+            float_calls = floating.calls(index) if own_stream else rounding_calls
             twin = copy.deepcopy(block) if carry else None
             original = None if twin is None else FloatBlock(twin, float_calls, self.home.float_cache_bytes)
         record = None
@@ -203,7 +199,7 @@ class _Walk:
             self._restore_block(name)
         else:
             ledger = Ledger(self.report)
-            self._quantize_block(name, block, original, rounding)
+            self._quantize_block(name, block, original, rounding_calls)
             record = ledger.record()
             record.few = {linear: few for linear, few in self.few.items() if linear.startswith(f"{name}.")}
         return_freed_memory()
@@ -257,7 +253,7 @@ class _Walk:
             self.progress(Progress(0, self.total, "gradients of the float model"))
         self.gradients, note = self.home.gradients(
             self.model,
-            self.rounding,
+            self.rounding_batches,
             self.selected,
             self.config.seed,
             inputs=allocate,
@@ -293,8 +289,10 @@ class _Walk:
             found = [
                 self.gradients[prefix + name] for name in group.linears if prefix + name in self.gradients
             ]
-            if found and all(len(one.squares) == len(self.rounding) for one in found):
-                powered = [sum(one.squares[i] for one in found) ** power for i in range(len(self.rounding))]
+            if found and all(len(one.squares) == len(self.rounding_batches) for one in found):
+                powered = [
+                    sum(one.squares[i] for one in found) ** power for i in range(len(self.rounding_batches))
+                ]
                 mean = self._mean(torch.cat(powered))
                 if 0 < float(mean) < float("inf"):  # no gradient at all: tokens count alike
                     weights[group.name] = [batch / mean for batch in powered]
@@ -321,7 +319,7 @@ class _Walk:
             self.home.bring_outside(name)
             module = self.model.get_submodule(name)
             group, moments = Group([name]), Moments(discovery.linear_weight(module).shape[1])
-            for number, (batch, mask) in enumerate(zip(self.rounding, self.masks, strict=True)):
+            for number, (batch, mask) in enumerate(zip(self.rounding_batches, self.masks, strict=True)):
                 with stream.behind_blocks(number):
                     seen = observe(self.model, as_call(batch), [group])
                 self._keep_sample("", [group], seen)
@@ -413,7 +411,7 @@ class _Walk:
             specs = [self._config_of(prefix + linear).activation_spec() for linear in group.linears]
             if any(spec is not None and spec.stored_steps for spec in specs):
                 held = self.samples.setdefault(prefix + group.name, [])
-                share = -(-SAMPLE_TOKENS // len(self.rounding))
+                share = -(-SAMPLE_TOKENS // len(self.rounding_batches))
                 held.extend(thinned(inputs, share) for inputs in seen.inputs.get(group.name, []))
 
     def _quantize_group(self, prefix: str, block: nn.Module, group: Group, moments: Moments) -> None:
