@@ -29,11 +29,11 @@ from measure import commit
 
 from framequant.codes.grid import GridSpec
 from framequant.codes.trellis import TrellisSpec, rate_pattern
-from framequant.kernels import block_ops, launches, prompt_ops, reference, triton_linear, triton_ops
+from framequant.kernels import block_ops, lane_ops, launches, prompt_ops, reference, triton_linear, triton_ops
 from framequant.kernels.block_plan import BlockPlan
 from framequant.kernels.launches import PanelTile, Tile
 
-SHAPES = ((4096, 4096), (11008, 4096), (22016, 4096), (28672, 8192))
+SHAPES = ((4096, 4096), (11008, 4096), (22016, 4096), (28672, 8192), (4096, 11008))
 BLOCK = 32  # rows of a local output frame
 RATES = (1, 1.5, 2.25, 2.5, 3, 4)
 CODES: dict[str, tuple[GridSpec | TrellisSpec, float, int]] = {
@@ -45,6 +45,7 @@ CODES: dict[str, tuple[GridSpec | TrellisSpec, float, int]] = {
 }
 CODES |= {f"levels{n}": (GridSpec("uniform", n, "symmetric"), 1.125, 0) for n in (5, 8)}
 CODES |= {f"trellis{rate}": (TrellisSpec(12, rate_pattern(rate)), 1.0, 0) for rate in RATES}
+LANES = ((4, 1, 5, 2), (4, 1, 3, 4), (4, 1, 2, 5), (16, 1, 2, 1), (8, 2, 3, 2), (8, 1, 5, 1))
 PARTS_OF_PROMPT = 2048  # tokens of the prompt whose operators are timed one by one, and with other launches
 Patch = dict[tuple[Any, str], Any]  # module, name and value for the while
 Found = tuple[str, Patch]
@@ -129,8 +130,23 @@ def local_prompt(code: str) -> list[Found]:
     return [(f"panels {tile}", {(launches, "block_panel_tile"): fixed(tile)}) for tile in found]
 
 
+def lanes(shape: tuple[int, int]) -> list[Found]:
+    """Other warps, chunks on their way and programs of a product through registers, and the kernels before it."""
+    found: list[Found] = [("no lanes", {(launches, "LANE_TOKENS"): {False: 0, True: 0}})]
+    for warps, groups, most, programs in LANES:
+
+        def how(rows: int, size: int, processors: int, w: int = warps, g: int = groups, m: int = most,
+                p: int = programs) -> launches.LaneLaunch:  # fmt: skip
+            return launches.lane_launch_of(rows, size, processors * p, w, w // g, m)
+
+        found.append((f"{warps} warps, {groups} groups, {most} chunks, {programs} programs", {(launches, "lane_launch"): how}))
+    return found
+
+
 def variants(code: str, shape: tuple[int, int], tokens: int) -> list[Found]:
     """What is tried beside the default."""
+    if tokens <= launches.VECTOR_TOKENS and CODES[code][0] in (SCALAR, TRELLIS):
+        return lanes(shape)
     if CODES[code][2]:
         if tokens <= launches.FEW_TOKENS:
             return local(code, shape, tokens)
@@ -190,7 +206,7 @@ def jobs(shapes: list[int], codes: list[str], only: list[int]) -> Iterator[Job]:
     """Code, shape and tokens of the rows of the table; ``only`` chooses tokens."""
     for shape in (SHAPES[i] for i in shapes):
         for code in codes:
-            large = shape in SHAPES[2:]
+            large = shape in SHAPES[2:4]
             few = (1, 16) if large and code.startswith("trellis") else (1, 4, 16, 64) if large else (1,)
             yield from ((code, shape, tokens) for tokens in only or (*few, 512, PARTS_OF_PROMPT))
 
@@ -386,11 +402,37 @@ def local_parts(table: Table, plans: list[triton_linear.TritonPlan], out: BlockP
     print(f"      alone: analysis {a:.2f}, product {p:.2f} us", flush=True)
 
 
+def lane_parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple[int, int], tokens: int, code: str,
+               x: torch.Tensor) -> None:  # fmt: skip
+    """Analysis and a product through registers."""
+    plan = plans[0]
+    into, out, rows = plan.into, plan.out, plan.spec.coefficient_shape[0]
+
+    def first() -> tuple[torch.Tensor, ...]:
+        return triton_ops.analysis(x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
+                                   *plan.lane_coefficients, True)  # fmt: skip
+
+    z, unit, sums = first()
+    ends = (out.places, out.signs, None, rows, out.block) if isinstance(out, BlockPlan) else (None, None, None, rows, 0)
+
+    def last(p: triton_linear.TritonPlan) -> torch.Tensor:
+        return lane_ops.product(p.words, z, sums, unit, p.scales, *ends, p.code[:4], p.layout.factor, x.dtype)
+
+    a = table.add(shape, tokens, code, "analysis alone", lambda: graph_us([first] * 40))
+    p = table.add(
+        shape, tokens, code, "product alone", lambda: graph_us([lambda q=q: last(q) for q in plans])
+    )
+    print(f"      alone: analysis {a:.2f}, product {p:.2f} us", flush=True)
+
+
 def parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple[int, int], tokens: int, code: str,
           x: torch.Tensor) -> None:  # fmt: skip
     """The three operators one by one."""
     plan, ops = plans[0], triton_ops
     into, out, words = plan.into, plan.out, plan.codes(tokens)
+    if plan.takes_lanes(tokens):
+        lane_parts(table, plans, shape, tokens, code, x)
+        return
     if isinstance(out, BlockPlan):
         local_parts(table, plans, out, shape, code, x)
         return

@@ -13,6 +13,10 @@ from typing import NamedTuple
 VECTOR_TOKENS = 2
 #: Most tokens of scalar codes that meet bytes: more cost as much in halves, and less in the transforms.
 BYTE_TOKENS = 4
+#: Most tokens whose codes go through registers alone, of scalar codes and a trellis.
+LANE_TOKENS = {False: 2, True: 2}
+#: Bytes and rows that a warp takes at a time there, and the blocks of a local output frame that its lanes can rotate.
+LANE_CHUNK, LANE_ROWS, LANE_BLOCKS = 64, 32, (16, 32)
 #: Most tokens of one launch of the kernels that decode in their own loop.
 FEW_TOKENS = 64
 #: Coefficients from which on two, three, four launches of these, one after another, are faster than a prompt, for which
@@ -180,6 +184,39 @@ def block_half_tile(trellis: bool, rows: int, tokens: int, block: int, compiled:
     return Tile(max(64, block), 32 if trellis else 64, columns, 2 if trellis else 3, 4, 0)
 
 
+class LaneLaunch(NamedTuple):
+    """How ``lane_product`` is launched.
+
+    Attributes:
+        warps: of a program.
+        warps_k: warps that share out a row's bytes.
+        chunks: of 64 bytes that a warp has on their way at a time.
+        rounds: of so many chunks until a row is through.
+        programs: how many.
+    """
+
+    warps: int
+    warps_k: int
+    chunks: int
+    rounds: int
+    programs: int
+
+
+def lane_launch(rows: int, row_bytes: int, multiprocessors: int) -> LaneLaunch:
+    """Two programs for each multiprocessor, of eight warps that have three chunks on their way or fewer."""
+    return lane_launch_of(rows, row_bytes, 2 * multiprocessors, 8, 8, 3)
+
+
+def lane_launch_of(
+    rows: int, row_bytes: int, programs: int, warps: int, warps_k: int, most: int
+) -> LaneLaunch:
+    """A launch of so many programs, or as many as there are chunks of rows, with ``most`` chunks of bytes or fewer."""
+    total, groups, blocks = -(-row_bytes // LANE_CHUNK), warps // warps_k, -(-rows // LANE_ROWS)
+    rounds = -(-total // (warps_k * most))
+    chunks = -(-total // (warps_k * rounds))
+    return LaneLaunch(warps, warps_k, chunks, rounds, min(programs, -(-blocks // groups)))
+
+
 class PanelTile(NamedTuple):
     """What one program decodes: ``rows`` of ``words``, of which ``step`` rows at a time; and its warps."""
 
@@ -236,6 +273,11 @@ def panel_rows(rows: int, width: int, tokens: int) -> int:
 
 #: Registers of a thread of a prompt's transforms: two programs of eight warps share a multiprocessor.
 PROMPT_REGISTERS = 128
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is no smaller, from 1 on."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def vector_warps(sizes: list[int]) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from framequant.codes.trellis_storage import decode_factors
 from framequant.frames import FrameOperator
-from framequant.kernels import block_ops, launches, prompt_ops, reference
+from framequant.kernels import block_ops, lane_ops, launches, prompt_ops, reference
 from framequant.kernels import triton_ops as operators
 from framequant.kernels.block_plan import BlockPlan, block_plan
 from framequant.kernels.transform_plan import TransformPlan, transform_plan
@@ -82,6 +82,21 @@ class TritonPlan:
         if words.dtype != torch.int8:
             return self.layout.length
         return -(-self.spec.coefficient_shape[1] * self.layout.bits // 8)
+
+    def takes_lanes(self, tokens: int) -> bool:
+        """Whether codes of so many tokens can go through registers alone (``lane_ops``)."""
+        layout = self.layout
+        known = layout.pattern == 2 if layout.trellis else layout.planes == 1
+        block = self.out.block if isinstance(self.out, BlockPlan) else launches.LANE_BLOCKS[0]
+        return known and tokens <= launches.LANE_TOKENS[layout.trellis] and block in launches.LANE_BLOCKS
+
+    @property
+    def lane_coefficients(self) -> tuple[int, int]:
+        """Coefficients that meet one byte, and bytes of a plane: whole 16-byte loads and one of zeros."""
+        columns, bits = self.spec.coefficient_shape[1], self.layout.bits
+        if self.layout.trellis:
+            return 1, (-(-columns // 64) + 1) * 64
+        return 8 // bits, (-(-columns * bits // 128) + 1) * 16
 
     @property
     def code(self) -> list[int]:
@@ -191,6 +206,8 @@ def _outputs(plan: TritonPlan, out: BlockPlan, x: Float[Tensor, "t n"]) -> Float
         return block_ops.prompt_product(
             plan.words, z, unit, plan.scales, plan.top, *ends, list(out.ends), plan.code, plan.layout.factor
         )
+    if plan.takes_lanes(x.shape[0]):
+        return _lanes(plan, x, len(out.places), out)[0]
     words = plan.codes(x.shape[0])
     z, unit, sums = operators.analysis(
         x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
@@ -211,6 +228,19 @@ def _outputs(plan: TritonPlan, out: BlockPlan, x: Float[Tensor, "t n"]) -> Float
     )
 
 
+def _lanes(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int, out: BlockPlan | None) -> tuple[Tensor, Tensor]:
+    """Analysis and a product through registers alone: outputs, or what ``_multiply`` returns, and the tokens' units."""
+    into, sizes = plan.into, [*plan.into.sizes, *plan.into.padded]
+    z, unit, sums = operators.analysis(
+        x, into.signs, list(into.matrices), sizes, into.norm, *plan.lane_coefficients, True
+    )
+    ends = (None, None, None, rows, 0) if out is None else (out.places, out.signs, plan.bias, rows, out.block)
+    found = lane_ops.product(
+        plan.words, z, sums, unit, plan.scales, *ends, plan.code[:4], plan.layout.factor, x.dtype
+    )
+    return found, unit
+
+
 def _multiply(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int) -> tuple[Tensor, Tensor]:
     """Analysis and product, and the tokens' units.
 
@@ -221,6 +251,8 @@ def _multiply(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int) -> tuple[Ten
         columns = plan.spec.coefficient_shape[1]
         z, unit = prompt_ops.analysis(x, into.signs, list(into.matrices), sizes, into.norm, columns)
         return prompt_ops.product(plan.words, z, plan.scales, plan.top, rows, plan.code), unit
+    if plan.takes_lanes(x.shape[0]):
+        return _lanes(plan, x, rows, None)
     words = plan.codes(x.shape[0])
     z, unit, sums = operators.analysis(
         x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),

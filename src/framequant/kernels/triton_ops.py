@@ -40,7 +40,8 @@ def _transform(tokens: int, sizes: list[int], arguments: tuple[Any, ...], rows: 
     options |= {"PDL": early, "launch_pdl": early}
     if tokens <= launches.VECTOR_TOKENS:
         warps = launches.vector_warps(sizes)
-        vector_transform[(tokens, sizes[0])](*arguments, *sizes, **options, num_warps=warps)
+        tail = launches.power_of_two(options["INTERLEAVE"] * arguments[12] - sizes[0] * sizes[1] * sizes[3])
+        vector_transform[(tokens, sizes[0])](*arguments, *sizes, TAIL=tail, **options, num_warps=warps)
         return
     tiled_transform[(tokens, rows // ROWS)](*arguments, *sizes, ROWS=ROWS, LOW=True, **options, num_warps=8)
 

@@ -39,11 +39,11 @@ def vector_transform(
     F0: tl.constexpr, F1: tl.constexpr, F2_IN: tl.constexpr, F2_OUT: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2_IN: tl.constexpr, P2_OUT: tl.constexpr,
     PARTS: tl.constexpr, ANALYSIS: tl.constexpr, INTERLEAVE: tl.constexpr,
-    PLANES: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    PLANES: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr, TAIL: tl.constexpr = 16,
 ):  # fmt: skip
     """Transform ``tokens`` vectors: the arguments and results of ``transform_triton.transform``.
 
-    ``sum`` is (tokens, F0). What lies behind the last coefficient in ``out`` is set to 0. Halves, too, are in units
+    ``sum`` is (tokens, F0). What lies behind the last coefficient in ``out``, at most TAIL, is set to 0. Halves, too, are in units
     that bound the norm, times 1024.
     """
     let_next_start(PDL)
@@ -99,9 +99,7 @@ def vector_transform(
     if ANALYSIS:
         size = INTERLEAVE * words
         place = (k % INTERLEAVE) * words + k // INTERLEAVE
-        tail = F0 * F1 * F2_OUT + tl.arange(
-            0, triton.next_power_of_2(8 * INTERLEAVE)
-        )  # up to seven words, and a part
+        tail = F0 * F1 * F2_OUT + tl.arange(0, TAIL)
         tail_place = (tail % INTERLEAVE) * words + tail // INTERLEAVE
         last = (tail < size) & (row == 0)
         if PLANES:

@@ -1,0 +1,340 @@
+"""The product of one or two tokens where codes go from memory to the tensor cores through registers alone.
+
+``product_bytes_triton`` brings codes to shared memory and back, for each step of a tile a barrier. Here a lane loads
+16 bytes of four rows, which are its own operands of ``mma.m16n8k32`` once they are shifted and masked; a warp has
+WARPS_K neighbours that take other bytes of the same 32 rows, and they meet once for each 32 rows, in shared memory.
+Programs stay: as many as multiprocessors hold, they go on to their next rows while codes of them are on their way.
+Coefficients lie in shared memory: loads come back in their order, so behind codes even the nearest cache is far.
+
+A *chunk* is 64 bytes of each of 32 rows. Scalar codes: coefficients as in ``product_bytes_triton``. A trellis of two
+bits: a state's value is the sum of the four bytes of a number (``codes/trellis_codebook.py``), so those bytes are the
+operand, each met by the same coefficient, and the tensor cores add them up. All sums are integers, exact.
+
+Then a lane has a row: it adds up the warps' parts, rotates blocks of rows by shuffles and writes outputs, or, without
+blocks, coefficients in units of the token. Only ``lane_ops`` imports this module. Imports triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from framequant.kernels.lanes_triton import (
+    byte_repeated,
+    from_lane,
+    lane_hadamard,
+    lane_sum,
+    load_shared,
+    load_shared_words,
+    load_words,
+    mma_bytes,
+    shared_memory,
+    store_shared,
+    store_shared_words,
+)
+from framequant.kernels.trellis_triton import offset, window
+from framequant.kernels.triton_support import COMPILED, let_next_start, wait_for_previous
+
+_ROW_STRIDE = tl.constexpr(40)  # floats from one quarter's rows to the next's in shared memory: other banks
+
+
+@triton.constexpr_function
+def part_floats(warps):
+    """Floats of shared memory for the warps' parts of 32 rows."""
+    return warps * 4 * 40
+
+
+@triton.constexpr_function
+def plane_words(bytes_):
+    """Words of shared memory from one plane of coefficients to the next: those of two planes lie in other banks."""
+    return (-(-bytes_ // 128) * 128 + 64) // 4
+
+
+@triton.constexpr_function
+def shared_floats(warps, tokens, plane):
+    """Floats of shared memory: two turns' parts, and the coefficients, planes of so many bytes."""
+    return 2 * part_floats(warps) + 3 * tokens * plane_words(plane)
+
+
+@triton.jit
+def _chunk_words(row_at, byte, stride, there):
+    """Codes of a chunk: four words of each of four rows; behind the end of a row, where coefficients are 0, any."""
+    inside = ((byte < stride) & there).to(tl.int32)
+    found = ()
+    for i in tl.static_range(4):
+        found += load_words(row_at[i] + byte, inside)
+    return found
+
+
+@triton.jit
+def _first_words(row_at, byte, stride):
+    """The same without a predicate, which would make the compiler branch, and wait for all but the first."""
+    found = ()
+    for i in tl.static_range(4):
+        found += load_words(row_at[i] + tl.minimum(byte, stride - 16), 1)
+    return found
+
+
+@triton.jit
+def _copy_coefficients(z_ptr, shared, thread, TOKENS: tl.constexpr, PLANE: tl.constexpr, THREADS: tl.constexpr):
+    """Bring planes of PLANE bytes to shared memory, all loads before the first store."""
+    passes: tl.constexpr = (3 * TOKENS * PLANE // 16 + THREADS - 1) // THREADS
+    found = ()
+    for i in tl.static_range(passes):
+        piece = thread + i * THREADS  # of 16 bytes
+        plane = piece // (PLANE // 16)
+        inside = (plane < 3 * TOKENS).to(tl.int32)
+        from_ = piece + plane // 3 * (PLANE // 16)  # every token's fourth plane is left out
+        found += load_words(z_ptr + from_ * 16, inside)
+    for i in tl.static_range(passes):
+        piece = thread + i * THREADS
+        plane = piece // (PLANE // 16)
+        at = plane * plane_words(PLANE) + (piece - plane * (PLANE // 16)) * 4
+        store_shared_words(shared, at, four(found, i), (plane < 3 * TOKENS).to(tl.int32))
+
+
+@triton.jit
+def _row_addresses(codes_ptr, block, place, rows, stride, TRELLIS: tl.constexpr):
+    """Addresses of a lane's four rows of codes; of a trellis the words that hold four rows of two tiles."""
+    found = ()
+    for i in tl.static_range(4):
+        if TRELLIS:  # a tile's first row has its last word
+            row = tl.minimum(block * 2 + i // 2, (rows + 15) // 16 - 1) * 16 + 15 - (i % 2) * 8 - place
+        else:
+            row = tl.minimum(block * 32 + i * 8 + place, rows - 1)
+        found += (codes_ptr + row.to(tl.int64) * stride,)
+    return found
+
+
+@triton.jit
+def _row_ends(scale_ptr, places_ptr, signs_ptr, row, rows, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr):
+    """A row's scale, its output's place and sign. Asked for a turn ahead: loads come back in their order."""
+    used = row < rows
+    if ROW_SCALES:
+        scale = tl.load(scale_ptr + row, mask=used, other=0.0).to(tl.float32)
+    else:
+        scale = tl.load(scale_ptr + row * 0).to(tl.float32)
+    target, sign = row, scale
+    if BLOCK > 0:
+        target = tl.load(places_ptr + row, mask=used, other=0)
+        sign = tl.load(signs_ptr + row, mask=used, other=0).to(tl.float32)
+    return scale, target, sign
+
+
+@triton.jit
+def _scalar_chunk(even, odd, words, shared, z_at, COUNT: tl.constexpr, BITS: tl.constexpr):
+    """Add the products of a chunk of scalar codes to those of two times 16 rows."""
+    mask: tl.constexpr = ((1 << BITS) - 1) * 0x01010101
+    for i in tl.static_range(8 // BITS):
+        b = load_shared_words(shared, z_at + i * (COUNT // 4))
+        for r in tl.static_range(2):
+            a = ()
+            for j in tl.static_range(8):
+                a += ((words[8 * r + j] >> (BITS * i)) & mask,)
+            even = replaced(even, mma_bytes(four(even, r), a[0], a[4], a[1], a[5], b[0], b[1], False), 4 * r)
+            odd = replaced(odd, mma_bytes(four(odd, r), a[2], a[6], a[3], a[7], b[2], b[3], False), 4 * r)
+    return even, odd
+
+
+@triton.jit
+def four(values, INDEX: tl.constexpr):
+    """The INDEX-th four elements of a tuple."""
+    return values[4 * INDEX], values[4 * INDEX + 1], values[4 * INDEX + 2], values[4 * INDEX + 3]
+
+
+@triton.jit
+def _added(some, others):
+    """Sums of the elements of two tuples, as float32."""
+    found = ()
+    for i in tl.static_range(len(some)):
+        found += ((some[i] + others[i]).to(tl.float32),)
+    return found
+
+
+@triton.jit
+def replaced(values, new, START: tl.constexpr):
+    """A tuple with some of its elements replaced by new ones."""
+    found = ()
+    for i in tl.static_range(len(values)):
+        if i >= START and i < START + len(new):
+            found += (new[i - START],)
+        else:
+            found += (values[i],)
+    return found
+
+
+@triton.constexpr_function
+def step_pairs(bits):
+    """The sixteen steps of a row of a tile in pairs, those that share a window first: (later step, earlier one)."""
+    apart = (32 - bits) // 2
+    shared = [(step + apart, step) for step in range(16 - apart)] if apart < 16 else []
+    taken = {step for pair in shared for step in pair}
+    rest = [step for step in range(16) if step not in taken]
+    return [number for pair in shared + list(zip(rest[::2], rest[1::2])) for number in pair]
+
+
+@triton.jit
+def _state_bytes(low, high, STEP: tl.constexpr, FROM: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr,
+                 MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr):  # fmt: skip
+    """The four bytes whose sum is the level of a step's state, out of SPAN bits from that of step FROM on."""
+    place: tl.constexpr = offset(2, 16, FROM)
+    state = window((low, high), place, SPAN)
+    if FROM == STEP:
+        state = state & ((1 << BITS) - 1)
+    else:
+        state = (state.to(tl.uint32, bitcast=True) >> (32 - BITS)).to(tl.int32, bitcast=True)
+    h = state.to(tl.uint32, bitcast=True) * MULTIPLIER + ADDEND
+    return h.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _two_steps(acc, low, lower, high, higher, z, LATE: tl.constexpr, EARLY: tl.constexpr, BITS: tl.constexpr,
+               MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr):  # fmt: skip
+    """Add the products of two steps of sixteen rows of four tiles; steps so far apart share a window."""
+    together: tl.constexpr = LATE - EARLY == (32 - BITS) // 2
+    FROM: tl.constexpr = LATE if together else EARLY
+    SPAN: tl.constexpr = 32 if together else BITS
+    a0 = _state_bytes(low, high, LATE, LATE, SPAN, BITS, MULTIPLIER, ADDEND)
+    a1 = _state_bytes(lower, higher, LATE, LATE, SPAN, BITS, MULTIPLIER, ADDEND)
+    a2 = _state_bytes(low, high, EARLY, FROM, SPAN, BITS, MULTIPLIER, ADDEND)
+    a3 = _state_bytes(lower, higher, EARLY, FROM, SPAN, BITS, MULTIPLIER, ADDEND)
+    b0, b1 = byte_repeated(z[LATE // 4], LATE % 4), byte_repeated(z[EARLY // 4], EARLY % 4)
+    return mma_bytes(acc, a0, a1, a2, a3, b0, b1, True)
+
+
+@triton.jit
+def _trellis_chunk(even, odd, words, shared, z_at, lane, BITS: tl.constexpr, MULTIPLIER: tl.constexpr,
+                   ADDEND: tl.constexpr):  # fmt: skip
+    """Add the products of a chunk of trellis codes to those of two times 16 rows."""
+    pairs: tl.constexpr = step_pairs(BITS)
+    first, before = lane < 4, (lane + 28) % 32
+    for q in tl.static_range(4):
+        z = load_shared_words(shared, z_at + 4 * q)
+        for r in tl.static_range(2):
+            low, lower = words[8 * r + q], words[8 * r + 4 + q]
+            # older bits: the row above has them, around the tile
+            above, middle = from_lane(low, before), from_lane(lower, before)
+            high, higher = tl.where(first, middle, above), tl.where(first, above, middle)
+            for s in tl.static_range(4):
+                even = replaced(even, _two_steps(
+                    four(even, r), low, lower, high, higher, z, pairs[4 * s], pairs[4 * s + 1], BITS, MULTIPLIER, ADDEND
+                ), 4 * r)  # fmt: skip
+                odd = replaced(odd, _two_steps(
+                    four(odd, r), low, lower, high, higher, z, pairs[4 * s + 2], pairs[4 * s + 3], BITS, MULTIPLIER,
+                    ADDEND,
+                ), 4 * r)  # fmt: skip
+    return even, odd
+
+
+@triton.jit
+def lane_product(
+    codes_ptr, z_ptr, sum_ptr, scale_ptr, y_ptr, unit_ptr, places_ptr, signs_ptr, bias_ptr, memory_ptr,
+    rows, stride, factor, zero, norm,
+    TOKENS: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr,
+    ADDEND: tl.constexpr, TRELLIS: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
+    CHUNKS: tl.constexpr, ROUNDS: tl.constexpr, WARPS: tl.constexpr, WARPS_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Outputs, or coefficients, of TOKENS tokens, one or two; see the module's text.
+
+    A program makes every so many-th ``32 WARPS / WARPS_K`` rows as there are programs, a *turn* each; a warp takes CHUNKS
+    chunks of its rows in each of ROUNDS.
+
+    Args:
+        codes_ptr: bytes (rows, stride), of a trellis words in as many rows (``words.to_words``).
+        z_ptr: int8 planes of coefficients (tokens, 4, 8 / BITS, COUNT), of a trellis (tokens, 4, 1, COUNT): zeros behind
+            the last coefficient, at least 16 bytes, of a trellis 64.
+        sum_ptr: float32 (tokens, PARTS): sums of a token's coefficients, in units of the token.
+        scale_ptr: scales, (rows,) or one.
+        y_ptr: outputs (tokens, rows); without BLOCK float32, in units of the token.
+        memory_ptr: float32, in place of shared memory; for the interpreter.
+        factor: value of a level times the last bit of a coefficient, in units of the token.
+        zero: the level 0, in units of the product of a code with the last bit.
+        norm: of the rotation of a block.
+    """
+    let_next_start(PDL)
+    thread = tl.arange(0, 32 * WARPS)
+    lane, warp = thread % 32, thread // 32
+    place, quarter = lane // 4, lane % 4
+    part, group = warp % WARPS_K, warp // WARPS_K
+    GROUPS: tl.constexpr = WARPS // WARPS_K
+    STEP: tl.constexpr = 64 * WARPS_K
+    FLOATS: tl.constexpr = part_floats(WARPS)
+    PLANE: tl.constexpr = COUNT if TRELLIS else 8 // BITS * COUNT
+    parts = shared_memory(thread, 4 * shared_floats(WARPS, TOKENS, PLANE), memory_ptr)
+    if COMPILED:
+        shared = parts + 8 * FLOATS
+    else:
+        shared = parts + 2 * FLOATS
+    first = tl.program_id(0) * GROUPS + group
+    turns = tl.cdiv(tl.cdiv(rows, 32 * GROUPS) - tl.program_id(0), tl.num_programs(0))
+    byte = part * 64 + quarter * 16
+    row_at = _row_addresses(codes_ptr, first, place, rows, stride, TRELLIS)
+    words = ()
+    for c in tl.static_range(CHUNKS):
+        words += _first_words(row_at, byte + c * STEP, stride)
+    z_first = (tl.minimum(place // 4, TOKENS - 1) * 3 + tl.minimum(place % 4, 2)) * plane_words(PLANE)
+    tl.debug_barrier()  # or the compiler moves these loads behind the wait
+    wait_for_previous(PDL)
+    _copy_coefficients(z_ptr, shared, thread, TOKENS, PLANE, 32 * WARPS)
+    token = part
+    total = thread * 0.0
+    for k in tl.static_range((PARTS + 31) // 32):
+        index = lane + 32 * k
+        total += tl.load(sum_ptr + token * PARTS + index, mask=(token < TOKENS) & (index < PARTS), other=0.0)
+    total = lane_sum(total) * zero
+    unit = tl.load(unit_ptr + token, mask=token < TOKENS, other=0.0) * norm
+    ends = _row_ends(scale_ptr, places_ptr, signs_ptr, first * 32 + lane, rows, ROW_SCALES, BLOCK)
+    none = thread * 0
+    start = (none, none, none, none, none, none, none, none)
+    even, odd = start, start
+    tl.debug_barrier()
+    for n in tl.range(0, turns * ROUNDS):
+        turn, round_ = n // ROUNDS, n % ROUNDS
+        row = (first + turn * (tl.num_programs(0) * GROUPS)) * 32 + lane
+        used = row < rows
+        later = (n + 1) // ROUNDS
+        next_at = _row_addresses(
+            codes_ptr, first + later * (tl.num_programs(0) * GROUPS), place, rows, stride, TRELLIS
+        )
+        row_next = (first + later * (tl.num_programs(0) * GROUPS)) * 32 + lane
+        ends_next = _row_ends(scale_ptr, places_ptr, signs_ptr, row_next, rows, ROW_SCALES, BLOCK)
+        here = round_ * (CHUNKS * STEP) + byte
+        more = (n + 1) % ROUNDS * (CHUNKS * STEP) + byte
+        for c in tl.static_range(CHUNKS):
+            chunk = ()
+            for i in tl.static_range(16):
+                chunk += (words[16 * c + i],)
+            if TRELLIS:  # a word of codes meets sixteen coefficients
+                z_at = z_first + tl.minimum((here + c * STEP) * 4, COUNT - 64) // 4
+                even, odd = _trellis_chunk(even, odd, chunk, shared, z_at, lane, BITS, MULTIPLIER, ADDEND)
+            else:
+                z_at = z_first + tl.minimum(here + c * STEP, COUNT - 16) // 4
+                even, odd = _scalar_chunk(even, odd, chunk, shared, z_at, COUNT, BITS)
+            words = replaced(words, _chunk_words(next_at, more + c * STEP, stride, later < turns), 16 * c)
+        if round_ == ROUNDS - 1:
+            half = (turn % 2) * FLOATS
+            mine = half + (warp * 4 + quarter) * _ROW_STRIDE + place
+            for r in tl.static_range(2):
+                sums = _added(four(even, r), four(odd, r))
+                for h in tl.static_range(2):
+                    value = tl.where(
+                        quarter % 2 == 0, sums[2 * h] + 256.0 * sums[2 * h + 1], 65536.0 * sums[2 * h]
+                    )
+                    store_shared(parts, mine + (16 * r + 8 * h), value)
+            tl.debug_barrier()
+            at = half + (group * WARPS_K * 4 + 2 * tl.minimum(token, 1)) * _ROW_STRIDE + lane
+            value = thread * 0.0
+            for k in tl.static_range(WARPS_K):
+                value += load_shared(parts, at + k * 4 * _ROW_STRIDE)
+                value += load_shared(parts, at + (k * 4 + 1) * _ROW_STRIDE)
+            value = (value * factor - total) * ends[0]
+            written = used & (token < TOKENS)
+            if BLOCK > 0:
+                value = lane_hadamard(value, BLOCK) * (unit * ends[2])
+                if BIAS:
+                    value += tl.load(bias_ptr + ends[1], mask=written, other=0.0).to(tl.float32)
+                tl.store(y_ptr + token * rows + ends[1], value.to(y_ptr.dtype.element_ty), mask=written)
+            else:
+                tl.store(y_ptr + token * rows + row, value, mask=written)
+            even, odd = start, start
+        ends = ends_next

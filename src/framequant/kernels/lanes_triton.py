@@ -1,0 +1,196 @@
+"""A kernel written for the threads of warps: a tensor of as many elements as a program has threads is one register.
+
+Element i of such a tensor belongs to thread i, so PTX that works on a whole warp (tensor cores, shuffles, loads of 16
+bytes, shared memory) can be written as an elementwise operation, and nothing is moved between layouts. Each function
+has a second form in plain Triton for the interpreter, where "shared memory" is a tensor that the caller passes.
+
+Only kernels import this module. Imports triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from framequant.kernels.triton_support import COMPILED
+
+
+@triton.jit
+def load_words(address, there):
+    """Four int32 from a 16-byte aligned address each, not kept in L1; where ``there`` is 0 none, and they are anything."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+            "=r,=r,=r,=r,l,r", [address, there], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+    at = address.to(tl.pointer_type(tl.int32), bitcast=True)
+    mask = there != 0
+    return (
+        tl.load(at, mask=mask),
+        tl.load(at + 1, mask=mask),
+        tl.load(at + 2, mask=mask),
+        tl.load(at + 3, mask=mask),
+    )
+
+
+@triton.constexpr_function
+def _mma_text(unsigned):
+    kind = "u8" if unsigned else "s8"
+    return (
+        f"mma.sync.aligned.m16n8k32.row.col.s32.{kind}.s8.s32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+
+
+@triton.jit
+def _byte(word, INDEX: tl.constexpr, UNSIGNED: tl.constexpr):
+    value = (word >> (8 * INDEX)) & 255
+    return value if UNSIGNED else ((value + 128) & 255) - 128
+
+
+@triton.jit
+def _byte_sums(a, b, THREADS: tl.constexpr, UNSIGNED: tl.constexpr):
+    """Of registers a (warp, row, quarter) and b (warp, column, quarter): (warp, row, column)."""
+    total = tl.zeros([THREADS // 32, 8, 8], tl.int32)
+    a, b = tl.reshape(a, [THREADS // 32, 8, 1, 4]), tl.reshape(b, [THREADS // 32, 1, 8, 4])
+    for i in tl.static_range(4):
+        total += tl.sum(_byte(a, i, UNSIGNED) * _byte(b, i, False), axis=3)
+    return total
+
+
+@triton.jit
+def mma_bytes(acc, a0, a1, a2, a3, b0, b1, UNSIGNED: tl.constexpr):
+    """Add the product of 16 × 32 bytes (``UNSIGNED`` or not) with 32 × 8 signed ones to four registers of int32.
+
+    The registers are PTX's of ``mma.m16n8k32``: with lane = 4 row + quarter, ``a0`` holds bytes 4 quarter … of a row,
+    ``a1`` of row + 8, ``a2`` and ``a3`` the same 16 bytes on; ``b0`` and ``b1`` likewise of a column in place of a row; the
+    result (row, 2 quarter), (row, 2 quarter + 1), then of row + 8.
+    """
+    if COMPILED:
+        text: tl.constexpr = _mma_text(UNSIGNED)
+        return tl.inline_asm_elementwise(
+            text, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+            [a0, a1, a2, a3, b0, b1, acc[0], acc[1], acc[2], acc[3]],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
+        )  # fmt: skip
+    threads: tl.constexpr = a0.shape[0]
+    upper = _byte_sums(a0, b0, threads, UNSIGNED) + _byte_sums(a2, b1, threads, UNSIGNED)
+    lower = _byte_sums(a1, b0, threads, UNSIGNED) + _byte_sums(a3, b1, threads, UNSIGNED)
+    c0, c1 = tl.split(tl.reshape(upper, [threads, 2]))
+    c2, c3 = tl.split(tl.reshape(lower, [threads, 2]))
+    return acc[0] + c0, acc[1] + c1, acc[2] + c2, acc[3] + c3
+
+
+@triton.jit
+def from_lane(value, lane):
+    """The value that another lane of the warp, 0 … 31, has; 32-bit numbers."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [value, lane], dtype=value.dtype,
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    thread = tl.arange(0, value.shape[0])
+    return tl.gather(value, thread // 32 * 32 + lane, 0)
+
+
+@triton.jit
+def lane_sum(value):
+    """The sum over the lanes of a warp."""
+    lane = tl.arange(0, value.shape[0]) % 32
+    for i in tl.static_range(5):
+        value += from_lane(value, lane ^ (1 << i))
+    return value
+
+
+@triton.jit
+def lane_hadamard(value, SIZE: tl.constexpr):
+    """Sylvester's Hadamard matrix of SIZE, a power of two up to 32, times each SIZE lanes."""
+    lane = tl.arange(0, value.shape[0]) % 32
+    step: tl.constexpr = 1
+    for i in tl.static_range(5):
+        if (1 << i) < SIZE:
+            other = from_lane(value, lane ^ (1 << i))
+            value = other + tl.where((lane >> i) % 2 == 1, -value, value)
+    return value
+
+
+@triton.jit
+def byte_repeated(word, INDEX: tl.constexpr):
+    """One of a word's four bytes, four times."""
+    if COMPILED:
+        text: tl.constexpr = _repeat_text(INDEX)
+        # not pure, or copies that a loop could share would be kept in registers
+        return tl.inline_asm_elementwise(text, "=r,r", [word], dtype=tl.int32, is_pure=False, pack=1)
+    return ((word >> (8 * INDEX)) & 255) * 0x01010101
+
+
+@triton.constexpr_function
+def _repeat_text(index):
+    return f"prmt.b32 $0, $1, 0, 0x{index}{index}{index}{index};"
+
+
+@triton.constexpr_function
+def _shared_text(size):
+    return f"{{ .reg .b64 t; .shared .align 16 .b8 framequant_shared[{size}]; mov.u64 t, framequant_shared; cvt.u32.u64 $0, t; }}"
+
+
+@triton.jit
+def shared_memory(thread, SIZE: tl.constexpr, memory):
+    """Where SIZE bytes of shared memory begin: an address for each thread, or ``memory`` in the interpreter."""
+    if COMPILED:
+        text: tl.constexpr = _shared_text(SIZE)
+        return tl.inline_asm_elementwise(text, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        return memory + thread * 0
+
+
+@triton.jit
+def store_shared(shared, index, value):
+    """Write the index-th float32 of shared memory."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "st.shared.b32 [$1], $2; mov.b32 $0, 0;", "=r,r,r", [shared + index * 4, value], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.store(shared + index, value)
+
+
+@triton.jit
+def load_shared(shared, index):
+    """The index-th float32 of shared memory."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "ld.shared.b32 $0, [$1];", "=r,r", [shared + index * 4], dtype=tl.float32, is_pure=False, pack=1
+        )
+    else:
+        return tl.load(shared + index)
+
+
+@triton.jit
+def store_shared_words(shared, index, words, there):
+    """Write four int32 from the index-th on, a multiple of four, where ``there`` is not 0."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }",
+            "=r,r,r,r,r,r,r", [shared + index * 4, words[0], words[1], words[2], words[3], there], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        for i in tl.static_range(4):
+            tl.store(shared + index + i, words[i].to(tl.float32, bitcast=True), mask=there != 0)
+
+
+@triton.jit
+def load_shared_words(shared, index):
+    """Four int32 from the index-th on, a multiple of four."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [shared + index * 4],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        found = ()
+        for i in tl.static_range(4):
+            found += (tl.load(shared + index + i).to(tl.int32, bitcast=True),)
+        return found
