@@ -33,7 +33,7 @@ from framequant.kernels import block_ops, lane_ops, launches, prompt_ops, refere
 from framequant.kernels.block_plan import BlockPlan
 from framequant.kernels.launches import PanelTile, Tile
 
-SHAPES = ((4096, 4096), (11008, 4096), (22016, 4096), (28672, 8192), (4096, 11008))
+SHAPES = ((4096, 4096), (11008, 4096), (22016, 4096), (28672, 8192), (4096, 11008), (12288, 4096))
 BLOCK = 32  # rows of a local output frame
 RATES = (1, 1.5, 2.25, 2.5, 3, 4)
 CODES: dict[str, tuple[GridSpec | TrellisSpec, float, int]] = {
@@ -45,7 +45,7 @@ CODES: dict[str, tuple[GridSpec | TrellisSpec, float, int]] = {
 }
 CODES |= {f"levels{n}": (GridSpec("uniform", n, "symmetric"), 1.125, 0) for n in (5, 8)}
 CODES |= {f"trellis{rate}": (TrellisSpec(12, rate_pattern(rate)), 1.0, 0) for rate in RATES}
-LANES = ((4, 1, 5, 2), (4, 1, 3, 4), (4, 1, 2, 5), (16, 1, 2, 1), (8, 2, 3, 2), (8, 1, 5, 1))
+LANES = ((8, 1, 5, 1), (8, 2, 3, 2), (8, 2, 5, 1), (8, 4, 3, 2), (8, 1, 2, 2))
 PARTS_OF_PROMPT = 2048  # tokens of the prompt whose operators are timed one by one, and with other launches
 Patch = dict[tuple[Any, str], Any]  # module, name and value for the while
 Found = tuple[str, Patch]
@@ -404,25 +404,26 @@ def local_parts(table: Table, plans: list[triton_linear.TritonPlan], out: BlockP
 
 def lane_parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple[int, int], tokens: int, code: str,
                x: torch.Tensor) -> None:  # fmt: skip
-    """Analysis and a product through registers."""
+    """A product through registers with its analysis, and alone, of coefficients that are there."""
     plan = plans[0]
     into, out, rows = plan.into, plan.out, plan.spec.coefficient_shape[0]
-
-    def first() -> tuple[torch.Tensor, ...]:
-        return triton_ops.analysis(x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
-                                   *plan.lane_coefficients, True)  # fmt: skip
-
-    z, unit, sums = first()
+    sizes = [*into.sizes, *into.padded]
     ends = (out.places, out.signs, None, rows, out.block) if isinstance(out, BlockPlan) else (None, None, None, rows, 0)
+    z, unit, sums = triton_ops.analysis(x, into.signs, list(into.matrices), sizes, into.norm, *plan.lane_coefficients, True)
 
-    def last(p: triton_linear.TritonPlan) -> torch.Tensor:
-        return lane_ops.product(p.words, z, sums, unit, p.scales, *ends, p.code[:4], p.layout.factor, x.dtype)
+    def last(p: triton_linear.TritonPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        layout = [*p.code[:4], *p.lane_coefficients]
+        return lane_ops.linear(p.words, x, into.signs, list(into.matrices), sizes, list(into.block), into.norm, p.scales,
+                               *ends, layout, p.layout.factor, x.dtype)  # fmt: skip
 
-    a = table.add(shape, tokens, code, "analysis alone", lambda: graph_us([first] * 40))
-    p = table.add(
-        shape, tokens, code, "product alone", lambda: graph_us([lambda q=q: last(q) for q in plans])
-    )
-    print(f"      alone: analysis {a:.2f}, product {p:.2f} us", flush=True)
+    def timed() -> float:
+        return graph_us([lambda q=q: last(q) for q in plans])
+
+    both = table.add(shape, tokens, code, "analysis and product", timed)
+    with patched({(lane_ops, "in_one"): fixed(False), (triton_ops, "analysis"): fixed((z, unit, sums))}):
+        last(plan)
+        alone = table.add(shape, tokens, code, "product alone", timed)
+    print(f"      analysis and product {both:.2f}, product alone {alone:.2f} us", flush=True)
 
 
 def parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple[int, int], tokens: int, code: str,

@@ -146,7 +146,7 @@ class _BlockForm:
 
     def __init__(self, K: int, L: int, N: int) -> None:
         self.dim, self.num_coefficients, self.groups = 2 * N, 2 * K * L, L
-        self._constants = Constants(block=_shared_block(K, N // L))
+        self._constants = Constants(block=shared_block(K, N // L))
 
     @property
     def multiply_adds(self) -> int:
@@ -181,7 +181,7 @@ class _BandedForm:
         columns = np.minimum(tetris.starts[:, None] + np.arange(width), N - 1)
         slots, slot_weights = _slots_of_columns(columns, tetris.weights, N)
         self._constants = Constants(
-            block=_shared_block(K, width),
+            block=shared_block(K, width),
             weights=torch.from_numpy(np.repeat(tetris.weights, 2, axis=1)),
             columns=_coordinates(columns),
             first_slot=_coordinates(slots[:, 0]),
@@ -265,7 +265,8 @@ def _real_form(entries: NDArray[np.complex128]) -> Tensor:
     return torch.from_numpy(rows.reshape(2 * entries.shape[0], 2 * entries.shape[1]))
 
 
-def _shared_block(K: int, width: int) -> Tensor:
+def shared_block(K: int, width: int) -> Tensor:
+    """The block that all groups of K complex subspaces share, (2 K, 2 width): it depends on these two alone."""
     return _real_form(modulation(K, width))
 
 

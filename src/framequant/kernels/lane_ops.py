@@ -1,7 +1,6 @@
-"""The product of few tokens through registers alone as a ``torch.library`` operator, and how it is launched.
+"""The linear of one token through registers alone as a ``torch.library`` operator, and how it is launched.
 
-``lane_product`` takes what ``triton_ops.analysis`` makes with planes. A fake implementation gives shapes to
-``torch.compile``; the operator has no derivative.
+A fake implementation gives shapes to ``torch.compile``; the operator has no derivative.
 
 Must not import layers. Only ``framequant.kernels.triton_linear`` imports this module. Imports torch and triton.
 """
@@ -13,11 +12,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from framequant.kernels import launches
+from framequant.kernels import launches, triton_ops
 from framequant.kernels.lane_product_triton import lane_product as kernel
-from framequant.kernels.lane_product_triton import shared_floats
+from framequant.kernels.lane_product_triton import shared_bytes
 from framequant.kernels.transform_triton import LAST_BIT
-from framequant.kernels.triton_ops import starts_early
 from framequant.kernels.triton_support import COMPILED
 
 #: The level of a trellis' sum of bytes that is 0 (``codes/trellis_codebook.py``).
@@ -30,12 +28,27 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-@torch.library.custom_op("framequant::lane_product", mutates_args=())
-def product(
+def in_one(sizes: list[int], block: list[int], threads: int) -> bool:
+    """Whether every program makes all coefficients itself: of Walsh and Hadamard's transforms that fit its registers.
+
+    Args:
+        sizes: of a ``TransformPlan``.
+        block: sizes of the frame's block; 1, 1 without a frame.
+    """
+    size = sizes[0] * sizes[1] * sizes[2]
+    powers = all(factor.bit_count() == 1 for factor in sizes[:3])
+    return powers and size in (16 * threads, 32 * threads) and 16 % block[1] == 0
+
+
+@torch.library.custom_op("framequant::lane_linear", mutates_args=())
+def linear(
     words: Tensor,
-    z: Tensor,
-    sums: Tensor,
-    unit: Tensor,
+    x: Tensor,
+    x_signs: Tensor,
+    matrices: list[Tensor],
+    sizes: list[int],
+    x_block: list[int],
+    x_norm: float,
     scales: Tensor,
     places: Tensor | None,
     signs: Tensor | None,
@@ -45,34 +58,39 @@ def product(
     layout: list[int],
     factor: float,
     dtype: torch.dtype,
-) -> Tensor:
-    """Outputs (tokens, rows) of ``dtype``, or with ``block`` 0 ``D̃ z`` in units of the token, float32 (1, tokens, rows).
+) -> tuple[Tensor, Tensor]:
+    """Outputs (1, rows) of ``dtype``, or with ``block`` 0 ``D̃ z`` in units of the token, float32 (1, 1, rows); its unit.
 
-    ``layout`` holds: trellis or not, bits, multiplier, addend. ``z`` are int8 planes (tokens, 4, codes of a byte, bytes),
-    zeros behind the last coefficient: 16 bytes of them at least, of a trellis (tokens, 4, 1, coefficients) 64. ``places``
-    and ``signs`` are those of a ``BlockPlan``.
+    ``layout`` holds: trellis or not, bits, multiplier, addend, codes of a byte, bytes of a plane for each of them
+    (``TritonPlan.lane_coefficients``). ``x_signs``, ``matrices``, ``sizes``, ``x_block`` and ``x_norm`` are those of the analysis'
+    ``TransformPlan``, ``places`` and ``signs`` those of a ``BlockPlan``.
     """
-    trellis, bits, multiplier, addend = layout
-    tokens, early = z.shape[0], starts_early(z.device)
-    stride = words.stride(0) * words.element_size()
-    how = launches.lane_launch(rows, stride, multiprocessors(z.device))
-    shape = (tokens, rows) if block else (1, tokens, rows)
-    y = torch.empty(shape, dtype=dtype if block else torch.float32, device=z.device)
-    plane = z.shape[2] * z.shape[3]
-    memory = unit if COMPILED else torch.empty(shared_floats(how.warps, tokens, plane), device=z.device)
+    trellis, bits, multiplier, addend, codes, count = layout
+    early, stride = triton_ops.starts_early(x.device), words.stride(0) * words.element_size()
+    how = launches.lane_launch(rows, stride, multiprocessors(x.device))
+    y = torch.empty((1, rows) if block else (1, 1, rows), dtype=dtype if block else torch.float32, device=x.device)
+    analysed = sizes[0] * sizes[1] * sizes[2] if in_one(sizes, x_block, 32 * how.warps) else 0
+    if analysed:
+        unit = torch.empty(1, dtype=torch.float32, device=x.device)
+        z, sums = x, unit
+    else:
+        z, unit, sums = triton_ops.analysis(x, x_signs, matrices, sizes, x_norm, codes, count, True)
+    size = shared_bytes(how.warps, count, 0 if trellis else codes, analysed)
+    memory = unit if COMPILED else torch.empty(size // 4, device=x.device)
     level, zero = (factor, CENTRE) if trellis else (1.0, (1 << bits) / 2 - 0.5)
     kernel[(how.programs,)](
-        words.view(torch.uint8), z, sums, scales, y, unit, unit if places is None else places,
-        unit if signs is None else signs, unit if bias is None else bias, memory, rows, stride,
-        LAST_BIT * level, zero * level, max(block, 1) ** -0.5, TOKENS=tokens, COUNT=z.shape[3], PARTS=sums.shape[1],
-        BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, TRELLIS=bool(trellis), ROW_SCALES=scales.numel() > 1,
-        BLOCK=block, BIAS=bias is not None, CHUNKS=how.chunks, ROUNDS=how.rounds, WARPS=how.warps,
-        WARPS_K=how.warps_k, PDL=early, num_warps=how.warps, launch_pdl=early,
+        words.view(torch.uint8), x, z, sums, unit, scales, y, unit if places is None else places,
+        unit if signs is None else signs, unit if bias is None else bias, x_signs, memory,
+        rows, stride, LAST_BIT * level, zero * level, max(block, 1) ** -0.5, x_norm, ANALYSED=analysed, OUTPUTS=x_block[0],
+        WIDTH=x_block[1], COUNT=count,
+        PARTS=sums.numel(), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, TRELLIS=bool(trellis),
+        ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None, CHUNKS=how.chunks, ROUNDS=how.rounds,
+        WARPS=how.warps, WARPS_K=how.warps_k, PDL=early, num_warps=how.warps, launch_pdl=early,
     )  # fmt: skip
-    return y
+    return y, unit
 
 
-@product.register_fake
-def _(words, z, sums, unit, scales, places, signs, bias, rows, block, layout, factor, dtype):  # type: ignore[no-untyped-def]
-    shape = (z.shape[0], rows) if block else (1, z.shape[0], rows)
-    return z.new_empty(shape, dtype=dtype if block else torch.float32)
+@linear.register_fake
+def _(words, x, x_signs, matrices, sizes, x_block, x_norm, scales, places, signs, bias, rows, block, layout, factor, dtype):  # type: ignore[no-untyped-def]
+    y = x.new_empty((1, rows) if block else (1, 1, rows), dtype=dtype if block else torch.float32)
+    return y, x.new_empty(1, dtype=torch.float32)

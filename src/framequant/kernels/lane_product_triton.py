@@ -1,4 +1,4 @@
-"""The product of one or two tokens where codes go from memory to the tensor cores through registers alone.
+"""The linear of one token where codes go from memory to the tensor cores through registers alone.
 
 ``product_bytes_triton`` brings codes to shared memory and back, for each step of a tile a barrier. Here a lane loads
 16 bytes of four rows, which are its own operands of ``mma.m16n8k32`` once they are shifted and masked; a warp has
@@ -19,6 +19,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from framequant.kernels.lane_analysis_triton import (
+    analyse,
+    copy_planes,
+    cube_bytes,
+    load_signs,
+    plane_bytes,
+)
 from framequant.kernels.lanes_triton import (
     byte_repeated,
     from_lane,
@@ -30,30 +37,23 @@ from framequant.kernels.lanes_triton import (
     mma_bytes,
     shared_memory,
     store_shared,
-    store_shared_words,
 )
 from framequant.kernels.trellis_triton import offset, window
 from framequant.kernels.triton_support import COMPILED, let_next_start, wait_for_previous
 
-_ROW_STRIDE = tl.constexpr(40)  # floats from one quarter's rows to the next's in shared memory: other banks
+_ROW_STRIDE = tl.constexpr(160)  # bytes from one quarter's rows to the next's in shared memory: other banks
 
 
 @triton.constexpr_function
-def part_floats(warps):
-    """Floats of shared memory for the warps' parts of 32 rows."""
-    return warps * 4 * 40
+def part_bytes(warps):
+    """Bytes of shared memory for the warps' parts of 32 rows."""
+    return warps * 4 * 160
 
 
 @triton.constexpr_function
-def plane_words(bytes_):
-    """Words of shared memory from one plane of coefficients to the next: those of two planes lie in other banks."""
-    return (-(-bytes_ // 128) * 128 + 64) // 4
-
-
-@triton.constexpr_function
-def shared_floats(warps, tokens, plane):
-    """Floats of shared memory: two turns' parts, and the coefficients, planes of so many bytes."""
-    return 2 * part_floats(warps) + 3 * tokens * plane_words(plane)
+def shared_bytes(warps, count, codes, analysed):
+    """Bytes of shared memory: eight for each warp, two turns' parts and three planes; before these ``analysed`` numbers."""
+    return 8 * warps + max(2 * part_bytes(warps) + 3 * plane_bytes(count, codes), cube_bytes(analysed))
 
 
 @triton.jit
@@ -73,24 +73,6 @@ def _first_words(row_at, byte, stride):
     for i in tl.static_range(4):
         found += load_words(row_at[i] + tl.minimum(byte, stride - 16), 1)
     return found
-
-
-@triton.jit
-def _copy_coefficients(z_ptr, shared, thread, TOKENS: tl.constexpr, PLANE: tl.constexpr, THREADS: tl.constexpr):
-    """Bring planes of PLANE bytes to shared memory, all loads before the first store."""
-    passes: tl.constexpr = (3 * TOKENS * PLANE // 16 + THREADS - 1) // THREADS
-    found = ()
-    for i in tl.static_range(passes):
-        piece = thread + i * THREADS  # of 16 bytes
-        plane = piece // (PLANE // 16)
-        inside = (plane < 3 * TOKENS).to(tl.int32)
-        from_ = piece + plane // 3 * (PLANE // 16)  # every token's fourth plane is left out
-        found += load_words(z_ptr + from_ * 16, inside)
-    for i in tl.static_range(passes):
-        piece = thread + i * THREADS
-        plane = piece // (PLANE // 16)
-        at = plane * plane_words(PLANE) + (piece - plane * (PLANE // 16)) * 4
-        store_shared_words(shared, at, four(found, i), (plane < 3 * TOKENS).to(tl.int32))
 
 
 @triton.jit
@@ -122,11 +104,11 @@ def _row_ends(scale_ptr, places_ptr, signs_ptr, row, rows, ROW_SCALES: tl.conste
 
 
 @triton.jit
-def _scalar_chunk(even, odd, words, shared, z_at, COUNT: tl.constexpr, BITS: tl.constexpr):
+def _scalar_chunk(even, odd, words, z_at, COUNT: tl.constexpr, BITS: tl.constexpr):
     """Add the products of a chunk of scalar codes to those of two times 16 rows."""
     mask: tl.constexpr = ((1 << BITS) - 1) * 0x01010101
     for i in tl.static_range(8 // BITS):
-        b = load_shared_words(shared, z_at + i * (COUNT // 4))
+        b = load_shared_words(z_at + i * COUNT)
         for r in tl.static_range(2):
             a = ()
             for j in tl.static_range(8):
@@ -203,13 +185,13 @@ def _two_steps(acc, low, lower, high, higher, z, LATE: tl.constexpr, EARLY: tl.c
 
 
 @triton.jit
-def _trellis_chunk(even, odd, words, shared, z_at, lane, BITS: tl.constexpr, MULTIPLIER: tl.constexpr,
+def _trellis_chunk(even, odd, words, z_at, lane, BITS: tl.constexpr, MULTIPLIER: tl.constexpr,
                    ADDEND: tl.constexpr):  # fmt: skip
     """Add the products of a chunk of trellis codes to those of two times 16 rows."""
     pairs: tl.constexpr = step_pairs(BITS)
     first, before = lane < 4, (lane + 28) % 32
     for q in tl.static_range(4):
-        z = load_shared_words(shared, z_at + 4 * q)
+        z = load_shared_words(z_at + 16 * q)
         for r in tl.static_range(2):
             low, lower = words[8 * r + q], words[8 * r + 4 + q]
             # older bits: the row above has them, around the tile
@@ -228,24 +210,28 @@ def _trellis_chunk(even, odd, words, shared, z_at, lane, BITS: tl.constexpr, MUL
 
 @triton.jit
 def lane_product(
-    codes_ptr, z_ptr, sum_ptr, scale_ptr, y_ptr, unit_ptr, places_ptr, signs_ptr, bias_ptr, memory_ptr,
-    rows, stride, factor, zero, norm,
-    TOKENS: tl.constexpr, COUNT: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr,
-    ADDEND: tl.constexpr, TRELLIS: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
+    codes_ptr, x_ptr, z_ptr, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, x_signs_ptr,
+    memory_ptr, rows, stride, factor, zero, norm, x_norm,
+    ANALYSED: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
+    COUNT: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
+    TRELLIS: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
     CHUNKS: tl.constexpr, ROUNDS: tl.constexpr, WARPS: tl.constexpr, WARPS_K: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Outputs, or coefficients, of TOKENS tokens, one or two; see the module's text.
+    """Outputs of one token, or products in units of the token; see the module's text.
 
     A program makes every so many-th ``32 WARPS / WARPS_K`` rows as there are programs, a *turn* each; a warp takes CHUNKS
     chunks of its rows in each of ROUNDS.
 
     Args:
         codes_ptr: bytes (rows, stride), of a trellis words in as many rows (``words.to_words``).
-        z_ptr: int8 planes of coefficients (tokens, 4, 8 / BITS, COUNT), of a trellis (tokens, 4, 1, COUNT): zeros behind
+        x_ptr: (ANALYSED,) of any float dtype; ``x_signs_ptr`` and ``x_norm`` then are those of a ``TransformPlan``, OUTPUTS
+            and WIDTH the sizes of its frame's block.
+        z_ptr: if ANALYSED is 0, int8 planes of coefficients (1, 4, 8 / BITS, COUNT), of a trellis (1, 4, 1, COUNT): zeros behind
             the last coefficient, at least 16 bytes, of a trellis 64.
-        sum_ptr: float32 (tokens, PARTS): sums of a token's coefficients, in units of the token.
+        sum_ptr: float32 (PARTS,): sums of z, in units of the token.
+        unit_ptr: (1,), of the token; if ANALYSED, written, not read.
         scale_ptr: scales, (rows,) or one.
-        y_ptr: outputs (tokens, rows); without BLOCK float32, in units of the token.
+        y_ptr: outputs (rows,); without BLOCK float32, in units of the token.
         memory_ptr: float32, in place of shared memory; for the interpreter.
         factor: value of a level times the last bit of a coefficient, in units of the token.
         zero: the level 0, in units of the product of a code with the last bit.
@@ -258,13 +244,12 @@ def lane_product(
     part, group = warp % WARPS_K, warp // WARPS_K
     GROUPS: tl.constexpr = WARPS // WARPS_K
     STEP: tl.constexpr = 64 * WARPS_K
-    FLOATS: tl.constexpr = part_floats(WARPS)
-    PLANE: tl.constexpr = COUNT if TRELLIS else 8 // BITS * COUNT
-    parts = shared_memory(thread, 4 * shared_floats(WARPS, TOKENS, PLANE), memory_ptr)
-    if COMPILED:
-        shared = parts + 8 * FLOATS
-    else:
-        shared = parts + 2 * FLOATS
+    HALF: tl.constexpr = part_bytes(WARPS)
+    CODES: tl.constexpr = 0 if TRELLIS else 8 // BITS
+    PLANE: tl.constexpr = plane_bytes(COUNT, CODES)
+    base = shared_memory(shared_bytes(WARPS, COUNT, CODES, ANALYSED), memory_ptr)
+    parts = base + 8 * WARPS
+    shared = parts + 2 * HALF
     first = tl.program_id(0) * GROUPS + group
     turns = tl.cdiv(tl.cdiv(rows, 32 * GROUPS) - tl.program_id(0), tl.num_programs(0))
     byte = part * 64 + quarter * 16
@@ -272,17 +257,25 @@ def lane_product(
     words = ()
     for c in tl.static_range(CHUNKS):
         words += _first_words(row_at, byte + c * STEP, stride)
-    z_first = (tl.minimum(place // 4, TOKENS - 1) * 3 + tl.minimum(place % 4, 2)) * plane_words(PLANE)
+    z_first = shared + tl.minimum(place, 2) * PLANE  # of eight columns three are planes
+    if ANALYSED:
+        x_signs = load_signs(x_signs_ptr, thread, ANALYSED, 32 * WARPS)
     tl.debug_barrier()  # or the compiler moves these loads behind the wait
     wait_for_previous(PDL)
-    _copy_coefficients(z_ptr, shared, thread, TOKENS, PLANE, 32 * WARPS)
-    token = part
-    total = thread * 0.0
-    for k in tl.static_range((PARTS + 31) // 32):
-        index = lane + 32 * k
-        total += tl.load(sum_ptr + token * PARTS + index, mask=(token < TOKENS) & (index < PARTS), other=0.0)
-    total = lane_sum(total) * zero
-    unit = tl.load(unit_ptr + token, mask=token < TOKENS, other=0.0) * norm
+    if ANALYSED:
+        unit, total = analyse(
+            x_ptr, x_signs, parts, shared, base, thread, x_norm, ANALYSED, OUTPUTS, WIDTH, COUNT, CODES, 32 * WARPS
+        )
+        tl.store(unit_ptr + thread * 0, unit, mask=(thread == 0) & (tl.program_id(0) == 0))
+        total = total * zero
+    else:
+        copy_planes(z_ptr, shared, thread, COUNT, CODES, 32 * WARPS)
+        total = thread * 0.0
+        for k in tl.static_range((PARTS + 31) // 32):
+            index = lane + 32 * k
+            total += tl.load(sum_ptr + index, mask=index < PARTS, other=0.0)
+        total = lane_sum(total) * zero
+        unit = tl.load(unit_ptr)
     ends = _row_ends(scale_ptr, places_ptr, signs_ptr, first * 32 + lane, rows, ROW_SCALES, BLOCK)
     none = thread * 0
     start = (none, none, none, none, none, none, none, none)
@@ -291,50 +284,47 @@ def lane_product(
     for n in tl.range(0, turns * ROUNDS):
         turn, round_ = n // ROUNDS, n % ROUNDS
         row = (first + turn * (tl.num_programs(0) * GROUPS)) * 32 + lane
-        used = row < rows
         later = (n + 1) // ROUNDS
-        next_at = _row_addresses(
-            codes_ptr, first + later * (tl.num_programs(0) * GROUPS), place, rows, stride, TRELLIS
+        block_next = first + later * (tl.num_programs(0) * GROUPS)
+        next_at = _row_addresses(codes_ptr, block_next, place, rows, stride, TRELLIS)
+        ends_next = _row_ends(
+            scale_ptr, places_ptr, signs_ptr, block_next * 32 + lane, rows, ROW_SCALES, BLOCK
         )
-        row_next = (first + later * (tl.num_programs(0) * GROUPS)) * 32 + lane
-        ends_next = _row_ends(scale_ptr, places_ptr, signs_ptr, row_next, rows, ROW_SCALES, BLOCK)
         here = round_ * (CHUNKS * STEP) + byte
         more = (n + 1) % ROUNDS * (CHUNKS * STEP) + byte
         for c in tl.static_range(CHUNKS):
             chunk = ()
             for i in tl.static_range(16):
                 chunk += (words[16 * c + i],)
-            if TRELLIS:  # a word of codes meets sixteen coefficients
-                z_at = z_first + tl.minimum((here + c * STEP) * 4, COUNT - 64) // 4
-                even, odd = _trellis_chunk(even, odd, chunk, shared, z_at, lane, BITS, MULTIPLIER, ADDEND)
+            if TRELLIS:  # a word of codes meets sixteen coefficients, which take 20 bytes
+                z_at = z_first + tl.minimum((here + c * STEP) * 5, COUNT // 64 * 80 - 80)
+                even, odd = _trellis_chunk(even, odd, chunk, z_at, lane, BITS, MULTIPLIER, ADDEND)
             else:
-                z_at = z_first + tl.minimum(here + c * STEP, COUNT - 16) // 4
-                even, odd = _scalar_chunk(even, odd, chunk, shared, z_at, COUNT, BITS)
+                z_at = z_first + tl.minimum(here + c * STEP, COUNT - 16)
+                even, odd = _scalar_chunk(even, odd, chunk, z_at, COUNT, BITS)
             words = replaced(words, _chunk_words(next_at, more + c * STEP, stride, later < turns), 16 * c)
         if round_ == ROUNDS - 1:
-            half = (turn % 2) * FLOATS
-            mine = half + (warp * 4 + quarter) * _ROW_STRIDE + place
+            half = parts + (turn % 2) * HALF
+            mine = half + (warp * 4 + quarter) * _ROW_STRIDE + place * 4
             for r in tl.static_range(2):
                 sums = _added(four(even, r), four(odd, r))
                 for h in tl.static_range(2):
                     value = tl.where(
                         quarter % 2 == 0, sums[2 * h] + 256.0 * sums[2 * h + 1], 65536.0 * sums[2 * h]
                     )
-                    store_shared(parts, mine + (16 * r + 8 * h), value)
+                    store_shared(mine + (16 * r + 8 * h) * 4, value)
             tl.debug_barrier()
-            at = half + (group * WARPS_K * 4 + 2 * tl.minimum(token, 1)) * _ROW_STRIDE + lane
+            at = half + group * (WARPS_K * 4 * _ROW_STRIDE) + lane * 4
             value = thread * 0.0
             for k in tl.static_range(WARPS_K):
-                value += load_shared(parts, at + k * 4 * _ROW_STRIDE)
-                value += load_shared(parts, at + (k * 4 + 1) * _ROW_STRIDE)
+                value += load_shared(at + k * 4 * _ROW_STRIDE)
+                value += load_shared(at + (k * 4 + 1) * _ROW_STRIDE)
             value = (value * factor - total) * ends[0]
-            written = used & (token < TOKENS)
+            written = (row < rows) & (part == 0)
             if BLOCK > 0:
-                value = lane_hadamard(value, BLOCK) * (unit * ends[2])
+                value = lane_hadamard(value, BLOCK) * (unit * norm * ends[2])
                 if BIAS:
                     value += tl.load(bias_ptr + ends[1], mask=written, other=0.0).to(tl.float32)
-                tl.store(y_ptr + token * rows + ends[1], value.to(y_ptr.dtype.element_ty), mask=written)
-            else:
-                tl.store(y_ptr + token * rows + row, value, mask=written)
+            tl.store(y_ptr + ends[1], value.to(y_ptr.dtype.element_ty), mask=written)
             even, odd = start, start
         ends = ends_next

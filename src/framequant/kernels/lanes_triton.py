@@ -131,66 +131,86 @@ def _repeat_text(index):
 
 @triton.constexpr_function
 def _shared_text(size):
-    return f"{{ .reg .b64 t; .shared .align 16 .b8 framequant_shared[{size}]; mov.u64 t, framequant_shared; cvt.u32.u64 $0, t; }}"
+    return (
+        f"{{ .reg .b64 t; .shared .align 16 .b8 framequant_shared[{size}]; mov.u64 t, framequant_shared; "
+        "cvt.u32.u64 $0, t; }"
+    )
 
 
 @triton.jit
-def shared_memory(thread, SIZE: tl.constexpr, memory):
-    """Where SIZE bytes of shared memory begin: an address for each thread, or ``memory`` in the interpreter."""
+def shared_memory(SIZE: tl.constexpr, memory):
+    """Where SIZE bytes of shared memory begin: an address, or ``memory``, a pointer, in the interpreter."""
     if COMPILED:
         text: tl.constexpr = _shared_text(SIZE)
-        return tl.inline_asm_elementwise(text, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(text, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
     else:
-        return memory + thread * 0
+        return memory.to(tl.pointer_type(tl.int8), bitcast=True)
 
 
 @triton.jit
-def store_shared(shared, index, value):
-    """Write the index-th float32 of shared memory."""
+def store_shared(address, value):
+    """Write a float32 each to shared memory."""
     if COMPILED:
         tl.inline_asm_elementwise(
-            "st.shared.b32 [$1], $2; mov.b32 $0, 0;", "=r,r,r", [shared + index * 4, value], dtype=tl.int32,
-            is_pure=False, pack=1,
+            "st.shared.b32 [$1], $2; mov.b32 $0, 0;", "=r,r,r", [address, value], dtype=tl.int32, is_pure=False, pack=1
         )  # fmt: skip
     else:
-        tl.store(shared + index, value)
+        tl.store(address.to(tl.pointer_type(tl.float32), bitcast=True), value)
 
 
 @triton.jit
-def load_shared(shared, index):
-    """The index-th float32 of shared memory."""
+def load_shared(address):
+    """A float32 each from shared memory."""
     if COMPILED:
         return tl.inline_asm_elementwise(
-            "ld.shared.b32 $0, [$1];", "=r,r", [shared + index * 4], dtype=tl.float32, is_pure=False, pack=1
+            "ld.shared.b32 $0, [$1];", "=r,r", [address], dtype=tl.float32, is_pure=False, pack=1
         )
     else:
-        return tl.load(shared + index)
+        return tl.load(address.to(tl.pointer_type(tl.float32), bitcast=True))
 
 
 @triton.jit
-def store_shared_words(shared, index, words, there):
-    """Write four int32 from the index-th on, a multiple of four, where ``there`` is not 0."""
+def store_shared_words(address, words, there):
+    """Write four int32 each to a 16-byte aligned address, where ``there`` is not 0."""
     if COMPILED:
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }",
-            "=r,r,r,r,r,r,r", [shared + index * 4, words[0], words[1], words[2], words[3], there], dtype=tl.int32,
+            "=r,r,r,r,r,r,r", [address, words[0], words[1], words[2], words[3], there], dtype=tl.int32,
             is_pure=False, pack=1,
         )  # fmt: skip
     else:
+        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
         for i in tl.static_range(4):
-            tl.store(shared + index + i, words[i].to(tl.float32, bitcast=True), mask=there != 0)
+            tl.store(at + i, words[i], mask=there != 0)
 
 
 @triton.jit
-def load_shared_words(shared, index):
-    """Four int32 from the index-th on, a multiple of four."""
+def load_shared_words(address):
+    """Four int32 each from a 16-byte aligned address."""
     if COMPILED:
         return tl.inline_asm_elementwise(
-            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [shared + index * 4],
+            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [address],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
         )  # fmt: skip
     else:
-        found = ()
-        for i in tl.static_range(4):
-            found += (tl.load(shared + index + i).to(tl.int32, bitcast=True),)
-        return found
+        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.constexpr_function
+def _planes_text(stride):
+    return (
+        "{ .reg .b32 t; mov.b32 $0, 0; st.shared.b8 [$1], $2; shr.u32 t, $2, 8; "
+        f"st.shared.b8 [$1+{stride}], t; shr.u32 t, t, 8; st.shared.b8 [$1+{2 * stride}], t; }}"
+    )
+
+
+@triton.jit
+def store_shared_planes(address, value, STRIDE: tl.constexpr):
+    """Write the lowest three bytes, STRIDE apart."""
+    if COMPILED:
+        text: tl.constexpr = _planes_text(STRIDE)
+        tl.inline_asm_elementwise(text, "=r,r,r", [address, value], dtype=tl.int32, is_pure=False, pack=1)
+    else:
+        for i in tl.static_range(3):
+            tl.store(address + i * STRIDE, (value >> (8 * i)).to(tl.int8))

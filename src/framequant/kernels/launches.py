@@ -13,10 +13,12 @@ from typing import NamedTuple
 VECTOR_TOKENS = 2
 #: Most tokens of scalar codes that meet bytes: more cost as much in halves, and less in the transforms.
 BYTE_TOKENS = 4
-#: Most tokens whose codes go through registers alone, of scalar codes and a trellis.
-LANE_TOKENS = {False: 2, True: 2}
+#: Most tokens whose codes go through registers alone, and bytes of their coefficients in shared memory.
+LANE_TOKENS, LANE_SHARED = 1, 37 << 10
 #: Bytes and rows that a warp takes at a time there, and the blocks of a local output frame that its lanes can rotate.
 LANE_CHUNK, LANE_ROWS, LANE_BLOCKS = 64, 32, (16, 32)
+#: Padded numbers of a token, or of its coefficients, that every program there analyses for itself.
+LANE_ANALYSIS = 64 * 128
 #: Most tokens of one launch of the kernels that decode in their own loop.
 FEW_TOKENS = 64
 #: Coefficients from which on two, three, four launches of these, one after another, are faster than a prompt, for which

@@ -32,6 +32,7 @@ class TransformPlan:
         matrices: first factor as (rows, P0), second as (P1, P1), third as (P2_IN, P2_OUT), the latter two to
             multiply from the right; all scaled so that Walsh-Hadamard entries are +1 and -1.
         norm: what the result is multiplied by.
+        block: sizes of the frame's block, coefficients and coordinates; 1, 1 without a frame.
     """
 
     sizes: tuple[int, int, int, int]
@@ -39,6 +40,7 @@ class TransformPlan:
     signs: Int8[Tensor, " dim"]
     matrices: tuple[Float16[Tensor, "a b"], ...]
     norm: float
+    block: tuple[int, int] = (1, 1)
 
     @property
     def num_rows(self) -> int:
@@ -62,6 +64,7 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
         return None
     one = torch.ones(1, 1, dtype=torch.float64)
     factors = {1: [one, one], 2: [factors[0], one], 3: factors[:2]}[len(factors)] + factors[-1:]
+    shape = (1, 1)
     if len(stages) == 2:
         block = _shared_block(stages[1])
         if block is not None and len(factors[2]) % block.shape[1]:
@@ -70,6 +73,7 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
             return None
         copies = torch.eye(len(factors[2]) // block.shape[1], dtype=torch.float64)
         factors[2] = torch.kron(copies, block) @ factors[2]
+        shape = tuple(block.shape)
     if not analysis:
         factors = [factor.mT for factor in factors]
     f2_out, f2_in = factors[2].shape
@@ -89,6 +93,7 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
         constants["signs"].to(device=device, dtype=torch.int8),
         tuple(matrix.to(device) for matrix in matrices),
         1.0 / math.sqrt(hadamard.dim),
+        shape,
     )
 
 

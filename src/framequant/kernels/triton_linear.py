@@ -88,7 +88,9 @@ class TritonPlan:
         layout = self.layout
         known = layout.pattern == 2 if layout.trellis else layout.planes == 1
         block = self.out.block if isinstance(self.out, BlockPlan) else launches.LANE_BLOCKS[0]
-        return known and tokens <= launches.LANE_TOKENS[layout.trellis] and block in launches.LANE_BLOCKS
+        codes, count = self.lane_coefficients
+        fits = 3 * codes * count <= launches.LANE_SHARED
+        return known and fits and tokens <= launches.LANE_TOKENS and block in launches.LANE_BLOCKS
 
     @property
     def lane_coefficients(self) -> tuple[int, int]:
@@ -228,17 +230,15 @@ def _outputs(plan: TritonPlan, out: BlockPlan, x: Float[Tensor, "t n"]) -> Float
     )
 
 
-def _lanes(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int, out: BlockPlan | None) -> tuple[Tensor, Tensor]:
-    """Analysis and a product through registers alone: outputs, or what ``_multiply`` returns, and the tokens' units."""
-    into, sizes = plan.into, [*plan.into.sizes, *plan.into.padded]
-    z, unit, sums = operators.analysis(
-        x, into.signs, list(into.matrices), sizes, into.norm, *plan.lane_coefficients, True
-    )
+def _lanes(plan: TritonPlan, x: Float[Tensor, "1 n"], rows: int, out: BlockPlan | None) -> tuple[Tensor, Tensor]:
+    """The linear through registers alone: outputs, or what ``_multiply`` returns, and the token's unit."""
+    into = plan.into
     ends = (None, None, None, rows, 0) if out is None else (out.places, out.signs, plan.bias, rows, out.block)
-    found = lane_ops.product(
-        plan.words, z, sums, unit, plan.scales, *ends, plan.code[:4], plan.layout.factor, x.dtype
-    )
-    return found, unit
+    return lane_ops.linear(
+        plan.words, x, into.signs, list(into.matrices), [*into.sizes, *into.padded], list(into.block),
+        into.norm, plan.scales, *ends,
+        [*plan.code[:4], *plan.lane_coefficients], plan.layout.factor, x.dtype,
+    )  # fmt: skip
 
 
 def _multiply(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ def _squares_largest(a, b, c, d):
 
 
 @triton.jit
-def _bound(squares, largest, SIZE: tl.constexpr):
+def bound(squares, largest, SIZE: tl.constexpr):
     """Exponent bits of a power of two above the norm; of a cruder bound where the squares leave float32's range."""
     length = tl.sqrt(squares)
     safe = (squares > 1e-30) & (squares < 1e30)
@@ -84,7 +84,7 @@ def vector_transform(
             squares, largest = tl.reduce((x * x, tl.abs(x)), None, _squares_largest)
         else:
             squares, largest = tl.sum(x * x), tl.max(tl.abs(x))
-        bits = _bound(squares, largest, F0 * F1 * F2_IN)
+        bits = bound(squares, largest, F0 * F1 * F2_IN)
         power = bits.to(tl.float32, bitcast=True)
         t *= (0x7F000000 - bits).to(tl.float32, bitcast=True)
         power = tl.where(largest < float("inf"), power, float("nan"))

@@ -1,0 +1,259 @@
+"""Coefficients of one token in a program's shared memory: analysed by the program itself, or copied.
+
+A launch for analysis costs more than the analysis: where the transform is Walsh and Hadamard's, every program of
+``lane_product_triton`` makes all coefficients for itself, while its first codes are on their way: butterflies in
+float32 registers, each thread's numbers a column of a cube with three axes, one after the other, through shared memory.
+The block of the fusion frame, times the last butterflies, is a matrix of constants of the program's code. Other
+transforms are copied from what ``vector_triton`` wrote.
+
+A plane of bytes holds coefficients in the order of ``place_of``. Imports triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from framequant.kernels.lanes_triton import (
+    from_lane,
+    load_shared,
+    load_shared_words,
+    load_words,
+    store_shared,
+    store_shared_planes,
+    store_shared_words,
+)
+from framequant.kernels.vector_triton import bound
+
+_SHRINK = tl.constexpr(2.0**-16)  # so that sums of 8192 of bfloat16's largest numbers are finite
+
+
+@triton.constexpr_function
+def plane_bytes(count, codes):
+    """Bytes of shared memory from one plane to the next: adjacent ones begin in other banks.
+
+    Args:
+        count: bytes of a plane for each code of a byte; for a trellis coefficients, a multiple of 64.
+        codes: of a byte; 0 for a trellis.
+    """
+    size = codes * count if codes else count // 64 * 80
+    return -(-size // 128) * 128 + 64
+
+
+@triton.jit
+def place_of(k, COUNT: tl.constexpr, CODES: tl.constexpr):
+    """Byte of a plane that coefficient k has.
+
+    Scalar codes: the i-th codes of adjacent bytes are adjacent. A trellis: in their order, with room after each 64.
+    """
+    if CODES == 0:
+        return k + k // 64 * 16
+    else:
+        return k % CODES * COUNT + k // CODES
+
+
+@triton.jit
+def zero_tails(shared, thread, LENGTH: tl.constexpr, COUNT: tl.constexpr, CODES: tl.constexpr):
+    """Write zeros behind the last of LENGTH coefficients, a multiple of 64, to each of three planes."""
+    RUNS: tl.constexpr = CODES if CODES > 0 else 1
+    BEGIN: tl.constexpr = LENGTH // CODES if CODES > 0 else LENGTH // 64 * 80
+    SIZE: tl.constexpr = COUNT if CODES > 0 else COUNT // 64 * 80
+    PIECES: tl.constexpr = (SIZE - BEGIN) // 16
+    tl.static_assert(3 * RUNS * PIECES <= thread.shape[0])
+    zero = thread * 0
+    run, piece = thread // PIECES, thread % PIECES
+    at = shared + run // RUNS * plane_bytes(COUNT, CODES) + run % RUNS * SIZE + (BEGIN + piece * 16)
+    store_shared_words(at, (zero, zero, zero, zero), (run < 3 * RUNS).to(tl.int32))
+
+
+@triton.jit
+def copy_planes(z_ptr, shared, thread, COUNT: tl.constexpr, CODES: tl.constexpr, THREADS: tl.constexpr):
+    """Bring three planes from memory, (1, 4, CODES, COUNT) bytes, all loads before the first store."""
+    SIZE: tl.constexpr = (CODES if CODES > 0 else 1) * COUNT // 16
+    passes: tl.constexpr = (3 * SIZE + THREADS - 1) // THREADS
+    found = ()
+    for i in tl.static_range(passes):
+        piece = thread + i * THREADS  # of 16 bytes
+        found += load_words(z_ptr + piece * 16, (piece < 3 * SIZE).to(tl.int32))
+    for i in tl.static_range(passes):
+        piece = thread + i * THREADS
+        plane = piece // SIZE
+        place = (piece - plane * SIZE) * 16
+        if CODES == 0:
+            place += place // 64 * 16
+        words = (found[4 * i], found[4 * i + 1], found[4 * i + 2], found[4 * i + 3])
+        store_shared_words(
+            shared + plane * plane_bytes(COUNT, CODES) + place, words, (piece < 3 * SIZE).to(tl.int32)
+        )
+
+
+@triton.constexpr_function
+def cube_bytes(size):
+    """Bytes of shared memory that a cube of float32 takes: ``cube_place`` of its end."""
+    return (size + size // 16 * 4 + size // 256 * 16) * 4
+
+
+@triton.jit
+def cube_place(n):
+    """Bytes from the cube's first number to the n-th: columns along all three axes lie in different banks."""
+    return (n + n // 16 * 4 + n // 256 * 16) * 4
+
+
+@triton.constexpr_function
+def last_matrix(outputs, width):
+    """(coefficients, 16): the frame's block of outputs × width, once or twice, times the last butterflies."""
+    from framequant.frames.fusion_frame import shared_block  # triton takes no plain function of a module
+    from framequant.frames.hadamard import sylvester
+
+    copies = 16 // width
+    rows = [[0.0] * 16 for _ in range(copies * outputs)]
+    block = shared_block(outputs // 2, width // 2).tolist()
+    walsh = (4 * sylvester(16)).round().tolist()
+    for copy in range(copies):
+        for i in range(outputs):
+            for j in range(16):
+                terms = [block[i][k] * walsh[copy * width + k][j] for k in range(width)]
+                rows[copy * outputs + i][j] = sum(terms)
+    return rows
+
+
+@triton.jit
+def hadamard_registers(values, SIZE: tl.constexpr):
+    """Walsh and Hadamard's transform of a tuple of SIZE tensors, of each element for itself."""
+    for step in tl.static_range(5):
+        if (1 << step) < SIZE:
+            new = ()
+            for i in tl.static_range(SIZE):
+                if (i >> step) % 2 == 0:
+                    new += (values[i] + values[i + (1 << step)],)
+                else:
+                    new += (values[i - (1 << step)] - values[i],)
+            values = new
+    return values
+
+
+@triton.jit
+def load_signs(signs_ptr, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """Signs of a thread's first column, none of it from another kernel: to be loaded before the wait for one."""
+    found = ()
+    for i in tl.static_range(SIZE // THREADS):
+        found += (tl.load(signs_ptr + thread + i * THREADS).to(tl.float32) * _SHRINK,)
+    return found
+
+
+@triton.jit
+def _first_axis(x_ptr, signs, cube, sums, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """Butterflies along the first axis; squares and largest of each warp go to ``sums``."""
+    column = ()
+    squares, largest = thread * 0.0, thread * 0.0
+    for i in tl.static_range(SIZE // THREADS):
+        value = tl.load(x_ptr + thread + i * THREADS).to(tl.float32) * signs[i]
+        squares += value * value
+        largest = tl.maximum(largest, tl.abs(value))
+        column += (value,)
+    lane = thread % 32
+    for i in tl.static_range(5):
+        squares += from_lane(squares, lane ^ (1 << i))
+        largest = tl.maximum(largest, from_lane(largest, lane ^ (1 << i)))
+    store_shared(sums + thread // 32 * 8, squares)
+    store_shared(sums + thread // 32 * 8 + 4, largest)
+    column = hadamard_registers(column, SIZE // THREADS)
+    for i in tl.static_range(SIZE // THREADS):
+        store_shared(cube + cube_place(thread + i * THREADS), column[i])
+
+
+@triton.jit
+def _second_axis(cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """Butterflies along the second axis, in place."""
+    for turn in tl.static_range(SIZE // THREADS // 16):
+        n = (thread // 16 + turn * (THREADS // 16)) * 256 + thread % 16
+        column = ()
+        for i in tl.static_range(16):
+            column += (load_shared(cube + cube_place(n + i * 16)),)
+        column = hadamard_registers(column, 16)
+        for i in tl.static_range(16):
+            store_shared(cube + cube_place(n + i * 16), column[i])
+
+
+@triton.jit
+def _third_axis(cube, thread, THREADS: tl.constexpr, TURNS: tl.constexpr):
+    """The numbers of each thread along the third axis."""
+    found = ()
+    for turn in tl.static_range(TURNS):
+        at = cube + cube_place((thread + turn * THREADS) * 16)
+        for i in tl.static_range(4):
+            words = load_shared_words(at + i * 16)
+            for j in tl.static_range(4):
+                found += (words[j].to(tl.float32, bitcast=True),)
+    return found
+
+
+@triton.jit
+def _unit(sums, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """A power of two that bounds the norm, as bits, and the largest number, of what all warps found."""
+    squares, largest = thread * 0.0, thread * 0.0
+    for warp in tl.static_range(THREADS // 32):
+        squares += load_shared(sums + thread * 0 + warp * 8)
+        largest = tl.maximum(largest, load_shared(sums + thread * 0 + warp * 8 + 4))
+    return bound(squares, largest, SIZE), largest
+
+
+@triton.jit
+def analyse(
+    x_ptr, signs, cube, shared, sums, thread, norm, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
+    COUNT: tl.constexpr, CODES: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Write the coefficients of a token of SIZE numbers to planes.
+
+    Args:
+        signs: from ``load_signs``.
+        cube: ``cube_bytes(SIZE)`` of shared memory, which may hold the planes.
+        shared: the planes.
+        sums: eight bytes of shared memory for each warp, not in the cube.
+        norm: of the transform without the frame.
+        OUTPUTS, WIDTH: of the frame's block; 1, 1 without a frame.
+
+    Returns:
+        For each thread the power of two that coefficients are divided by, and their sum in units of it.
+    """
+    TURNS: tl.constexpr = SIZE // THREADS // 16
+    EACH: tl.constexpr = OUTPUTS * 16 // WIDTH
+    matrix: tl.constexpr = last_matrix(OUTPUTS, WIDTH) if WIDTH > 1 else ()
+    _first_axis(x_ptr, signs, cube, sums, thread, SIZE, THREADS)
+    tl.debug_barrier()
+    bits, largest = _unit(sums, thread, SIZE, THREADS)
+    _second_axis(cube, thread, SIZE, THREADS)
+    tl.debug_barrier()
+    columns = _third_axis(cube, thread, THREADS, TURNS)
+    tl.debug_barrier()
+    zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES)
+    scale = (0x7F000000 - bits).to(tl.float32, bitcast=True) * norm
+    total = thread * 0.0
+    for turn in tl.static_range(TURNS):
+        column = ()
+        for k in tl.static_range(16):
+            column += (columns[16 * turn + k],)
+        if WIDTH == 1:
+            column = hadamard_registers(column, 16)
+        for c in tl.static_range(EACH):
+            if WIDTH == 1:
+                y = column[c]
+            else:
+                y = thread * 0.0
+                for k in tl.static_range(16):
+                    y += column[k] * matrix[c][k]
+            shifted = y * scale * 4194304.0 + 12582912.0  # in [2**23, 2**24), where a float32 is an integer
+            total += shifted - 12582912.0
+            digits = (shifted.to(tl.int32, bitcast=True) - (0x4B400000 - 0x808080)) ^ 0x808080
+            place = place_of((thread + turn * THREADS) * EACH + c, COUNT, CODES)
+            store_shared_planes(shared + place, digits, plane_bytes(COUNT, CODES))
+    lane = thread % 32
+    for i in tl.static_range(5):
+        total += from_lane(total, lane ^ (1 << i))
+    store_shared(sums + thread // 32 * 4, total)
+    tl.debug_barrier()
+    total = thread * 0.0
+    for warp in tl.static_range(THREADS // 32):
+        total += load_shared(sums + thread * 0 + warp * 4)
+    power = tl.where(largest < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
+    return power / _SHRINK, total * 2.384185791015625e-07
