@@ -45,7 +45,7 @@ CODES: dict[str, tuple[GridSpec | TrellisSpec, float, int]] = {
 }
 CODES |= {f"levels{n}": (GridSpec("uniform", n, "symmetric"), 1.125, 0) for n in (5, 8)}
 CODES |= {f"trellis{rate}": (TrellisSpec(12, rate_pattern(rate)), 1.0, 0) for rate in RATES}
-LANES = ((8, 1, 5, 1), (8, 2, 3, 2), (8, 2, 5, 1), (8, 4, 3, 2), (8, 1, 2, 2))
+LANES = ((8, 1, 3, 1), (8, 1, 3, 0.5), (8, 2, 5, 1), (8, 1, 5, 1), (8, 1, 7, 1), (8, 2, 3, 2))
 PARTS_OF_PROMPT = 2048  # tokens of the prompt whose operators are timed one by one, and with other launches
 Patch = dict[tuple[Any, str], Any]  # module, name and value for the while
 Found = tuple[str, Patch]
@@ -132,12 +132,12 @@ def local_prompt(code: str) -> list[Found]:
 
 def lanes(shape: tuple[int, int]) -> list[Found]:
     """Other warps, chunks on their way and programs of a product through registers, and the kernels before it."""
-    found: list[Found] = [("no lanes", {(launches, "LANE_TOKENS"): {False: 0, True: 0}})]
+    found: list[Found] = [("no lanes", {(launches, "LANE_TOKENS"): 0})]
     for warps, groups, most, programs in LANES:
 
         def how(rows: int, size: int, processors: int, w: int = warps, g: int = groups, m: int = most,
-                p: int = programs) -> launches.LaneLaunch:  # fmt: skip
-            return launches.lane_launch_of(rows, size, processors * p, w, w // g, m)
+                p: float = programs) -> launches.LaneLaunch:  # fmt: skip
+            return launches.lane_launch_of(rows, size, int(processors * p), w, w // g, m)
 
         found.append((f"{warps} warps, {groups} groups, {most} chunks, {programs} programs", {(launches, "lane_launch"): how}))
     return found
@@ -413,14 +413,14 @@ def lane_parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple
 
     def last(p: triton_linear.TritonPlan) -> tuple[torch.Tensor, torch.Tensor]:
         layout = [*p.code[:4], *p.lane_coefficients]
-        return lane_ops.linear(p.words, x, into.signs, list(into.matrices), sizes, list(into.block), into.norm, p.scales,
-                               *ends, layout, p.layout.factor, x.dtype)  # fmt: skip
+        return lane_ops.linear(p.words, x, into.signs, list(into.matrices), list(into.columns), sizes, list(into.block),
+                               into.norm, p.scales,                               *ends, layout, p.layout.factor, x.dtype)  # fmt: skip
 
     def timed() -> float:
         return graph_us([lambda q=q: last(q) for q in plans])
 
     both = table.add(shape, tokens, code, "analysis and product", timed)
-    with patched({(lane_ops, "in_one"): fixed(False), (triton_ops, "analysis"): fixed((z, unit, sums))}):
+    with patched({(lane_ops, "in_one"): fixed(False), (lane_ops, "analysis"): fixed((z, unit, sums))}):
         last(plan)
         alone = table.add(shape, tokens, code, "product alone", timed)
     print(f"      analysis and product {both:.2f}, product alone {alone:.2f} us", flush=True)

@@ -205,7 +205,8 @@ class Decoder:
     def _capture_problem(self, compiled: bool, expected: Tensor) -> str:
         """Capture a step; what is wrong with it, or nothing."""
         try:
-            with compiled_blocks(self.model, self.cache) if compiled else nullcontext():
+            how = _early_starts(self.device)
+            with compiled_blocks(self.model, self.cache, **how) if compiled else nullcontext():
                 self.graph = self._capture()
             error = float((self._first_logits() - expected).norm() / expected.norm().clamp(min=1e-30))
         except Exception as failure:  # whatever a model's code does that a capture forbids
@@ -241,6 +242,15 @@ class Decoder:
         with torch.cuda.graph(graph):
             self._advance()
         return graph
+
+
+def _early_starts(device: torch.device) -> dict[str, Any]:
+    """Options of ``torch.compile`` that let a kernel start while the one before it ends, where both can."""
+    from torch._inductor import config
+
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {}
+    return {"options": {"triton.enable_pdl": True}} if hasattr(config.triton, "enable_pdl") else {}
 
 
 class _OneLayer:

@@ -159,20 +159,20 @@ def _first_axis(x_ptr, signs, cube, sums, thread, SIZE: tl.constexpr, THREADS: t
     store_shared(sums + thread // 32 * 8 + 4, largest)
     column = hadamard_registers(column, SIZE // THREADS)
     for i in tl.static_range(SIZE // THREADS):
-        store_shared(cube + cube_place(thread + i * THREADS), column[i])
+        store_shared(cube + cube_place(thread), column[i], i * cube_bytes(THREADS))
 
 
 @triton.jit
 def _second_axis(cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
     """Butterflies along the second axis, in place."""
     for turn in tl.static_range(SIZE // THREADS // 16):
-        n = (thread // 16 + turn * (THREADS // 16)) * 256 + thread % 16
+        at = cube + cube_place((thread // 16 + turn * (THREADS // 16)) * 256 + thread % 16)
         column = ()
         for i in tl.static_range(16):
-            column += (load_shared(cube + cube_place(n + i * 16)),)
+            column += (load_shared(at, i * cube_bytes(16)),)
         column = hadamard_registers(column, 16)
         for i in tl.static_range(16):
-            store_shared(cube + cube_place(n + i * 16), column[i])
+            store_shared(at, column[i], i * cube_bytes(16))
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def _third_axis(cube, thread, THREADS: tl.constexpr, TURNS: tl.constexpr):
     for turn in tl.static_range(TURNS):
         at = cube + cube_place((thread + turn * THREADS) * 16)
         for i in tl.static_range(4):
-            words = load_shared_words(at + i * 16)
+            words = load_shared_words(at, i * 16)
             for j in tl.static_range(4):
                 found += (words[j].to(tl.float32, bitcast=True),)
     return found
@@ -192,10 +192,44 @@ def _third_axis(cube, thread, THREADS: tl.constexpr, TURNS: tl.constexpr):
 def _unit(sums, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
     """A power of two that bounds the norm, as bits, and the largest number, of what all warps found."""
     squares, largest = thread * 0.0, thread * 0.0
-    for warp in tl.static_range(THREADS // 32):
-        squares += load_shared(sums + thread * 0 + warp * 8)
-        largest = tl.maximum(largest, load_shared(sums + thread * 0 + warp * 8 + 4))
+    for pair in tl.static_range(THREADS // 64):
+        words = load_shared_words(sums + thread * 0, pair * 16)
+        for i in tl.static_range(2):
+            squares += words[2 * i].to(tl.float32, bitcast=True)
+            largest = tl.maximum(largest, words[2 * i + 1].to(tl.float32, bitcast=True))
     return bound(squares, largest, SIZE), largest
+
+
+@triton.jit
+def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
+                  CODES: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
+    """Coefficients of sixteen coordinates, from the first-th on, to planes; their sum."""
+    PERIOD: tl.constexpr = period(EACH, CODES)
+    places = ()
+    for c in tl.static_range(PERIOD):
+        places += (shared + place_of(first + c, COUNT, CODES),)
+    total = column[0] * 0.0
+    for c in tl.static_range(EACH):
+        if WIDTH == 1:
+            y = column[c] * scale
+        else:
+            y = column[0] * 0.0
+            for k in tl.static_range(16):
+                y += column[k] * MATRIX[c][k]
+            y *= scale
+        total += y
+        integer = (y + 12582912.0).to(tl.int32, bitcast=True)  # of a float32 in [2**23, 2**24), which is one
+        digits = (integer - (0x4B400000 - 0x808080)) ^ 0x808080
+        store_shared_planes(places[c % PERIOD], digits, plane_bytes(COUNT, CODES), c // PERIOD)
+    return total
+
+
+@triton.constexpr_function
+def period(each, codes):
+    """After so many coefficients the next one's place is one byte further."""
+    if codes:
+        return codes
+    return 1 if 64 % each == 0 else each
 
 
 @triton.jit
@@ -227,7 +261,7 @@ def analyse(
     columns = _third_axis(cube, thread, THREADS, TURNS)
     tl.debug_barrier()
     zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES)
-    scale = (0x7F000000 - bits).to(tl.float32, bitcast=True) * norm
+    scale = (0x7F000000 - bits).to(tl.float32, bitcast=True) * (norm * 4194304.0)
     total = thread * 0.0
     for turn in tl.static_range(TURNS):
         column = ()
@@ -235,25 +269,17 @@ def analyse(
             column += (columns[16 * turn + k],)
         if WIDTH == 1:
             column = hadamard_registers(column, 16)
-        for c in tl.static_range(EACH):
-            if WIDTH == 1:
-                y = column[c]
-            else:
-                y = thread * 0.0
-                for k in tl.static_range(16):
-                    y += column[k] * matrix[c][k]
-            shifted = y * scale * 4194304.0 + 12582912.0  # in [2**23, 2**24), where a float32 is an integer
-            total += shifted - 12582912.0
-            digits = (shifted.to(tl.int32, bitcast=True) - (0x4B400000 - 0x808080)) ^ 0x808080
-            place = place_of((thread + turn * THREADS) * EACH + c, COUNT, CODES)
-            store_shared_planes(shared + place, digits, plane_bytes(COUNT, CODES))
+        first = (thread + turn * THREADS) * EACH
+        total += _store_column(column, scale, first, shared, WIDTH, EACH, COUNT, CODES, matrix)
     lane = thread % 32
     for i in tl.static_range(5):
         total += from_lane(total, lane ^ (1 << i))
     store_shared(sums + thread // 32 * 4, total)
     tl.debug_barrier()
     total = thread * 0.0
-    for warp in tl.static_range(THREADS // 32):
-        total += load_shared(sums + thread * 0 + warp * 4)
+    for some in tl.static_range(THREADS // 128):
+        words = load_shared_words(sums + thread * 0, some * 16)
+        for i in tl.static_range(4):
+            total += words[i].to(tl.float32, bitcast=True)
     power = tl.where(largest < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
     return power / _SHRINK, total * 2.384185791015625e-07

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from framequant.kernels import launches, triton_ops
+from framequant.kernels.column_triton import column_analysis, column_bytes
 from framequant.kernels.lane_product_triton import lane_product as kernel
 from framequant.kernels.lane_product_triton import shared_bytes
 from framequant.kernels.transform_triton import LAST_BIT
@@ -40,12 +41,39 @@ def in_one(sizes: list[int], block: list[int], threads: int) -> bool:
     return powers and size in (16 * threads, 32 * threads) and 16 % block[1] == 0
 
 
+def analysis(
+    x: Tensor,
+    signs: Tensor,
+    matrices: list[Tensor],
+    columns: list[Tensor],
+    sizes: list[int],
+    norm: float,
+    codes: int,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Planes of coefficients of one token, its unit and sums, by a launch of their own; ``codes`` 0 for a trellis."""
+    if not columns:
+        return triton_ops.analysis(x, signs, matrices, sizes, norm, max(codes, 1), count, True)
+    head, block = columns
+    early, rows = triton_ops.starts_early(x.device), len(head)
+    z = torch.empty((1, 4, max(codes, 1), count), dtype=torch.int8, device=x.device)
+    unit, sums = x.new_empty(1, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+    memory = unit if COMPILED else torch.empty(column_bytes() // 4, device=x.device)
+    each = len(block)
+    column_analysis[(rows,)](
+        x, signs, head, block, z, unit, sums, memory, norm, F0=rows, EACH=each, COUNT=count, CODES=codes,
+        TAIL=max(codes, 1) * count - rows * 16 * each, PDL=early, num_warps=8, launch_pdl=early,
+    )  # fmt: skip
+    return z, unit, sums
+
+
 @torch.library.custom_op("framequant::lane_linear", mutates_args=())
 def linear(
     words: Tensor,
     x: Tensor,
     x_signs: Tensor,
     matrices: list[Tensor],
+    columns: list[Tensor],
     sizes: list[int],
     x_block: list[int],
     x_norm: float,
@@ -62,7 +90,7 @@ def linear(
     """Outputs (1, rows) of ``dtype``, or with ``block`` 0 ``D̃ z`` in units of the token, float32 (1, 1, rows); its unit.
 
     ``layout`` holds: trellis or not, bits, multiplier, addend, codes of a byte, bytes of a plane for each of them
-    (``TritonPlan.lane_coefficients``). ``x_signs``, ``matrices``, ``sizes``, ``x_block`` and ``x_norm`` are those of the analysis'
+    (``TritonPlan.lane_coefficients``). ``x_signs``, ``matrices``, ``columns``, ``sizes``, ``x_block`` and ``x_norm`` are those of the analysis'
     ``TransformPlan``, ``places`` and ``signs`` those of a ``BlockPlan``.
     """
     trellis, bits, multiplier, addend, codes, count = layout
@@ -74,7 +102,7 @@ def linear(
         unit = torch.empty(1, dtype=torch.float32, device=x.device)
         z, sums = x, unit
     else:
-        z, unit, sums = triton_ops.analysis(x, x_signs, matrices, sizes, x_norm, codes, count, True)
+        z, unit, sums = analysis(x, x_signs, matrices, columns, sizes, x_norm, 0 if trellis else codes, count)
     size = shared_bytes(how.warps, count, 0 if trellis else codes, analysed)
     memory = unit if COMPILED else torch.empty(size // 4, device=x.device)
     level, zero = (factor, CENTRE) if trellis else (1.0, (1 << bits) / 2 - 0.5)
@@ -91,6 +119,6 @@ def linear(
 
 
 @linear.register_fake
-def _(words, x, x_signs, matrices, sizes, x_block, x_norm, scales, places, signs, bias, rows, block, layout, factor, dtype):  # type: ignore[no-untyped-def]
+def _(words, x, x_signs, matrices, columns, sizes, x_block, x_norm, scales, places, signs, bias, rows, block, layout, factor, dtype):  # type: ignore[no-untyped-def]
     y = x.new_empty((1, rows) if block else (1, 1, rows), dtype=dtype if block else torch.float32)
     return y, x.new_empty(1, dtype=torch.float32)

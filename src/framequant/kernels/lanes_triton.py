@@ -147,26 +147,34 @@ def shared_memory(SIZE: tl.constexpr, memory):
         return memory.to(tl.pointer_type(tl.int8), bitcast=True)
 
 
-@triton.jit
-def store_shared(address, value):
-    """Write a float32 each to shared memory."""
-    if COMPILED:
-        tl.inline_asm_elementwise(
-            "st.shared.b32 [$1], $2; mov.b32 $0, 0;", "=r,r,r", [address, value], dtype=tl.int32, is_pure=False, pack=1
-        )  # fmt: skip
-    else:
-        tl.store(address.to(tl.pointer_type(tl.float32), bitcast=True), value)
+@triton.constexpr_function
+def _store_text(offset):
+    return f"st.shared.b32 [$1+{offset}], $2; mov.b32 $0, 0;"
 
 
 @triton.jit
-def load_shared(address):
-    """A float32 each from shared memory."""
+def store_shared(address, value, OFFSET: tl.constexpr = 0):
+    """Write a float32 each to shared memory, OFFSET bytes on."""
     if COMPILED:
-        return tl.inline_asm_elementwise(
-            "ld.shared.b32 $0, [$1];", "=r,r", [address], dtype=tl.float32, is_pure=False, pack=1
-        )
+        text: tl.constexpr = _store_text(OFFSET)
+        tl.inline_asm_elementwise(text, "=r,r,r", [address, value], dtype=tl.int32, is_pure=False, pack=1)
     else:
-        return tl.load(address.to(tl.pointer_type(tl.float32), bitcast=True))
+        tl.store((address + OFFSET).to(tl.pointer_type(tl.float32), bitcast=True), value)
+
+
+@triton.constexpr_function
+def _load_text(offset):
+    return f"ld.shared.b32 $0, [$1+{offset}];"
+
+
+@triton.jit
+def load_shared(address, OFFSET: tl.constexpr = 0):
+    """A float32 each from shared memory, OFFSET bytes on."""
+    if COMPILED:
+        text: tl.constexpr = _load_text(OFFSET)
+        return tl.inline_asm_elementwise(text, "=r,r", [address], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        return tl.load((address + OFFSET).to(tl.pointer_type(tl.float32), bitcast=True))
 
 
 @triton.jit
@@ -184,33 +192,39 @@ def store_shared_words(address, words, there):
             tl.store(at + i, words[i], mask=there != 0)
 
 
+@triton.constexpr_function
+def _load_words_text(offset):
+    return f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+
+
 @triton.jit
-def load_shared_words(address):
-    """Four int32 each from a 16-byte aligned address."""
+def load_shared_words(address, OFFSET: tl.constexpr = 0):
+    """Four int32 each from a 16-byte aligned address, OFFSET bytes on."""
     if COMPILED:
+        text: tl.constexpr = _load_words_text(OFFSET)
         return tl.inline_asm_elementwise(
-            "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [address],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
+            text, "=r,=r,=r,=r,r", [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1
         )  # fmt: skip
     else:
-        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
+        at = (address + OFFSET).to(tl.pointer_type(tl.int32), bitcast=True)
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
 
 @triton.constexpr_function
-def _planes_text(stride):
+def _planes_text(stride, offset):
+    first, second, third = (f"[$1+{offset + i * stride}]" for i in range(3))
     return (
-        "{ .reg .b32 t; mov.b32 $0, 0; st.shared.b8 [$1], $2; shr.u32 t, $2, 8; "
-        f"st.shared.b8 [$1+{stride}], t; shr.u32 t, t, 8; st.shared.b8 [$1+{2 * stride}], t; }}"
+        f"{{ .reg .b32 t; mov.b32 $0, 0; st.shared.b8 {first}, $2; shr.u32 t, $2, 8; st.shared.b8 {second}, t; "
+        f"shr.u32 t, $2, 16; st.shared.b8 {third}, t; }}"
     )
 
 
 @triton.jit
-def store_shared_planes(address, value, STRIDE: tl.constexpr):
-    """Write the lowest three bytes, STRIDE apart."""
+def store_shared_planes(address, value, STRIDE: tl.constexpr, OFFSET: tl.constexpr = 0):
+    """Write the lowest three bytes, STRIDE apart, OFFSET bytes on."""
     if COMPILED:
-        text: tl.constexpr = _planes_text(STRIDE)
+        text: tl.constexpr = _planes_text(STRIDE, OFFSET)
         tl.inline_asm_elementwise(text, "=r,r,r", [address, value], dtype=tl.int32, is_pure=False, pack=1)
     else:
         for i in tl.static_range(3):
-            tl.store(address + i * STRIDE, (value >> (8 * i)).to(tl.int8))
+            tl.store(address + (OFFSET + i * STRIDE), (value >> (8 * i)).to(tl.int8))

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float16, Int8
+from jaxtyping import Float16, Float32, Int8
 from torch import Tensor
 
 from framequant.frames import FrameOperator, FusionFrame, RandomizedHadamard
@@ -18,6 +18,7 @@ from framequant.frames.hadamard import sylvester
 
 ROWS = 16  # indices of the first axis that one program makes: the smallest side of a tensor-core tile
 MAX_ELEMENTS = 1 << 15  # padded coordinates of one program
+ROW, MOST_COLUMNS = 256, 112  # numbers of a row of ``column_triton``, and rows at most
 LAST_FACTORS = (64, 128)  # of transforms whose frame has longer groups than their last factor
 
 
@@ -33,6 +34,8 @@ class TransformPlan:
             multiply from the right; all scaled so that Walsh-Hadamard entries are +1 and -1.
         norm: what the result is multiplied by.
         block: sizes of the frame's block, coefficients and coordinates; 1, 1 without a frame.
+        columns: of an analysis that is a matrix times Walsh and Hadamard's of 256, that matrix, and the frame's block as
+            often as 16 coordinates have it, both float32; else empty.
     """
 
     sizes: tuple[int, int, int, int]
@@ -41,6 +44,7 @@ class TransformPlan:
     matrices: tuple[Float16[Tensor, "a b"], ...]
     norm: float
     block: tuple[int, int] = (1, 1)
+    columns: tuple[Float32[Tensor, "a b"], ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -64,7 +68,8 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
         return None
     one = torch.ones(1, 1, dtype=torch.float64)
     factors = {1: [one, one], 2: [factors[0], one], 3: factors[:2]}[len(factors)] + factors[-1:]
-    shape = (1, 1)
+    shape: tuple[int, int] = (1, 1)
+    block, head = torch.ones(1, 1, dtype=torch.float64), factors
     if len(stages) == 2:
         block = _shared_block(stages[1])
         if block is not None and len(factors[2]) % block.shape[1]:
@@ -73,7 +78,7 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
             return None
         copies = torch.eye(len(factors[2]) // block.shape[1], dtype=torch.float64)
         factors[2] = torch.kron(copies, block) @ factors[2]
-        shape = tuple(block.shape)
+        shape = (block.shape[0], block.shape[1])
     if not analysis:
         factors = [factor.mT for factor in factors]
     f2_out, f2_in = factors[2].shape
@@ -94,7 +99,29 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
         tuple(matrix.to(device) for matrix in matrices),
         1.0 / math.sqrt(hadamard.dim),
         shape,
+        tuple(matrix.to(device) for matrix in _columns(head, block)) if analysis else (),
     )
+
+
+def _split(factors: list[Tensor]) -> tuple[Tensor, int]:
+    """The same Kronecker product as a matrix times a Walsh-Hadamard matrix of that size, the largest there is."""
+    head, tail = torch.ones(1, 1, dtype=torch.float64), 1
+    for factor in factors:
+        if len(factor).bit_count() > 1:
+            head, tail = torch.kron(torch.kron(head, _walsh(tail)), factor), 1
+        else:
+            tail *= len(factor)
+    return head, tail
+
+
+def _columns(factors: list[Tensor], block: Tensor) -> tuple[Tensor, ...]:
+    """``TransformPlan.columns`` of an analysis with these Hadamard factors and this block of a frame."""
+    head, tail = _split(factors)
+    if tail % ROW or 16 % block.shape[1] or len(head) * tail > ROW * MOST_COLUMNS:
+        return ()
+    copies = torch.eye(16 // block.shape[1], dtype=torch.float64)
+    found = torch.kron(head, _walsh(tail // ROW)), torch.kron(copies, block)
+    return tuple(matrix.to(torch.float32).contiguous() for matrix in found)
 
 
 def _with_longer_last(factors: list[Tensor], width: int) -> list[Tensor]:
@@ -103,12 +130,7 @@ def _with_longer_last(factors: list[Tensor], width: int) -> list[Tensor]:
     Such factors are Walsh-Hadamard matrices, whose Kronecker products are longer ones. Of the lengths that serve, the
     one whose padded matrices are smallest.
     """
-    head, tail = torch.ones(1, 1, dtype=torch.float64), 1
-    for factor in factors:
-        if len(factor).bit_count() > 1:
-            head, tail = torch.kron(torch.kron(head, _walsh(tail)), factor), 1
-        else:
-            tail *= len(factor)
+    head, tail = _split(factors)
     serving = [last for last in LAST_FACTORS if tail % last == 0 and last % width == 0]
     if not serving:
         return factors

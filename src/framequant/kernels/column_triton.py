@@ -1,0 +1,137 @@
+"""Analysis of one token where the transform is a small matrix times Walsh and Hadamard's of 256: a program for each row.
+
+For products through registers alone (``lane_product_triton``) whose programs cannot analyse for themselves. A thread
+takes a column of the vector times a row of the first matrix, 256 threads transform what they have in float32, by
+shuffles and through shared memory, and the frame's block follows. Imports triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from framequant.kernels.lanes_triton import (
+    lane_hadamard,
+    load_shared,
+    load_shared_words,
+    load_words,
+    shared_memory,
+    store_shared,
+)
+from framequant.kernels.triton_support import let_next_start, wait_for_previous
+from framequant.kernels.vector_triton import bound
+
+#: Threads of a program, and numbers of its row.
+ROW = 256
+_SHRINK = tl.constexpr(2.0**-16)  # so that sums of bfloat16's largest numbers are finite
+
+
+@triton.constexpr_function
+def column_bytes():
+    """Bytes of shared memory: a row twice, eight bytes for each warp."""
+    return 2 * 256 * 4 + 64
+
+
+@triton.jit
+def _row_weights(m_ptr, signs_ptr, row, thread, F0: tl.constexpr):
+    """What each number of a thread's column is multiplied by, none of it from another kernel."""
+    found = ()
+    for i in tl.static_range(F0):
+        sign = tl.load(signs_ptr + thread + i * 256).to(tl.float32) * _SHRINK
+        found += (tl.load(m_ptr + row * F0 + i + thread * 0) * sign,)
+    return found
+
+
+@triton.jit
+def _across_warps(value, shared, thread):
+    """Walsh and Hadamard's transform of 256 threads' numbers."""
+    value = lane_hadamard(value, 32)
+    store_shared(shared + thread * 4, value)
+    tl.debug_barrier()
+    total = thread * 0.0
+    for warp in tl.static_range(8):
+        other = load_shared(shared + thread % 32 * 4, warp * 128)
+        common = (thread // 32) & warp
+        odd = (common ^ (common >> 1) ^ (common >> 2)) & 1
+        total += tl.where(odd == 1, -other, other)
+    return total
+
+
+@triton.jit
+def _block_rows(block_ptr, number, EACH: tl.constexpr):
+    """A coefficient's row of the frame's block: sixteen float32."""
+    found = ()
+    for i in tl.static_range(4):
+        words = load_words(block_ptr + (number % EACH * 16 + i * 4), 1)
+        for j in tl.static_range(4):
+            found += (words[j].to(tl.float32, bitcast=True),)
+    return found
+
+
+@triton.jit
+def _store_digits(z_ptr, y, number, there, COUNT: tl.constexpr, CODES: tl.constexpr):
+    """Write coefficients in units of their last bit to three planes."""
+    integer = (y + 12582912.0).to(tl.int32, bitcast=True)  # of a float32 in [2**23, 2**24), which is one
+    digits = (integer - (0x4B400000 - 0x808080)) ^ 0x808080
+    SIZE: tl.constexpr = (CODES if CODES > 0 else 1) * COUNT
+    place = number % CODES * COUNT + number // CODES if CODES > 0 else number
+    for plane in tl.static_range(3):
+        tl.store(z_ptr + plane * SIZE + place, (digits >> (8 * plane)).to(tl.int8), mask=there)
+
+
+@triton.jit
+def column_analysis(
+    x_ptr, signs_ptr, m_ptr, block_ptr, z_ptr, unit_ptr, sum_ptr, memory_ptr, norm,
+    F0: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr, CODES: tl.constexpr, TAIL: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Coefficients of a token of ``256 F0`` numbers as ``lane_product`` takes them, 16 EACH of each row.
+
+    Args:
+        m_ptr: float32 (F0, F0).
+        block_ptr: float32 (EACH, 16), of EACH 16 not read.
+        z_ptr: int8 planes (4, CODES, COUNT), of a trellis (CODES 0) (4, COUNT); TAIL of each behind the last are set to 0.
+        sum_ptr: (F0,), of coefficients, in units of the token.
+    """
+    let_next_start(PDL)
+    thread, row = tl.arange(0, 256), tl.program_id(0)
+    shared = shared_memory(column_bytes(), memory_ptr)
+    weights = _row_weights(m_ptr, signs_ptr, row, thread, F0)
+    if EACH > 16:
+        block = _block_rows(block_ptr, thread, EACH) + _block_rows(block_ptr, thread + 256, EACH)
+    tl.debug_barrier()
+    wait_for_previous(PDL)
+    value, squares, largest = thread * 0.0, thread * 0.0, thread * 0.0
+    for i in tl.static_range(F0):
+        x = tl.load(x_ptr + thread + i * 256).to(tl.float32)
+        value += x * weights[i]
+        x *= _SHRINK
+        squares += x * x
+        largest = tl.maximum(largest, tl.abs(x))
+    squares, largest = tl.sum(squares), tl.max(largest)
+    bits = bound(squares, largest, 256 * F0)
+    value = _across_warps(value, shared, thread)
+    scale = (0x7F000000 - bits).to(tl.float32, bitcast=True) * (norm * 4194304.0)
+    if EACH > 16:
+        store_shared(shared + thread * 4, value, 1024)
+        tl.debug_barrier()
+        total = thread * 0.0
+        for turn in tl.static_range(2):
+            number = thread + 256 * turn
+            at = shared + tl.minimum(number // EACH, 15) * 64
+            y = thread * 0.0
+            for i in tl.static_range(4):
+                words = load_shared_words(at, 1024 + i * 16)
+                for j in tl.static_range(4):
+                    y += words[j].to(tl.float32, bitcast=True) * block[16 * turn + 4 * i + j]
+            y = tl.where(number < 16 * EACH, y * scale, 0.0)
+            total += y
+            _store_digits(z_ptr, y, row * (16 * EACH) + number, number < 16 * EACH, COUNT, CODES)
+    else:
+        total = value * scale
+        _store_digits(z_ptr, total, row * 256 + thread, thread >= 0, COUNT, CODES)
+    tl.store(sum_ptr + row, tl.sum(total) * 2.384185791015625e-07)
+    _store_digits(z_ptr, thread * 0.0, F0 * 16 * EACH + thread, (thread < TAIL) & (row == 0), COUNT, CODES)
+    if row == 0:
+        power = tl.where(largest < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
+        tl.store(unit_ptr, power / _SHRINK)
