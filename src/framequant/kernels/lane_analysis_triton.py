@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from framequant.kernels.lanes_triton import (
-    from_lane,
+    lane_largest,
+    lane_sum,
     load_shared,
     load_shared_words,
     load_words,
@@ -29,45 +30,48 @@ _SHRINK = tl.constexpr(2.0**-16)  # so that sums of 8192 of bfloat16's largest n
 
 
 @triton.constexpr_function
-def plane_bytes(count, codes):
+def plane_bytes(count, codes, tiles):
     """Bytes of shared memory from one plane to the next: adjacent ones begin in other banks.
 
     Args:
         count: bytes of a plane for each code of a byte; for a trellis coefficients, a multiple of 64.
         codes: of a byte; 0 for a trellis.
+        tiles: bytes for each 64 of a trellis' coefficients, 64 or, with other banks for them to be written to, 80.
     """
-    size = codes * count if codes else count // 64 * 80
+    size = codes * count if codes else count // 64 * tiles
     return -(-size // 128) * 128 + 64
 
 
 @triton.jit
-def place_of(k, COUNT: tl.constexpr, CODES: tl.constexpr):
+def place_of(k, COUNT: tl.constexpr, CODES: tl.constexpr, TILES: tl.constexpr):
     """Byte of a plane that coefficient k has.
 
-    Scalar codes: the i-th codes of adjacent bytes are adjacent. A trellis: in their order, with room after each 64.
+    Scalar codes: the i-th codes of adjacent bytes are adjacent. A trellis: in their order, TILES bytes for each 64.
     """
     if CODES == 0:
-        return k + k // 64 * 16
+        return k + k // 64 * (TILES - 64)
     else:
         return k % CODES * COUNT + k // CODES
 
 
 @triton.jit
-def zero_tails(shared, thread, LENGTH: tl.constexpr, COUNT: tl.constexpr, CODES: tl.constexpr):
+def zero_tails(shared, thread, LENGTH: tl.constexpr, COUNT: tl.constexpr, CODES: tl.constexpr,
+               TILES: tl.constexpr):  # fmt: skip
     """Write zeros behind the last of LENGTH coefficients, a multiple of 64, to each of three planes."""
     RUNS: tl.constexpr = CODES if CODES > 0 else 1
-    BEGIN: tl.constexpr = LENGTH // CODES if CODES > 0 else LENGTH // 64 * 80
-    SIZE: tl.constexpr = COUNT if CODES > 0 else COUNT // 64 * 80
+    BEGIN: tl.constexpr = LENGTH // CODES if CODES > 0 else LENGTH // 64 * TILES
+    SIZE: tl.constexpr = COUNT if CODES > 0 else COUNT // 64 * TILES
     PIECES: tl.constexpr = (SIZE - BEGIN) // 16
     tl.static_assert(3 * RUNS * PIECES <= thread.shape[0])
     zero = thread * 0
     run, piece = thread // PIECES, thread % PIECES
-    at = shared + run // RUNS * plane_bytes(COUNT, CODES) + run % RUNS * SIZE + (BEGIN + piece * 16)
+    at = shared + run // RUNS * plane_bytes(COUNT, CODES, TILES) + run % RUNS * SIZE + (BEGIN + piece * 16)
     store_shared_words(at, (zero, zero, zero, zero), (run < 3 * RUNS).to(tl.int32))
 
 
 @triton.jit
-def copy_planes(z_ptr, shared, thread, COUNT: tl.constexpr, CODES: tl.constexpr, THREADS: tl.constexpr):
+def copy_planes(z_ptr, shared, thread, COUNT: tl.constexpr, CODES: tl.constexpr, TILES: tl.constexpr,
+                THREADS: tl.constexpr):  # fmt: skip
     """Bring three planes from memory, (1, 4, CODES, COUNT) bytes, all loads before the first store."""
     SIZE: tl.constexpr = (CODES if CODES > 0 else 1) * COUNT // 16
     passes: tl.constexpr = (3 * SIZE + THREADS - 1) // THREADS
@@ -80,10 +84,10 @@ def copy_planes(z_ptr, shared, thread, COUNT: tl.constexpr, CODES: tl.constexpr,
         plane = piece // SIZE
         place = (piece - plane * SIZE) * 16
         if CODES == 0:
-            place += place // 64 * 16
+            place += place // 64 * (TILES - 64)
         words = (found[4 * i], found[4 * i + 1], found[4 * i + 2], found[4 * i + 3])
         store_shared_words(
-            shared + plane * plane_bytes(COUNT, CODES) + place, words, (piece < 3 * SIZE).to(tl.int32)
+            shared + plane * plane_bytes(COUNT, CODES, TILES) + place, words, (piece < 3 * SIZE).to(tl.int32)
         )
 
 
@@ -142,8 +146,8 @@ def load_signs(signs_ptr, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def _first_axis(x_ptr, signs, cube, sums, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """Butterflies along the first axis; squares and largest of each warp go to ``sums``."""
+def _first_axis(x_ptr, signs, cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """Butterflies along the first axis; of each thread's numbers the sum of squares and the largest."""
     column = ()
     squares, largest = thread * 0.0, thread * 0.0
     for i in tl.static_range(SIZE // THREADS):
@@ -151,15 +155,10 @@ def _first_axis(x_ptr, signs, cube, sums, thread, SIZE: tl.constexpr, THREADS: t
         squares += value * value
         largest = tl.maximum(largest, tl.abs(value))
         column += (value,)
-    lane = thread % 32
-    for i in tl.static_range(5):
-        squares += from_lane(squares, lane ^ (1 << i))
-        largest = tl.maximum(largest, from_lane(largest, lane ^ (1 << i)))
-    store_shared(sums + thread // 32 * 8, squares)
-    store_shared(sums + thread // 32 * 8 + 4, largest)
     column = hadamard_registers(column, SIZE // THREADS)
     for i in tl.static_range(SIZE // THREADS):
         store_shared(cube + cube_place(thread), column[i], i * cube_bytes(THREADS))
+    return squares, largest
 
 
 @triton.jit
@@ -188,6 +187,28 @@ def _third_axis(cube, thread, THREADS: tl.constexpr, TURNS: tl.constexpr):
     return found
 
 
+@triton.constexpr_function
+def column_sums(outputs, width):
+    """Sums of the columns of ``last_matrix``; without a frame of the last butterflies."""
+    if width == 1:
+        return [16.0] + [0.0] * 15
+    return [sum(row[k] for row in last_matrix(outputs, width)) for k in range(16)]
+
+
+@triton.jit
+def _sum_of_all(x_ptr, signs_ptr, thread, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr):
+    """The sum of all coefficients before norms: butterflies add up to the first of their numbers as often as there are any.
+
+    So sixteen numbers tell, those of the last butterflies, which the frame's block follows.
+    """
+    lane = thread % 32
+    weight = thread * 0.0
+    for k in tl.static_range(16):
+        weight = tl.where(lane == k, column_sums(OUTPUTS, WIDTH)[k] * (SIZE // 16), weight)
+    sign = tl.load(signs_ptr + lane % 16).to(tl.float32) * _SHRINK
+    return lane_sum(tl.load(x_ptr + lane % 16).to(tl.float32) * (sign * weight))
+
+
 @triton.jit
 def _unit(sums, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
     """A power of two that bounds the norm, as bits, and the largest number, of what all warps found."""
@@ -202,13 +223,12 @@ def _unit(sums, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
 
 @triton.jit
 def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
-                  CODES: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
-    """Coefficients of sixteen coordinates, from the first-th on, to planes; their sum."""
+                  CODES: tl.constexpr, TILES: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
+    """Coefficients of sixteen coordinates, from the first-th on, to planes."""
     PERIOD: tl.constexpr = period(EACH, CODES)
     places = ()
     for c in tl.static_range(PERIOD):
-        places += (shared + place_of(first + c, COUNT, CODES),)
-    total = column[0] * 0.0
+        places += (shared + place_of(first + c, COUNT, CODES, TILES),)
     for c in tl.static_range(EACH):
         if WIDTH == 1:
             y = column[c] * scale
@@ -217,11 +237,9 @@ def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.co
             for k in tl.static_range(16):
                 y += column[k] * MATRIX[c][k]
             y *= scale
-        total += y
         integer = (y + 12582912.0).to(tl.int32, bitcast=True)  # of a float32 in [2**23, 2**24), which is one
         digits = (integer - (0x4B400000 - 0x808080)) ^ 0x808080
-        store_shared_planes(places[c % PERIOD], digits, plane_bytes(COUNT, CODES), c // PERIOD)
-    return total
+        store_shared_planes(places[c % PERIOD], digits, plane_bytes(COUNT, CODES, TILES), c // PERIOD)
 
 
 @triton.constexpr_function
@@ -234,8 +252,8 @@ def period(each, codes):
 
 @triton.jit
 def analyse(
-    x_ptr, signs, cube, shared, sums, thread, norm, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
-    COUNT: tl.constexpr, CODES: tl.constexpr, THREADS: tl.constexpr,
+    x_ptr, signs_ptr, signs, cube, shared, sums, thread, norm, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
+    COUNT: tl.constexpr, CODES: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Write the coefficients of a token of SIZE numbers to planes.
 
@@ -253,16 +271,18 @@ def analyse(
     TURNS: tl.constexpr = SIZE // THREADS // 16
     EACH: tl.constexpr = OUTPUTS * 16 // WIDTH
     matrix: tl.constexpr = last_matrix(OUTPUTS, WIDTH) if WIDTH > 1 else ()
-    _first_axis(x_ptr, signs, cube, sums, thread, SIZE, THREADS)
+    squares, largest = _first_axis(x_ptr, signs, cube, thread, SIZE, THREADS)
     tl.debug_barrier()
-    bits, largest = _unit(sums, thread, SIZE, THREADS)
+    store_shared(sums + thread // 32 * 8, lane_sum(squares))
+    store_shared(sums + thread // 32 * 8 + 4, lane_largest(largest))
     _second_axis(cube, thread, SIZE, THREADS)
     tl.debug_barrier()
     columns = _third_axis(cube, thread, THREADS, TURNS)
+    bits, largest = _unit(sums, thread, SIZE, THREADS)
+    total = _sum_of_all(x_ptr, signs_ptr, thread, SIZE, OUTPUTS, WIDTH)
     tl.debug_barrier()
-    zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES)
-    scale = (0x7F000000 - bits).to(tl.float32, bitcast=True) * (norm * 4194304.0)
-    total = thread * 0.0
+    zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
+    scale = (0x7F000000 - bits).to(tl.float32, bitcast=True) * norm
     for turn in tl.static_range(TURNS):
         column = ()
         for k in tl.static_range(16):
@@ -270,16 +290,6 @@ def analyse(
         if WIDTH == 1:
             column = hadamard_registers(column, 16)
         first = (thread + turn * THREADS) * EACH
-        total += _store_column(column, scale, first, shared, WIDTH, EACH, COUNT, CODES, matrix)
-    lane = thread % 32
-    for i in tl.static_range(5):
-        total += from_lane(total, lane ^ (1 << i))
-    store_shared(sums + thread // 32 * 4, total)
-    tl.debug_barrier()
-    total = thread * 0.0
-    for some in tl.static_range(THREADS // 128):
-        words = load_shared_words(sums + thread * 0, some * 16)
-        for i in tl.static_range(4):
-            total += words[i].to(tl.float32, bitcast=True)
+        _store_column(column, scale * 4194304.0, first, shared, WIDTH, EACH, COUNT, CODES, TILES, matrix)
     power = tl.where(largest < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
-    return power / _SHRINK, total * 2.384185791015625e-07
+    return power / _SHRINK, total * scale

@@ -29,6 +29,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def fits(codes: int, count: int) -> bool:
+    """Whether planes of coefficients fit into the shared memory that a kernel may have; ``codes`` 0 for a trellis."""
+    return shared_bytes(launches.LANE_WARPS, count, codes, 0) <= launches.LANE_SHARED
+
+
 def in_one(sizes: list[int], block: list[int], threads: int) -> bool:
     """Whether every program makes all coefficients itself: of Walsh and Hadamard's transforms that fit its registers.
 

@@ -53,7 +53,8 @@ def part_bytes(warps):
 @triton.constexpr_function
 def shared_bytes(warps, count, codes, analysed):
     """Bytes of shared memory: eight for each warp, two turns' parts and three planes; before these ``analysed`` numbers."""
-    return 8 * warps + max(2 * part_bytes(warps) + 3 * plane_bytes(count, codes), cube_bytes(analysed))
+    planes = 3 * plane_bytes(count, codes, 80 if analysed else 64)
+    return 8 * warps + max(2 * part_bytes(warps) + planes, cube_bytes(analysed))
 
 
 @triton.jit
@@ -246,7 +247,8 @@ def lane_product(
     STEP: tl.constexpr = 64 * WARPS_K
     HALF: tl.constexpr = part_bytes(WARPS)
     CODES: tl.constexpr = 0 if TRELLIS else 8 // BITS
-    PLANE: tl.constexpr = plane_bytes(COUNT, CODES)
+    TILES: tl.constexpr = 80 if ANALYSED else 64
+    PLANE: tl.constexpr = plane_bytes(COUNT, CODES, TILES)
     base = shared_memory(shared_bytes(WARPS, COUNT, CODES, ANALYSED), memory_ptr)
     parts = base + 8 * WARPS
     shared = parts + 2 * HALF
@@ -264,12 +266,13 @@ def lane_product(
     wait_for_previous(PDL)
     if ANALYSED:
         unit, total = analyse(
-            x_ptr, x_signs, parts, shared, base, thread, x_norm, ANALYSED, OUTPUTS, WIDTH, COUNT, CODES, 32 * WARPS
-        )
+            x_ptr, x_signs_ptr, x_signs, parts, shared, base, thread, x_norm, ANALYSED, OUTPUTS, WIDTH, COUNT, CODES,
+            TILES, 32 * WARPS,
+        )  # fmt: skip
         tl.store(unit_ptr + thread * 0, unit, mask=(thread == 0) & (tl.program_id(0) == 0))
         total = total * zero
     else:
-        copy_planes(z_ptr, shared, thread, COUNT, CODES, 32 * WARPS)
+        copy_planes(z_ptr, shared, thread, COUNT, CODES, TILES, 32 * WARPS)
         total = thread * 0.0
         for k in tl.static_range((PARTS + 31) // 32):
             index = lane + 32 * k
@@ -296,8 +299,8 @@ def lane_product(
             chunk = ()
             for i in tl.static_range(16):
                 chunk += (words[16 * c + i],)
-            if TRELLIS:  # a word of codes meets sixteen coefficients, which take 20 bytes
-                z_at = z_first + tl.minimum((here + c * STEP) * 5, COUNT // 64 * 80 - 80)
+            if TRELLIS:  # a word of codes meets sixteen coefficients
+                z_at = z_first + tl.minimum((here + c * STEP) // 16, COUNT // 64 - 1) * TILES
                 even, odd = _trellis_chunk(even, odd, chunk, z_at, lane, BITS, MULTIPLIER, ADDEND)
             else:
                 z_at = z_first + tl.minimum(here + c * STEP, COUNT - 16)

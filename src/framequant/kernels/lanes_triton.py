@@ -103,6 +103,20 @@ def lane_sum(value):
 
 
 @triton.jit
+def lane_largest(value):
+    """The largest of a warp's numbers, none negative, as a signed integer orders their bits: NaN above all."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        lane = tl.arange(0, value.shape[0]) % 32
+        for i in tl.static_range(5):
+            value = tl.maximum(value, from_lane(value, lane ^ (1 << i)))
+        return value
+
+
+@triton.jit
 def lane_hadamard(value, SIZE: tl.constexpr):
     """Sylvester's Hadamard matrix of SIZE, a power of two up to 32, times each SIZE lanes."""
     lane = tl.arange(0, value.shape[0]) % 32

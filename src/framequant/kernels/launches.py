@@ -13,12 +13,10 @@ from typing import NamedTuple
 VECTOR_TOKENS = 2
 #: Most tokens of scalar codes that meet bytes: more cost as much in halves, and less in the transforms.
 BYTE_TOKENS = 4
-#: Most tokens whose codes go through registers alone, and bytes of their coefficients in shared memory.
-LANE_TOKENS, LANE_SHARED = 1, 37 << 10
+#: Most tokens whose codes go through registers alone, warps of a program there, and shared memory that it may have.
+LANE_TOKENS, LANE_WARPS, LANE_SHARED = 1, 8, 48 << 10
 #: Bytes and rows that a warp takes at a time there, and the blocks of a local output frame that its lanes can rotate.
 LANE_CHUNK, LANE_ROWS, LANE_BLOCKS = 64, 32, (16, 32)
-#: Padded numbers of a token, or of its coefficients, that every program there analyses for itself.
-LANE_ANALYSIS = 64 * 128
 #: Most tokens of one launch of the kernels that decode in their own loop.
 FEW_TOKENS = 64
 #: Coefficients from which on two, three, four launches of these, one after another, are faster than a prompt, for which
@@ -205,8 +203,13 @@ class LaneLaunch(NamedTuple):
 
 
 def lane_launch(rows: int, row_bytes: int, multiprocessors: int) -> LaneLaunch:
-    """Two programs for each multiprocessor, of eight warps that have three chunks on their way or fewer."""
-    return lane_launch_of(rows, row_bytes, 2 * multiprocessors, 8, 8, 3)
+    """A program for each multiprocessor, whose eight warps have all of a row on their way where registers allow.
+
+    Short rows leave two rows' share of warps a program: the analysis that every program repeats costs more than it.
+    """
+    if row_bytes <= 20 * LANE_CHUNK:
+        return lane_launch_of(rows, row_bytes, multiprocessors, LANE_WARPS, LANE_WARPS // 2, 5)
+    return lane_launch_of(rows, row_bytes, multiprocessors, LANE_WARPS, LANE_WARPS, 7)
 
 
 def lane_launch_of(

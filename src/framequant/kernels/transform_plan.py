@@ -69,7 +69,7 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
     one = torch.ones(1, 1, dtype=torch.float64)
     factors = {1: [one, one], 2: [factors[0], one], 3: factors[:2]}[len(factors)] + factors[-1:]
     shape: tuple[int, int] = (1, 1)
-    block, head = torch.ones(1, 1, dtype=torch.float64), factors
+    block, whole = torch.ones(1, 1, dtype=torch.float64), list(factors)
     if len(stages) == 2:
         block = _shared_block(stages[1])
         if block is not None and len(factors[2]) % block.shape[1]:
@@ -99,7 +99,7 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
         tuple(matrix.to(device) for matrix in matrices),
         1.0 / math.sqrt(hadamard.dim),
         shape,
-        tuple(matrix.to(device) for matrix in _columns(head, block)) if analysis else (),
+        tuple(matrix.to(device) for matrix in _columns(whole, block)) if analysis else (),
     )
 
 

@@ -89,7 +89,7 @@ class TritonPlan:
         known = layout.pattern == 2 if layout.trellis else layout.planes == 1
         block = self.out.block if isinstance(self.out, BlockPlan) else launches.LANE_BLOCKS[0]
         codes, count = self.lane_coefficients
-        fits = 3 * codes * count <= launches.LANE_SHARED
+        fits = lane_ops.fits(0 if layout.trellis else codes, count)
         return known and fits and tokens <= launches.LANE_TOKENS and block in launches.LANE_BLOCKS
 
     @property
