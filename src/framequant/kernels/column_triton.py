@@ -17,6 +17,7 @@ from framequant.kernels.lanes_triton import (
     load_words,
     shared_memory,
     store_shared,
+    store_shared_planes,
 )
 from framequant.kernels.triton_support import let_next_start, wait_for_previous
 from framequant.kernels.vector_triton import bound
@@ -28,8 +29,8 @@ _SHRINK = tl.constexpr(2.0**-16)  # so that sums of bfloat16's largest numbers a
 
 @triton.constexpr_function
 def column_bytes():
-    """Bytes of shared memory: a row twice, eight bytes for each warp."""
-    return 2 * 256 * 4 + 64
+    """Bytes of shared memory: a row of float32 twice, and three planes of up to 336 coefficients."""
+    return 2 * 256 * 4 + 3 * 336
 
 
 @triton.jit
@@ -69,28 +70,50 @@ def _block_rows(block_ptr, number, EACH: tl.constexpr):
 
 
 @triton.jit
-def _store_digits(z_ptr, y, number, there, COUNT: tl.constexpr, CODES: tl.constexpr):
-    """Write coefficients in units of their last bit to three planes."""
+def _keep_digits(planes, y, number, CODES: tl.constexpr, LENGTH: tl.constexpr):
+    """Write coefficients in units of their last bit to three planes of shared memory, the i-th codes' together."""
     integer = (y + 12582912.0).to(tl.int32, bitcast=True)  # of a float32 in [2**23, 2**24), which is one
     digits = (integer - (0x4B400000 - 0x808080)) ^ 0x808080
-    SIZE: tl.constexpr = (CODES if CODES > 0 else 1) * COUNT
-    place = number % CODES * COUNT + number // CODES if CODES > 0 else number
-    for plane in tl.static_range(3):
-        tl.store(z_ptr + plane * SIZE + place, (digits >> (8 * plane)).to(tl.int8), mask=there)
+    number = tl.minimum(number, 335)  # what is behind LENGTH is not looked at
+    RUNS: tl.constexpr = CODES if CODES > 0 else 1
+    place = tl.where(number < LENGTH, number % RUNS * (LENGTH // RUNS) + number // RUNS, number)
+    store_shared_planes(planes + place, digits, 336)
+
+
+@triton.jit
+def _write_digits(z_ptr, planes, row, thread, COUNT: tl.constexpr, CODES: tl.constexpr, LENGTH: tl.constexpr):
+    """Bring a row's planes to memory, four bytes a thread: memory that corrects errors is slow with single bytes."""
+    RUNS: tl.constexpr = CODES if CODES > 0 else 1
+    SIZE: tl.constexpr = LENGTH // RUNS // 4  # words of a run
+    run, word = thread // SIZE, thread % SIZE
+    used = run < 3 * RUNS
+    run = tl.minimum(run, 3 * RUNS - 1)
+    value = load_shared(planes + run // RUNS * 336 + (run % RUNS * SIZE + word) * 4).to(tl.int32, bitcast=True)
+    at = z_ptr + run * COUNT + (row * SIZE + word) * 4
+    tl.store(at.to(tl.pointer_type(tl.int32), bitcast=True), value, mask=used)
+
+
+@triton.jit
+def _write_tails(z_ptr, thread, BEGIN: tl.constexpr, COUNT: tl.constexpr, RUNS: tl.constexpr, there):
+    """Zeros behind each run's last coefficient."""
+    SIZE: tl.constexpr = (COUNT - BEGIN) // 4
+    for turn in tl.static_range((3 * RUNS * SIZE + 255) // 256):
+        run, word = (thread + 256 * turn) // SIZE, (thread + 256 * turn) % SIZE
+        at = z_ptr + run * COUNT + BEGIN + word * 4
+        tl.store(at.to(tl.pointer_type(tl.int32), bitcast=True), thread * 0, mask=there & (run < 3 * RUNS))
 
 
 @triton.jit
 def column_analysis(
     x_ptr, signs_ptr, m_ptr, block_ptr, z_ptr, unit_ptr, sum_ptr, memory_ptr, norm,
-    F0: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr, CODES: tl.constexpr, TAIL: tl.constexpr,
-    PDL: tl.constexpr,
+    F0: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr, CODES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Coefficients of a token of ``256 F0`` numbers as ``lane_product`` takes them, 16 EACH of each row.
 
     Args:
         m_ptr: float32 (F0, F0).
         block_ptr: float32 (EACH, 16), of EACH 16 not read.
-        z_ptr: int8 planes (4, CODES, COUNT), of a trellis (CODES 0) (4, COUNT); TAIL of each behind the last are set to 0.
+        z_ptr: int8 planes (4, CODES, COUNT), of a trellis (CODES 0) (4, COUNT); behind the last they are set to 0.
         sum_ptr: (F0,), of coefficients, in units of the token.
     """
     let_next_start(PDL)
@@ -112,6 +135,8 @@ def column_analysis(
     bits = bound(squares, largest, 256 * F0)
     value = _across_warps(value, shared, thread)
     scale = (0x7F000000 - bits).to(tl.float32, bitcast=True) * (norm * 4194304.0)
+    LENGTH: tl.constexpr = 16 * EACH
+    planes = shared + 2048
     if EACH > 16:
         store_shared(shared + thread * 4, value, 1024)
         tl.debug_barrier()
@@ -124,14 +149,17 @@ def column_analysis(
                 words = load_shared_words(at, 1024 + i * 16)
                 for j in tl.static_range(4):
                     y += words[j].to(tl.float32, bitcast=True) * block[16 * turn + 4 * i + j]
-            y = tl.where(number < 16 * EACH, y * scale, 0.0)
+            y = tl.where(number < LENGTH, y * scale, 0.0)
             total += y
-            _store_digits(z_ptr, y, row * (16 * EACH) + number, number < 16 * EACH, COUNT, CODES)
+            _keep_digits(planes, y, number, CODES, LENGTH)
     else:
         total = value * scale
-        _store_digits(z_ptr, total, row * 256 + thread, thread >= 0, COUNT, CODES)
+        _keep_digits(planes, total, thread, CODES, LENGTH)
     tl.store(sum_ptr + row, tl.sum(total) * 2.384185791015625e-07)
-    _store_digits(z_ptr, thread * 0.0, F0 * 16 * EACH + thread, (thread < TAIL) & (row == 0), COUNT, CODES)
+    tl.debug_barrier()
+    _write_digits(z_ptr, planes, row, thread, COUNT, CODES, LENGTH)
+    RUNS: tl.constexpr = CODES if CODES > 0 else 1
+    _write_tails(z_ptr, thread, F0 * LENGTH // RUNS, COUNT, RUNS, (row == 0) & (thread >= 0))
     if row == 0:
         power = tl.where(largest < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
         tl.store(unit_ptr, power / _SHRINK)

@@ -67,7 +67,7 @@ def analysis(
     each = len(block)
     column_analysis[(rows,)](
         x, signs, head, block, z, unit, sums, memory, norm, F0=rows, EACH=each, COUNT=count, CODES=codes,
-        TAIL=max(codes, 1) * count - rows * 16 * each, PDL=early, num_warps=8, launch_pdl=early,
+        PDL=early, num_warps=8, launch_pdl=early,
     )  # fmt: skip
     return z, unit, sums
 

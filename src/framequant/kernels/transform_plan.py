@@ -18,7 +18,7 @@ from framequant.frames.hadamard import sylvester
 
 ROWS = 16  # indices of the first axis that one program makes: the smallest side of a tensor-core tile
 MAX_ELEMENTS = 1 << 15  # padded coordinates of one program
-ROW, MOST_COLUMNS = 256, 112  # numbers of a row of ``column_triton``, and rows at most
+ROW, MOST_COLUMNS, MOST_EACH = 256, 112, 20  # of ``column_triton``: numbers of a row, rows, coefficients of 16 numbers
 LAST_FACTORS = (64, 128)  # of transforms whose frame has longer groups than their last factor
 
 
@@ -120,6 +120,8 @@ def _columns(factors: list[Tensor], block: Tensor) -> tuple[Tensor, ...]:
     if tail % ROW or 16 % block.shape[1] or len(head) * tail > ROW * MOST_COLUMNS:
         return ()
     copies = torch.eye(16 // block.shape[1], dtype=torch.float64)
+    if len(copies) * len(block) > MOST_EACH:
+        return ()
     found = torch.kron(head, _walsh(tail // ROW)), torch.kron(copies, block)
     return tuple(matrix.to(torch.float32).contiguous() for matrix in found)
 
