@@ -14,7 +14,6 @@ from framequant.kernels.lanes_triton import (
     lane_hadamard,
     load_shared,
     load_shared_words,
-    load_words,
     shared_memory,
     store_shared,
     store_shared_planes,
@@ -59,13 +58,11 @@ def _across_warps(value, shared, thread):
 
 
 @triton.jit
-def _block_rows(block_ptr, number, EACH: tl.constexpr):
-    """A coefficient's row of the frame's block: sixteen float32."""
+def _block_row(block_ptr, number, EACH: tl.constexpr):
+    """A coefficient's row of the frame's block: sixteen float32. Rows of all programs are the same: through L1."""
     found = ()
-    for i in tl.static_range(4):
-        words = load_words(block_ptr + (number % EACH * 16 + i * 4), 1)
-        for j in tl.static_range(4):
-            found += (words[j].to(tl.float32, bitcast=True),)
+    for i in tl.static_range(16):
+        found += (tl.load(block_ptr + i * EACH + number % EACH),)
     return found
 
 
@@ -112,7 +109,7 @@ def column_analysis(
 
     Args:
         m_ptr: float32 (F0, F0).
-        block_ptr: float32 (EACH, 16), of EACH 16 not read.
+        block_ptr: float32 (16, EACH), with EACH 16 not read.
         z_ptr: int8 planes (4, CODES, COUNT), of a trellis (CODES 0) (4, COUNT); behind the last they are set to 0.
         sum_ptr: (F0,), of coefficients, in units of the token.
     """
@@ -121,7 +118,7 @@ def column_analysis(
     shared = shared_memory(column_bytes(), memory_ptr)
     weights = _row_weights(m_ptr, signs_ptr, row, thread, F0)
     if EACH > 16:
-        block = _block_rows(block_ptr, thread, EACH) + _block_rows(block_ptr, thread + 256, EACH)
+        block = _block_row(block_ptr, thread, EACH) + _block_row(block_ptr, thread + 256, EACH)
     tl.debug_barrier()
     wait_for_previous(PDL)
     value, squares, largest = thread * 0.0, thread * 0.0, thread * 0.0

@@ -64,7 +64,7 @@ def analysis(
     z = torch.empty((1, 4, max(codes, 1), count), dtype=torch.int8, device=x.device)
     unit, sums = x.new_empty(1, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
     memory = unit if COMPILED else torch.empty(column_bytes() // 4, device=x.device)
-    each = len(block)
+    each = block.shape[1]
     column_analysis[(rows,)](
         x, signs, head, block, z, unit, sums, memory, norm, F0=rows, EACH=each, COUNT=count, CODES=codes,
         PDL=early, num_warps=8, launch_pdl=early,

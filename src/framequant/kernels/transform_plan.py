@@ -35,7 +35,7 @@ class TransformPlan:
         norm: what the result is multiplied by.
         block: sizes of the frame's block, coefficients and coordinates; 1, 1 without a frame.
         columns: of an analysis that is a matrix times Walsh and Hadamard's of 256, that matrix, and the frame's block as
-            often as 16 coordinates have it, both float32; else empty.
+            often as 16 coordinates have it, transposed, both float32; else empty.
     """
 
     sizes: tuple[int, int, int, int]
@@ -122,7 +122,7 @@ def _columns(factors: list[Tensor], block: Tensor) -> tuple[Tensor, ...]:
     copies = torch.eye(16 // block.shape[1], dtype=torch.float64)
     if len(copies) * len(block) > MOST_EACH:
         return ()
-    found = torch.kron(head, _walsh(tail // ROW)), torch.kron(copies, block)
+    found = torch.kron(head, _walsh(tail // ROW)), torch.kron(copies, block).mT
     return tuple(matrix.to(torch.float32).contiguous() for matrix in found)
 
 
