@@ -139,7 +139,12 @@ def lanes(shape: tuple[int, int]) -> list[Found]:
                 p: float = programs) -> launches.LaneLaunch:  # fmt: skip
             return launches.lane_launch_of(rows, size, int(processors * p), w, w // g, m)
 
-        found.append((f"{warps} warps, {groups} groups, {most} chunks, {programs} programs", {(launches, "lane_launch"): how}))
+        found.append(
+            (
+                f"{warps} warps, {groups} groups, {most} chunks, {programs} programs",
+                {(launches, "lane_launch"): how},
+            )
+        )
     return found
 
 
@@ -408,13 +413,19 @@ def lane_parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple
     plan = plans[0]
     into, out, rows = plan.into, plan.out, plan.spec.coefficient_shape[0]
     sizes = [*into.sizes, *into.padded]
-    ends = (out.places, out.signs, None, rows, out.block) if isinstance(out, BlockPlan) else (None, None, None, rows, 0)
-    z, unit, sums = triton_ops.analysis(x, into.signs, list(into.matrices), sizes, into.norm, *plan.lane_coefficients, True)
+    ends = (
+        (out.places, out.signs, None, rows, out.block)
+        if isinstance(out, BlockPlan)
+        else (None, None, None, rows, 0)
+    )
+    z, unit, sums = triton_ops.analysis(
+        x, into.signs, list(into.matrices), sizes, into.norm, *plan.lane_coefficients, True
+    )
 
     def last(p: triton_linear.TritonPlan) -> tuple[torch.Tensor, torch.Tensor]:
         layout = [*p.code[:4], *p.lane_coefficients]
         return lane_ops.linear(p.words, x, into.signs, list(into.matrices), list(into.columns), sizes, list(into.block),
-                               into.norm, p.scales,                               *ends, layout, p.layout.factor, x.dtype)  # fmt: skip
+                               into.norm, p.scales, *ends, layout, p.layout.factor, x.dtype)  # fmt: skip
 
     def timed() -> float:
         return graph_us([lambda q=q: last(q) for q in plans])

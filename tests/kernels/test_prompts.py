@@ -87,7 +87,7 @@ TRACED = """
 import warnings
 import torch
 from framequant.codes.grid import GridSpec
-from framequant.kernels import launches, prompt_ops, triton_linear, triton_ops
+from framequant.kernels import lane_ops, launches, prompt_ops, triton_linear
 from tests.kernels.test_cpu import CODES, make_layer
 torch.manual_seed(0)
 launches.FEW_TOKENS, launches.panel_tile = 4, lambda _: launches.PanelTile(32, 16, 32, 4)
@@ -102,14 +102,14 @@ for code, x in ((CODES[0], inputs[0]), (CODES[0], inputs[1]), (CODES[5], inputs[
     compiled = torch.compile(layer, fullgraph=True, backend=traced)
     first = compiled(x)  # not run before
     assert torch.equal(first, layer(x))
-    assert len(graphs) == 1 and any("product" in name for name in graphs.pop()), graphs
+    assert len(graphs) == 1 and any("product" in name or "lane" in name for name in graphs.pop()), graphs
     layer.load_state_dict({name: t * 2 if name == "scales" else t for name, t in layer.state_dict().items()})
     torch.testing.assert_close(compiled(x) - layer.bias, 2 * (first - layer.bias), rtol=0.02, atol=0.02)
     graphs.clear()
     torch._dynamo.reset()
 triton_linear._verdicts.clear()
 layer = make_layer(CODES[0], (192, 48))
-layer.backend, prompt_ops.decode_panel, triton_ops.byte_product = "triton", None, None
+layer.backend, prompt_ops.decode_panel, lane_ops.kernel = "triton", None, None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     found = [torch.compile(layer, backend="aot_eager")(x) for x in inputs]  # decoding in torch breaks the graph
@@ -188,7 +188,7 @@ def test_panels_are_bounded_and_start_at_tiles(rows: int, width: int, tokens: in
 def test_a_number_of_tokens_is_checked_as_its_kind(loops) -> None:
     kinds = [launches.tokens_to_check(tokens, loops) for tokens in range(1, 300)]
     assert kinds == [launches.tokens_to_check(kind, loops) for kind in kinds]
-    assert len(set(kinds)) == 4
+    assert len(set(kinds)) == 5
 
 
 @pytest.mark.parametrize("loops", [1, 2, 4])

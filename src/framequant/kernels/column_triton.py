@@ -1,4 +1,4 @@
-"""Analysis of one token where the transform is a small matrix times Walsh and Hadamard's of 256: a program for each row.
+"""Analysis of one token where the transform is a matrix times Walsh and Hadamard's of 256: a program for each row.
 
 For products through registers alone (``lane_product_triton``) whose programs cannot analyse for themselves. A thread
 takes a column of the vector times a row of the first matrix, 256 threads transform what they have in float32, by
@@ -85,7 +85,9 @@ def _write_digits(z_ptr, planes, row, thread, COUNT: tl.constexpr, CODES: tl.con
     run, word = thread // SIZE, thread % SIZE
     used = run < 3 * RUNS
     run = tl.minimum(run, 3 * RUNS - 1)
-    value = load_shared(planes + run // RUNS * 336 + (run % RUNS * SIZE + word) * 4).to(tl.int32, bitcast=True)
+    value = load_shared(planes + run // RUNS * 336 + (run % RUNS * SIZE + word) * 4).to(
+        tl.int32, bitcast=True
+    )
     at = z_ptr + run * COUNT + (row * SIZE + word) * 4
     tl.store(at.to(tl.pointer_type(tl.int32), bitcast=True), value, mask=used)
 
@@ -131,7 +133,8 @@ def column_analysis(
     squares, largest = tl.sum(squares), tl.max(largest)
     bits = bound(squares, largest, 256 * F0)
     value = _across_warps(value, shared, thread)
-    scale = (0x7F000000 - bits).to(tl.float32, bitcast=True) * (norm * 4194304.0)
+    value *= (0x7F000000 - bits).to(tl.float32, bitcast=True)
+    scale = norm * 4194304.0
     LENGTH: tl.constexpr = 16 * EACH
     planes = shared + 2048
     if EACH > 16:
@@ -158,5 +161,7 @@ def column_analysis(
     RUNS: tl.constexpr = CODES if CODES > 0 else 1
     _write_tails(z_ptr, thread, F0 * LENGTH // RUNS, COUNT, RUNS, (row == 0) & (thread >= 0))
     if row == 0:
-        power = tl.where(largest < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
+        power = tl.where(
+            (largest < float("inf")) & (squares == squares), bits.to(tl.float32, bitcast=True), float("nan")
+        )
         tl.store(unit_ptr, power / _SHRINK)

@@ -62,7 +62,7 @@ def zero_tails(shared, thread, LENGTH: tl.constexpr, COUNT: tl.constexpr, CODES:
     BEGIN: tl.constexpr = LENGTH // CODES if CODES > 0 else LENGTH // 64 * TILES
     SIZE: tl.constexpr = COUNT if CODES > 0 else COUNT // 64 * TILES
     PIECES: tl.constexpr = (SIZE - BEGIN) // 16
-    tl.static_assert(3 * RUNS * PIECES <= thread.shape[0])
+    tl.static_assert(thread.shape[0] >= 3 * RUNS * PIECES)
     zero = thread * 0
     run, piece = thread // PIECES, thread % PIECES
     at = shared + run // RUNS * plane_bytes(COUNT, CODES, TILES) + run % RUNS * SIZE + (BEGIN + piece * 16)
@@ -197,7 +197,7 @@ def column_sums(outputs, width):
 
 @triton.jit
 def _sum_of_all(x_ptr, signs_ptr, thread, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr):
-    """The sum of all coefficients before norms: butterflies add up to the first of their numbers as often as there are any.
+    """The sum of all coefficients before norms: butterflies add up to the first of their numbers times how many.
 
     So sixteen numbers tell, those of the last butterflies, which the frame's block follows.
     """
@@ -211,14 +211,14 @@ def _sum_of_all(x_ptr, signs_ptr, thread, SIZE: tl.constexpr, OUTPUTS: tl.conste
 
 @triton.jit
 def _unit(sums, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """A power of two that bounds the norm, as bits, and the largest number, of what all warps found."""
+    """A power of two that bounds the norm, as bits, of what all warps found; and whether all numbers are some."""
     squares, largest = thread * 0.0, thread * 0.0
     for pair in tl.static_range(THREADS // 64):
         words = load_shared_words(sums + thread * 0, pair * 16)
         for i in tl.static_range(2):
             squares += words[2 * i].to(tl.float32, bitcast=True)
             largest = tl.maximum(largest, words[2 * i + 1].to(tl.float32, bitcast=True))
-    return bound(squares, largest, SIZE), largest
+    return bound(squares, largest, SIZE), (largest < float("inf")) & (squares == squares)
 
 
 @triton.jit
@@ -252,8 +252,9 @@ def period(each, codes):
 
 @triton.jit
 def analyse(
-    x_ptr, signs_ptr, signs, cube, shared, sums, thread, norm, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
-    COUNT: tl.constexpr, CODES: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr,
+    x_ptr, signs_ptr, signs, cube, shared, sums, thread, norm,
+    SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
+    CODES: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Write the coefficients of a token of SIZE numbers to planes.
 
@@ -278,18 +279,18 @@ def analyse(
     _second_axis(cube, thread, SIZE, THREADS)
     tl.debug_barrier()
     columns = _third_axis(cube, thread, THREADS, TURNS)
-    bits, largest = _unit(sums, thread, SIZE, THREADS)
+    bits, finite = _unit(sums, thread, SIZE, THREADS)
     total = _sum_of_all(x_ptr, signs_ptr, thread, SIZE, OUTPUTS, WIDTH)
     tl.debug_barrier()
     zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
-    scale = (0x7F000000 - bits).to(tl.float32, bitcast=True) * norm
+    down = (0x7F000000 - bits).to(tl.float32, bitcast=True)  # the first of all factors: the largest, too
     for turn in tl.static_range(TURNS):
         column = ()
         for k in tl.static_range(16):
-            column += (columns[16 * turn + k],)
+            column += (columns[16 * turn + k] * down,)
         if WIDTH == 1:
             column = hadamard_registers(column, 16)
         first = (thread + turn * THREADS) * EACH
-        _store_column(column, scale * 4194304.0, first, shared, WIDTH, EACH, COUNT, CODES, TILES, matrix)
-    power = tl.where(largest < float("inf"), bits.to(tl.float32, bitcast=True), float("nan"))
-    return power / _SHRINK, total * scale
+        _store_column(column, norm * 4194304.0, first, shared, WIDTH, EACH, COUNT, CODES, TILES, matrix)
+    power = tl.where(finite, bits.to(tl.float32, bitcast=True), float("nan"))
+    return power / _SHRINK, total * down * norm

@@ -92,16 +92,18 @@ def linear(
     factor: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs (1, rows) of ``dtype``, or with ``block`` 0 ``D̃ z`` in units of the token, float32 (1, 1, rows); its unit.
+    """Outputs (1, rows) of ``dtype``, or with ``block`` 0 ``D̃ z`` in units of the token, float32 (1, 1, rows); unit.
 
     ``layout`` holds: trellis or not, bits, multiplier, addend, codes of a byte, bytes of a plane for each of them
-    (``TritonPlan.lane_coefficients``). ``x_signs``, ``matrices``, ``columns``, ``sizes``, ``x_block`` and ``x_norm`` are those of the analysis'
-    ``TransformPlan``, ``places`` and ``signs`` those of a ``BlockPlan``.
+    (``TritonPlan.lane_coefficients``). ``x_signs``, ``matrices``, ``columns``, ``sizes``, ``x_block`` and
+    ``x_norm`` are those of the analysis' ``TransformPlan``, ``places`` and ``signs`` those of a ``BlockPlan``.
     """
     trellis, bits, multiplier, addend, codes, count = layout
     early, stride = triton_ops.starts_early(x.device), words.stride(0) * words.element_size()
     how = launches.lane_launch(rows, stride, multiprocessors(x.device))
-    y = torch.empty((1, rows) if block else (1, 1, rows), dtype=dtype if block else torch.float32, device=x.device)
+    y = torch.empty(
+        (1, rows) if block else (1, 1, rows), dtype=dtype if block else torch.float32, device=x.device
+    )
     analysed = sizes[0] * sizes[1] * sizes[2] if in_one(sizes, x_block, 32 * how.warps) else 0
     if analysed:
         unit = torch.empty(1, dtype=torch.float32, device=x.device)
@@ -114,9 +116,9 @@ def linear(
     kernel[(how.programs,)](
         words.view(torch.uint8), x, z, sums, unit, scales, y, unit if places is None else places,
         unit if signs is None else signs, unit if bias is None else bias, x_signs, memory,
-        rows, stride, LAST_BIT * level, zero * level, max(block, 1) ** -0.5, x_norm, ANALYSED=analysed, OUTPUTS=x_block[0],
-        WIDTH=x_block[1], COUNT=count,
-        PARTS=sums.numel(), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, TRELLIS=bool(trellis),
+        rows, stride, LAST_BIT * level, zero * level, max(block, 1) ** -0.5, x_norm, ANALYSED=analysed,
+        OUTPUTS=x_block[0], WIDTH=x_block[1], COUNT=count, PARTS=sums.numel(), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend,
+        TRELLIS=bool(trellis),
         ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None, CHUNKS=how.chunks, ROUNDS=how.rounds,
         WARPS=how.warps, WARPS_K=how.warps_k, PDL=early, num_warps=how.warps, launch_pdl=early,
     )  # fmt: skip
@@ -124,6 +126,24 @@ def linear(
 
 
 @linear.register_fake
-def _(words, x, x_signs, matrices, columns, sizes, x_block, x_norm, scales, places, signs, bias, rows, block, layout, factor, dtype):  # type: ignore[no-untyped-def]
+def _(
+    words,
+    x,
+    x_signs,
+    matrices,
+    columns,
+    sizes,
+    x_block,
+    x_norm,
+    scales,
+    places,
+    signs,
+    bias,
+    rows,
+    block,
+    layout,
+    factor,
+    dtype,
+):  # type: ignore[no-untyped-def]
     y = x.new_empty((1, rows) if block else (1, 1, rows), dtype=dtype if block else torch.float32)
     return y, x.new_empty(1, dtype=torch.float32)

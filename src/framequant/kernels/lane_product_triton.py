@@ -39,7 +39,7 @@ from framequant.kernels.lanes_triton import (
     store_shared,
 )
 from framequant.kernels.trellis_triton import offset, window
-from framequant.kernels.triton_support import COMPILED, let_next_start, wait_for_previous
+from framequant.kernels.triton_support import let_next_start, wait_for_previous
 
 _ROW_STRIDE = tl.constexpr(160)  # bytes from one quarter's rows to the next's in shared memory: other banks
 
@@ -52,7 +52,7 @@ def part_bytes(warps):
 
 @triton.constexpr_function
 def shared_bytes(warps, count, codes, analysed):
-    """Bytes of shared memory: eight for each warp, two turns' parts and three planes; before these ``analysed`` numbers."""
+    """Bytes of shared memory: eight a warp, two turns' parts and three planes; before these ``analysed`` numbers."""
     planes = 3 * plane_bytes(count, codes, 80 if analysed else 64)
     return 8 * warps + max(2 * part_bytes(warps) + planes, cube_bytes(analysed))
 
@@ -153,7 +153,7 @@ def step_pairs(bits):
     shared = [(step + apart, step) for step in range(16 - apart)] if apart < 16 else []
     taken = {step for pair in shared for step in pair}
     rest = [step for step in range(16) if step not in taken]
-    return [number for pair in shared + list(zip(rest[::2], rest[1::2])) for number in pair]
+    return [number for pair in shared + list(zip(rest[::2], rest[1::2], strict=True)) for number in pair]
 
 
 @triton.jit
@@ -220,15 +220,15 @@ def lane_product(
 ):  # fmt: skip
     """Outputs of one token, or products in units of the token; see the module's text.
 
-    A program makes every so many-th ``32 WARPS / WARPS_K`` rows as there are programs, a *turn* each; a warp takes CHUNKS
-    chunks of its rows in each of ROUNDS.
+    A program makes every so many-th ``32 WARPS / WARPS_K`` rows as there are programs, a *turn* each; a warp takes
+    CHUNKS chunks of its rows in each of ROUNDS.
 
     Args:
         codes_ptr: bytes (rows, stride), of a trellis words in as many rows (``words.to_words``).
-        x_ptr: (ANALYSED,) of any float dtype; ``x_signs_ptr`` and ``x_norm`` then are those of a ``TransformPlan``, OUTPUTS
-            and WIDTH the sizes of its frame's block.
-        z_ptr: if ANALYSED is 0, int8 planes of coefficients (1, 4, 8 / BITS, COUNT), of a trellis (1, 4, 1, COUNT): zeros behind
-            the last coefficient, at least 16 bytes, of a trellis 64.
+        x_ptr: (ANALYSED,) of any float dtype; ``x_signs_ptr`` and ``x_norm`` then are those of a ``TransformPlan``,
+            OUTPUTS and WIDTH the sizes of its frame's block.
+        z_ptr: if ANALYSED is 0, int8 planes of coefficients (1, 4, 8 / BITS, COUNT), of a trellis (1, 4, 1, COUNT):
+            zeros behind the last coefficient, at least 16 bytes, of a trellis 64.
         sum_ptr: float32 (PARTS,): sums of z, in units of the token.
         unit_ptr: (1,), of the token; if ANALYSED, written, not read.
         scale_ptr: scales, (rows,) or one.

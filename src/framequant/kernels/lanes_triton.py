@@ -17,7 +17,7 @@ from framequant.kernels.triton_support import COMPILED
 
 @triton.jit
 def load_words(address, there):
-    """Four int32 from a 16-byte aligned address each, not kept in L1; where ``there`` is 0 none, and they are anything."""
+    """Four int32 from a 16-byte aligned address each, not kept in L1; where ``there`` is 0 none, and they are any."""
     if COMPILED:
         return tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }",
@@ -63,8 +63,8 @@ def mma_bytes(acc, a0, a1, a2, a3, b0, b1, UNSIGNED: tl.constexpr):
     """Add the product of 16 × 32 bytes (``UNSIGNED`` or not) with 32 × 8 signed ones to four registers of int32.
 
     The registers are PTX's of ``mma.m16n8k32``: with lane = 4 row + quarter, ``a0`` holds bytes 4 quarter … of a row,
-    ``a1`` of row + 8, ``a2`` and ``a3`` the same 16 bytes on; ``b0`` and ``b1`` likewise of a column in place of a row; the
-    result (row, 2 quarter), (row, 2 quarter + 1), then of row + 8.
+    ``a1`` of row + 8, ``a2`` and ``a3`` the same 16 bytes on; ``b0`` and ``b1`` likewise of a column in place of a row;
+    the result (row, 2 quarter), (row, 2 quarter + 1), then of row + 8.
     """
     if COMPILED:
         text: tl.constexpr = _mma_text(UNSIGNED)
@@ -120,7 +120,6 @@ def lane_largest(value):
 def lane_hadamard(value, SIZE: tl.constexpr):
     """Sylvester's Hadamard matrix of SIZE, a power of two up to 32, times each SIZE lanes."""
     lane = tl.arange(0, value.shape[0]) % 32
-    step: tl.constexpr = 1
     for i in tl.static_range(5):
         if (1 << i) < SIZE:
             other = from_lane(value, lane ^ (1 << i))
@@ -156,7 +155,9 @@ def shared_memory(SIZE: tl.constexpr, memory):
     """Where SIZE bytes of shared memory begin: an address, or ``memory``, a pointer, in the interpreter."""
     if COMPILED:
         text: tl.constexpr = _shared_text(SIZE)
-        return tl.inline_asm_elementwise(text, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+        return tl.inline_asm_elementwise(
+            text, "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1
+        )
     else:
         return memory.to(tl.pointer_type(tl.int8), bitcast=True)
 

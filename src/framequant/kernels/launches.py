@@ -15,6 +15,8 @@ VECTOR_TOKENS = 2
 BYTE_TOKENS = 4
 #: Most tokens whose codes go through registers alone, warps of a program there, and shared memory that it may have.
 LANE_TOKENS, LANE_WARPS, LANE_SHARED = 1, 8, 48 << 10
+#: Rows of a trellis up to which that is faster where a synthesis follows.
+LANE_TRELLIS_ROWS = 8192
 #: Bytes and rows that a warp takes at a time there, and the blocks of a local output frame that its lanes can rotate.
 LANE_CHUNK, LANE_ROWS, LANE_BLOCKS = 64, 32, (16, 32)
 #: Most tokens of one launch of the kernels that decode in their own loop.
@@ -43,6 +45,8 @@ def tokens_to_check(tokens: int, loops: int) -> int:
         tokens: how many.
         loops: from ``most_loops``.
     """
+    if tokens <= LANE_TOKENS:
+        return LANE_TOKENS
     if tokens <= VECTOR_TOKENS:
         return VECTOR_TOKENS
     if tokens <= BYTE_TOKENS:

@@ -18,7 +18,11 @@ from framequant.frames.hadamard import sylvester
 
 ROWS = 16  # indices of the first axis that one program makes: the smallest side of a tensor-core tile
 MAX_ELEMENTS = 1 << 15  # padded coordinates of one program
-ROW, MOST_COLUMNS, MOST_EACH = 256, 112, 20  # of ``column_triton``: numbers of a row, rows, coefficients of 16 numbers
+ROW, MOST_COLUMNS, MOST_EACH = (
+    256,
+    112,
+    20,
+)  # of ``column_triton``: numbers of a row, rows, coefficients of 16 numbers
 LAST_FACTORS = (64, 128)  # of transforms whose frame has longer groups than their last factor
 
 
@@ -34,8 +38,8 @@ class TransformPlan:
             multiply from the right; all scaled so that Walsh-Hadamard entries are +1 and -1.
         norm: what the result is multiplied by.
         block: sizes of the frame's block, coefficients and coordinates; 1, 1 without a frame.
-        columns: of an analysis that is a matrix times Walsh and Hadamard's of 256, that matrix, and the frame's block as
-            often as 16 coordinates have it, transposed, both float32; else empty.
+        columns: of an analysis that is a matrix times Walsh and Hadamard's of 256, that matrix, and the frame's block
+            as often as 16 coordinates have it, transposed, both float32; else empty.
     """
 
     sizes: tuple[int, int, int, int]

@@ -87,10 +87,13 @@ class TritonPlan:
         """Whether codes of so many tokens can go through registers alone (``lane_ops``)."""
         layout = self.layout
         known = layout.pattern == 2 if layout.trellis else layout.planes == 1
-        block = self.out.block if isinstance(self.out, BlockPlan) else launches.LANE_BLOCKS[0]
+        if isinstance(self.out, BlockPlan):
+            known = known and self.out.block in launches.LANE_BLOCKS
+        elif layout.trellis:
+            known = known and self.rows <= launches.LANE_TRELLIS_ROWS
         codes, count = self.lane_coefficients
         fits = lane_ops.fits(0 if layout.trellis else codes, count)
-        return known and fits and tokens <= launches.LANE_TOKENS and block in launches.LANE_BLOCKS
+        return known and fits and tokens <= launches.LANE_TOKENS
 
     @property
     def lane_coefficients(self) -> tuple[int, int]:
@@ -230,14 +233,16 @@ def _outputs(plan: TritonPlan, out: BlockPlan, x: Float[Tensor, "t n"]) -> Float
     )
 
 
-def _lanes(plan: TritonPlan, x: Float[Tensor, "1 n"], rows: int, out: BlockPlan | None) -> tuple[Tensor, Tensor]:
+def _lanes(
+    plan: TritonPlan, x: Float[Tensor, "1 n"], rows: int, out: BlockPlan | None
+) -> tuple[Tensor, Tensor]:
     """The linear through registers alone: outputs, or what ``_multiply`` returns, and the token's unit."""
     into = plan.into
     ends = (None, None, None, rows, 0) if out is None else (out.places, out.signs, plan.bias, rows, out.block)
     return lane_ops.linear(
-        plan.words, x, into.signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded], list(into.block),
-        into.norm, plan.scales, *ends,
-        [*plan.code[:4], *plan.lane_coefficients], plan.layout.factor, x.dtype,
+        plan.words, x, into.signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
+        list(into.block), into.norm, plan.scales, *ends, [*plan.code[:4], *plan.lane_coefficients],
+        plan.layout.factor, x.dtype,
     )  # fmt: skip
 
 

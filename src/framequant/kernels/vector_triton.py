@@ -43,8 +43,8 @@ def vector_transform(
 ):  # fmt: skip
     """Transform ``tokens`` vectors: the arguments and results of ``transform_triton.transform``.
 
-    ``sum`` is (tokens, F0). What lies behind the last coefficient in ``out``, at most TAIL, is set to 0. Halves, too, are in units
-    that bound the norm, times 1024.
+    ``sum`` is (tokens, F0). What lies behind the last coefficient in ``out``, at most TAIL, is set to 0. Halves, too,
+    are in units that bound the norm, times 1024.
     """
     let_next_start(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -87,7 +87,7 @@ def vector_transform(
         bits = bound(squares, largest, F0 * F1 * F2_IN)
         power = bits.to(tl.float32, bitcast=True)
         t *= (0x7F000000 - bits).to(tl.float32, bitcast=True)
-        power = tl.where(largest < float("inf"), power, float("nan"))
+        power = tl.where((largest < float("inf")) & (squares == squares), power, float("nan"))
     if F1 > 1:
         t = tl.reshape(t, [P1, P2_IN]) * 64.0
         high = t.to(tl.float16)

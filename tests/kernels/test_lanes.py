@@ -1,0 +1,123 @@
+"""Linears of one token through registers alone: interpreted in a subprocess, compiled for a GPU, and their launches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from framequant.kernels import launches
+from tests.kernels.test_prompts import run
+
+pytest.importorskip("triton")
+
+ONE_TOKEN = """
+import torch
+from framequant.codes.grid import GridSpec
+from framequant.codes.trellis import TrellisSpec
+from framequant.kernels import lane_ops, launches, triton_linear
+from tests.kernels.test_cpu import CODES, make_layer
+torch.manual_seed(0)
+asked = []
+linear = torch.ops.framequant.lane_linear
+uniform = [GridSpec("uniform", levels, "symmetric") for levels in (2, 16)]
+for code, features, r, dtype, block, bias, analysed in (
+    (CODES[0], (4096, 96), 1.125, torch.float16, 32, True, "in one"),
+    (CODES[0], (4096, 48), 1.25, torch.bfloat16, None, True, "in one"),
+    (TrellisSpec(12, (2,)), (4096, 64), 1.0, torch.float16, 16, False, "in one"),
+    (TrellisSpec(16, (2,)), (8192, 40), 1.125, torch.bfloat16, None, False, "in one"),
+    (CODES[0], (5888, 32), 1.125, torch.float16, 32, False, "by rows"),
+    (TrellisSpec(12, (2,)), (5888, 32), 1.0, torch.bfloat16, 32, True, "by rows"),
+    (uniform[0], (5888, 32), 1.0, torch.float16, 32, False, "by rows"),
+    (uniform[1], (576, 100), 1.125, torch.float16, None, True, "elsewhere"),
+    (TrellisSpec(12, (2,)), (192, 64), 1.125, torch.float16, 32, True, "elsewhere"),
+):
+    layer = make_layer(code, features, (r, 1.0), block=block, bias=bias)
+    x = torch.randn(1, features[0]).to(dtype)
+    layer.backend = "reference"
+    exact, torchs = layer(x.double()), layer(x).double()
+    layer.backend = "triton"
+    y = layer(x)
+    plan = layer._prepared[2]
+    assert plan.takes_lanes(1) and not plan.takes_lanes(2) and list(triton_linear._verdicts.values())[-1]
+    into = plan.into
+    one = lane_ops.in_one([*into.sizes, *into.padded], list(into.block), 32 * launches.LANE_WARPS)
+    assert analysed == ("in one" if one else "by rows" if into.columns else "elsewhere"), (features, analysed)
+    error = float((y.double() - exact).norm() / exact.norm())
+    assert error <= 2 * float((torchs - exact).norm() / exact.norm()), (code, features, error)
+    nothing = layer(torch.zeros_like(x)).float()
+    expected = torch.zeros_like(nothing) + (0 if layer.bias is None else layer.bias)
+    torch.testing.assert_close(nothing, expected, rtol=0.02, atol=0)
+    assert layer(torch.full_like(x, float("nan"))).isnan().all(), (code, features, analysed)
+    if layer.bias is None:
+        small = layer(x * 2.0**-6).double() * 64
+        assert float((small - exact).norm() / exact.norm()) < 0.01
+    ends = (plan.out.places, plan.out.signs, plan.bias, plan.rows, block) if block else (None, None, None, plan.rows, 0)
+    torch.library.opcheck(
+        linear.default,
+        (plan.words, x, into.signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
+         list(into.block), into.norm, plan.scales, *ends, [*plan.code[:4], *plan.lane_coefficients],
+         plan.layout.factor, dtype),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+"""
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from framequant.codes.trellis_codebook import codebook
+from framequant.kernels import launches
+from framequant.kernels.column_triton import column_analysis
+from framequant.kernels.lane_product_triton import lane_product
+POINTERS = {"codes_ptr": "*u8", "z_ptr": "*i8", "signs_ptr": "*i8", "x_signs_ptr": "*i8", "places_ptr": "*i32",
+            "x_ptr": "*fp16", "y_ptr": "*fp16", "bias_ptr": "*fp16", "scale_ptr": "*bf16"}
+def ptx(kernel, constants, warps):
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            types[name] = POINTERS.get(name, "*fp32")
+        else:
+            types[name] = "i32" if name in ("rows", "stride") else "fp32"
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
+    source = ASTSource(kernel, types, constants, aligned)
+    options = {"num_warps": warps, "launch_pdl": True}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+book = codebook(12)
+for trellis in (False, True):
+    how = launches.lane_launch(22016, 1152, 132)
+    constants = {"ANALYSED": 4096, "OUTPUTS": 1 if trellis else 18, "WIDTH": 1 if trellis else 16,
+                 "COUNT": 4160 if trellis else 1168, "PARTS": 1, "BITS": 12 if trellis else 2,
+                 "MULTIPLIER": book.multiplier, "ADDEND": book.addend, "TRELLIS": trellis, "ROW_SCALES": True,
+                 "BLOCK": 32, "BIAS": False, "CHUNKS": how.chunks, "ROUNDS": how.rounds, "WARPS": how.warps,
+                 "WARPS_K": how.warps_k, "PDL": True}
+    text = ptx(lane_product, constants, how.warps)
+    assert "mma.sync.aligned.m16n8k32" in text and "ld.global.L1::no_allocate.v4" in text and ".local" not in text
+    first = text.index("griddepcontrol.wait")
+    assert text.index("ld.global.L1::no_allocate") < first < text.index("mma.sync")
+text = ptx(column_analysis, {"F0": 43, "EACH": 18, "COUNT": 3112, "CODES": 4, "PDL": True}, 8)
+assert ".local" not in text
+"""
+
+
+def test_one_token_through_the_interpreter(tmp_path: Path) -> None:
+    run(ONE_TOKEN, tmp_path, TRITON_INTERPRET="1")
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:
+    run(COMPILED, tmp_path, TRITON_INTERPRET="0")
+
+
+@pytest.mark.parametrize("rows", [16, 576, 4096, 11008, 28672])
+@pytest.mark.parametrize("row_bytes", [32, 160, 1152, 2304, 3104, 8064])
+@pytest.mark.parametrize("processors", [1, 78, 132])
+def test_programs_have_all_rows_and_bytes(rows: int, row_bytes: int, processors: int) -> None:
+    how = launches.lane_launch(rows, row_bytes, processors)
+    assert how.warps_k * how.chunks * how.rounds * launches.LANE_CHUNK >= row_bytes
+    assert how.warps_k * how.chunks * (how.rounds - 1) * launches.LANE_CHUNK < row_bytes
+    groups = how.warps // how.warps_k
+    assert 1 <= how.programs <= processors
+    assert how.programs == processors or how.programs * groups * launches.LANE_ROWS >= rows
+    assert (how.programs - 1) * groups * launches.LANE_ROWS < rows
