@@ -117,8 +117,8 @@ def linear(
         words.view(torch.uint8), x, z, sums, unit, scales, y, unit if places is None else places,
         unit if signs is None else signs, unit if bias is None else bias, x_signs, memory,
         rows, stride, LAST_BIT * level, zero * level, max(block, 1) ** -0.5, x_norm, ANALYSED=analysed,
-        OUTPUTS=x_block[0], WIDTH=x_block[1], COUNT=count, PARTS=sums.numel(), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend,
-        TRELLIS=bool(trellis),
+        OUTPUTS=x_block[0], WIDTH=x_block[1], COUNT=count, PARTS=sums.numel(), BITS=bits, MULTIPLIER=multiplier,
+        ADDEND=addend, TRELLIS=bool(trellis),
         ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None, CHUNKS=how.chunks, ROUNDS=how.rounds,
         WARPS=how.warps, WARPS_K=how.warps_k, PDL=early, num_warps=how.warps, launch_pdl=early,
     )  # fmt: skip
