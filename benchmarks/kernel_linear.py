@@ -130,7 +130,7 @@ def local_prompt(code: str) -> list[Found]:
     return [(f"panels {tile}", {(launches, "block_panel_tile"): fixed(tile)}) for tile in found]
 
 
-def lanes(shape: tuple[int, int]) -> list[Found]:
+def lanes() -> list[Found]:
     """Other warps, chunks on their way and programs of a product through registers, and the kernels before it."""
     found: list[Found] = [("no lanes", {(launches, "LANE_TOKENS"): 0})]
     for warps, groups, most, programs in LANES:
@@ -150,8 +150,8 @@ def lanes(shape: tuple[int, int]) -> list[Found]:
 
 def variants(code: str, shape: tuple[int, int], tokens: int) -> list[Found]:
     """What is tried beside the default."""
-    if tokens <= launches.VECTOR_TOKENS and CODES[code][0] in (SCALAR, TRELLIS):
-        return lanes(shape)
+    if tokens <= launches.LANE_TOKENS and CODES[code][0] in (SCALAR, TRELLIS):
+        return lanes()
     if CODES[code][2]:
         if tokens <= launches.FEW_TOKENS:
             return local(code, shape, tokens)

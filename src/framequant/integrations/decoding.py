@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -205,13 +205,16 @@ class Decoder:
     def _capture_problem(self, compiled: bool, expected: Tensor) -> str:
         """Capture a step; what is wrong with it, or nothing."""
         try:
-            how = _early_starts(self.device)
-            with compiled_blocks(self.model, self.cache, **how) if compiled else nullcontext():
+            with self._compiled() if compiled else nullcontext():
                 self.graph = self._capture()
             error = float((self._first_logits() - expected).norm() / expected.norm().clamp(min=1e-30))
         except Exception as failure:  # whatever a model's code does that a capture forbids
             return f"failed: {type(failure).__name__}: {str(failure)[:200]}"
         return "" if error <= TOLERANCE else f"differs from eager steps by {error:.2g}"
+
+    def _compiled(self) -> AbstractContextManager[None]:
+        """Blocks compiled while the context lasts, with what their device can do."""
+        return compiled_blocks(self.model, self.cache, **_early_starts(self.device))
 
     def _numbers(self) -> list[Any]:
         """What the cache's layers count in Python."""

@@ -21,8 +21,6 @@ from framequant.kernels.lanes_triton import (
 from framequant.kernels.triton_support import let_next_start, wait_for_previous
 from framequant.kernels.vector_triton import bound
 
-#: Threads of a program, and numbers of its row.
-ROW = 256
 _SHRINK = tl.constexpr(2.0**-16)  # so that sums of bfloat16's largest numbers are finite
 
 

@@ -4,7 +4,7 @@ A launch for analysis costs more than the analysis: where the transform is Walsh
 ``lane_product_triton`` makes all coefficients for itself, while its first codes are on their way: butterflies in
 float32 registers, each thread's numbers a column of a cube with three axes, one after the other, through shared memory.
 The block of the fusion frame, times the last butterflies, is a matrix of constants of the program's code. Other
-transforms are copied from what ``vector_triton`` wrote.
+transforms are copied from what ``column_triton`` or ``vector_triton`` wrote.
 
 A plane of bytes holds coefficients in the order of ``place_of``. Imports triton.
 """

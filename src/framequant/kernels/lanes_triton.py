@@ -104,7 +104,7 @@ def lane_sum(value):
 
 @triton.jit
 def lane_largest(value):
-    """The largest of a warp's numbers, none negative, as a signed integer orders their bits: NaN above all."""
+    """The largest of a warp's numbers, none negative, as integers order their bits."""
     if COMPILED:
         return tl.inline_asm_elementwise(
             "redux.sync.max.u32 $0, $1, 0xffffffff;", "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1

@@ -22,7 +22,7 @@ ROW, MOST_COLUMNS, MOST_EACH = (
     256,
     112,
     20,
-)  # of ``column_triton``: numbers of a row, rows, coefficients of 16 numbers
+)  # of ``column_triton``: numbers of a row, rows, coefficients of 16
 LAST_FACTORS = (64, 128)  # of transforms whose frame has longer groups than their last factor
 
 
