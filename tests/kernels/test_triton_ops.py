@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 PROGRAM = """
 import warnings
 import torch
-from framequant.kernels import triton_linear, triton_ops
+from framequant.kernels import lane_ops, triton_linear
 from tests.kernels.test_cpu import CODES, errors, make_layer
 torch.manual_seed(0)
 def small_inputs(plan, words):
@@ -52,7 +52,7 @@ for code, features, redundancy, tokens, dtype in (
 layer = make_layer(CODES[0], (192, 70))
 layer.backend = "triton"
 triton_linear._verdicts.clear()
-triton_ops.byte_product = None
+lane_ops.kernel = None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     first, second = layer(torch.ones(1, 192).half()), layer(torch.ones(1, 192).half())
