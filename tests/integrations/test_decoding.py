@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from framequant.errors import ConfigError
-from framequant.integrations.decoding import Decoder, compiled_blocks, repeated_blocks
+from framequant.integrations.compiled_blocks import compiled_blocks, repeated_blocks
+from framequant.integrations.decoding import Decoder
 from tests.conftest import make_llama
 
 SMALL = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,10 +20,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from framequant.errors import ConfigError
+from framequant.integrations.compiled_blocks import can_fuse, compiled_blocks, count, fused_blocks
 
 #: Relative difference from eager logits above which a graph is not used.
 TOLERANCE = 0.05
 _CHECKED_STEPS = 3
+_NEXT_WAY = {
+    "fused ": "blocks are compiled as they are",
+    "compiled ": "blocks are not compiled",
+    "": "steps run eagerly",
+}
 
 
 class Decoder:
@@ -36,7 +41,8 @@ class Decoder:
         batch: sequences at a time; all prompts of a batch are of one length.
         graph: capture steps in a CUDA graph; None for yes on a GPU.
         compile_blocks: compile the model's repeated blocks with ``torch.compile`` before the capture, once for all
-            blocks of a kind, so that norms, rotations and gates become single kernels. Costs seconds to a minute.
+            blocks of a kind, so that norms, rotations and gates become single kernels or parts of our linears, and
+            attention is ours. Costs seconds to a minute.
 
     Attributes:
         graph: the captured graph, or None where steps run eagerly.
@@ -73,6 +79,7 @@ class Decoder:
         self.cache = StaticCache(config=config, max_cache_len=max(max_length, _CHECKED_STEPS + 1))
         self.tokens = torch.zeros((batch, 1), dtype=torch.long, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self._counts = False  # whether a step's position is left to count after its blocks
         with torch.no_grad():
             self.logits = self._forward(self.tokens).clone()
             self._unmark()
@@ -173,6 +180,8 @@ class Decoder:
 
     def _advance(self) -> None:
         self._keep(self._forward(self.tokens))
+        if self._counts:
+            count(self.cache)
 
     def _unmark(self) -> None:
         """Give cache layers tensors without transformers' mark of a static address, which compiled code would guard."""
@@ -192,29 +201,44 @@ class Decoder:
                 stacklevel=3,
             )
             return
-        for compiled in (True, False) if compile_blocks else (False,):
-            problem = self._capture_problem(compiled, expected)
+        for way in self._ways(compile_blocks):
+            problem = self._capture_problem(way, expected)
             if not problem:
                 return
             self.graph = None
-            which, then = ("compiled ", "blocks are not compiled") if compiled else ("", "steps run eagerly")
             warnings.warn(
-                f"A CUDA graph of a {which}decoding step {problem}; {then}.", RuntimeWarning, stacklevel=3
+                f"A CUDA graph of a {way}decoding step {problem}; {_NEXT_WAY[way]}.",
+                RuntimeWarning,
+                stacklevel=3,
             )
 
-    def _capture_problem(self, compiled: bool, expected: Tensor) -> str:
+    def _ways(self, compile_blocks: bool) -> list[str]:
+        """How a step may be captured, the fastest first."""
+        if not compile_blocks:
+            return [""]
+        return ["fused ", "compiled ", ""] if can_fuse(self.model, self.cache) else ["compiled ", ""]
+
+    def _capture_problem(self, way: str, expected: Tensor) -> str:
         """Capture a step; what is wrong with it, or nothing."""
         try:
-            with self._compiled() if compiled else nullcontext():
+            with self._blocks(way):
+                self._counts = way == "fused "
                 self.graph = self._capture()
             error = float((self._first_logits() - expected).norm() / expected.norm().clamp(min=1e-30))
         except Exception as failure:  # whatever a model's code does that a capture forbids
             return f"failed: {type(failure).__name__}: {str(failure)[:200]}"
+        finally:
+            self._counts = False
         return "" if error <= TOLERANCE else f"differs from eager steps by {error:.2g}"
 
-    def _compiled(self) -> AbstractContextManager[None]:
+    def _blocks(self, way: str) -> AbstractContextManager[None]:
         """Blocks compiled while the context lasts, with what their device can do."""
-        return compiled_blocks(self.model, self.cache, **_early_starts(self.device))
+        if not way:
+            return nullcontext()
+        options = _early_starts(self.device)
+        if way == "fused ":
+            return fused_blocks(self.model, self.cache, **options)
+        return compiled_blocks(self.model, self.cache, **({"options": options} if options else {}))
 
     def _numbers(self) -> list[Any]:
         """What the cache's layers count in Python."""
@@ -248,58 +272,9 @@ class Decoder:
 
 
 def _early_starts(device: torch.device) -> dict[str, Any]:
-    """Options of ``torch.compile`` that let a kernel start while the one before it ends, where both can."""
+    """Options of inductor that let a kernel start while the one before it ends, where both can."""
     from torch._inductor import config
 
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return {}
-    return {"options": {"triton.enable_pdl": True}} if hasattr(config.triton, "enable_pdl") else {}
-
-
-class _OneLayer:
-    """A cache as one block sees it: the block's own layer, so that compiled code does not depend on its number."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
-
-    def update(self, keys: Tensor, values: Tensor, _: int, *args: Any, **kwargs: Any) -> Any:
-        """Append to the layer, as transformers' caches do."""
-        return self.layer.update(keys, values, *args, **kwargs)
-
-    def get_seq_length(self, _: int = 0) -> Any:
-        """Tokens in the layer."""
-        return self.layer.get_seq_length()
-
-
-def repeated_blocks(model: nn.Module, count: int) -> list[nn.Module]:
-    """The blocks of the outermost list of ``count`` modules of one class; empty if there is none."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and len({type(b) for b in module}) == 1:
-            return list(module)
-    return []
-
-
-@contextmanager
-def compiled_blocks(model: nn.Module, cache: Any, **options: Any) -> Iterator[None]:
-    """Run a decoder's blocks through ``torch.compile`` while the context lasts, compiled once for all of them.
-
-    Args:
-        model: its repeated blocks are found by the number of the cache's layers.
-        cache: whose layers belong to the blocks, in order.
-        options: for ``torch.compile``.
-    """
-    blocks = repeated_blocks(model, len(cache.layers))
-    for block, layer in zip(blocks, cache.layers, strict=False):
-        run = torch.compile(type(block).forward, dynamic=False, **options)
-        object.__setattr__(block, "forward", partial(_run_block, run, block, _OneLayer(layer)))
-    try:
-        yield
-    finally:
-        for block in blocks:
-            object.__delattr__(block, "forward")
-
-
-def _run_block(run: Callable[..., Any], block: nn.Module, cache: _OneLayer, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("past_key_values") is not None:
-        kwargs["past_key_values"] = cache
-    return run(block, *args, **kwargs)
+    return {"triton.enable_pdl": True} if hasattr(config.triton, "enable_pdl") else {}

@@ -102,12 +102,14 @@ def _write_tails(z_ptr, thread, BEGIN: tl.constexpr, COUNT: tl.constexpr, RUNS: 
 
 @triton.jit
 def column_analysis(
-    x_ptr, signs_ptr, m_ptr, block_ptr, z_ptr, unit_ptr, sum_ptr, memory_ptr, norm,
-    F0: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr, CODES: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, gate_ptr, signs_ptr, m_ptr, block_ptr, z_ptr, unit_ptr, sum_ptr, memory_ptr, norm,
+    F0: tl.constexpr, GATED: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr, CODES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Coefficients of a token of ``256 F0`` numbers as ``lane_product`` takes them, 16 EACH of each row.
 
     Args:
+        gate_ptr: (256 F0,); GATED, the token is ``silu(gate) x``.
         m_ptr: float32 (F0, F0).
         block_ptr: float32 (16, EACH), with EACH 16 not read.
         z_ptr: int8 planes (4, CODES, COUNT), of a trellis (CODES 0) (4, COUNT); behind the last they are set to 0.
@@ -124,6 +126,9 @@ def column_analysis(
     value, squares, largest = thread * 0.0, thread * 0.0, thread * 0.0
     for i in tl.static_range(F0):
         x = tl.load(x_ptr + thread + i * 256).to(tl.float32)
+        if GATED:
+            gate = tl.load(gate_ptr + thread + i * 256).to(tl.float32)
+            x *= gate / (1.0 + tl.exp(-gate))
         value += x * weights[i]
         x *= _SHRINK
         squares += x * x

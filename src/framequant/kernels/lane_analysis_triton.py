@@ -137,28 +137,45 @@ def hadamard_registers(values, SIZE: tl.constexpr):
 
 
 @triton.jit
-def load_signs(signs_ptr, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
+def _sign(signs_ptr, weight_ptr, place, NORMED: tl.constexpr):
+    """What the numbers at a place are multiplied by: signs, and the weights of a norm."""
+    sign = tl.load(signs_ptr + place).to(tl.float32) * _SHRINK
+    if NORMED:
+        sign *= tl.load(weight_ptr + place).to(tl.float32)
+    return sign
+
+
+@triton.jit
+def load_signs(
+    signs_ptr, weight_ptr, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr
+):
     """Signs of a thread's first column, none of it from another kernel: to be loaded before the wait for one."""
     found = ()
     for i in tl.static_range(SIZE // THREADS):
-        found += (tl.load(signs_ptr + thread + i * THREADS).to(tl.float32) * _SHRINK,)
+        found += (_sign(signs_ptr, weight_ptr, thread + i * THREADS, NORMED),)
     return found
 
 
 @triton.jit
-def _first_axis(x_ptr, signs, cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """Butterflies along the first axis; of each thread's numbers the sum of squares and the largest."""
+def _first_axis(x_ptr, signs, cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr):
+    """Butterflies along the first axis; of each thread's numbers the sum of squares and the largest.
+
+    And, NORMED, the sum of squares of what was read.
+    """
     column = ()
-    squares, largest = thread * 0.0, thread * 0.0
+    squares, largest, energy = thread * 0.0, thread * 0.0, thread * 0.0
     for i in tl.static_range(SIZE // THREADS):
-        value = tl.load(x_ptr + thread + i * THREADS).to(tl.float32) * signs[i]
+        value = tl.load(x_ptr + thread + i * THREADS).to(tl.float32)
+        if NORMED:
+            energy += value * value
+        value *= signs[i]
         squares += value * value
         largest = tl.maximum(largest, tl.abs(value))
         column += (value,)
     column = hadamard_registers(column, SIZE // THREADS)
     for i in tl.static_range(SIZE // THREADS):
         store_shared(cube + cube_place(thread), column[i], i * cube_bytes(THREADS))
-    return squares, largest
+    return squares, largest, energy
 
 
 @triton.jit
@@ -196,7 +213,8 @@ def column_sums(outputs, width):
 
 
 @triton.jit
-def _sum_of_all(x_ptr, signs_ptr, thread, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr):
+def _sum_of_all(x_ptr, signs_ptr, weight_ptr, thread, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
+                NORMED: tl.constexpr):  # fmt: skip
     """The sum of all coefficients before norms: butterflies add up to the first of their numbers times how many.
 
     So sixteen numbers tell, those of the last butterflies, which the frame's block follows.
@@ -205,7 +223,7 @@ def _sum_of_all(x_ptr, signs_ptr, thread, SIZE: tl.constexpr, OUTPUTS: tl.conste
     weight = thread * 0.0
     for k in tl.static_range(16):
         weight = tl.where(lane == k, column_sums(OUTPUTS, WIDTH)[k] * (SIZE // 16), weight)
-    sign = tl.load(signs_ptr + lane % 16).to(tl.float32) * _SHRINK
+    sign = _sign(signs_ptr, weight_ptr, lane % 16, NORMED)
     return lane_sum(tl.load(x_ptr + lane % 16).to(tl.float32) * (sign * weight))
 
 
@@ -219,6 +237,17 @@ def _unit(sums, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
             squares += words[2 * i].to(tl.float32, bitcast=True)
             largest = tl.maximum(largest, words[2 * i + 1].to(tl.float32, bitcast=True))
     return bound(squares, largest, SIZE), (largest < float("inf")) & (squares == squares)
+
+
+@triton.jit
+def _inverse_root(sums, thread, epsilon, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """One by the root of the mean square of what all warps read, ``epsilon`` added to the mean."""
+    energy = thread * 0.0
+    for quad in tl.static_range(THREADS // 128):
+        words = load_shared_words(sums + thread * 0, THREADS // 4 + quad * 16)
+        for i in tl.static_range(4):
+            energy += words[i].to(tl.float32, bitcast=True)
+    return tl.rsqrt(energy * (1.0 / SIZE) + epsilon)
 
 
 @triton.jit
@@ -252,17 +281,18 @@ def period(each, codes):
 
 @triton.jit
 def analyse(
-    x_ptr, signs_ptr, signs, cube, shared, sums, thread, norm,
+    x_ptr, signs_ptr, weight_ptr, signs, cube, shared, sums, thread, norm, epsilon,
     SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
-    CODES: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr,
+    CODES: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """Write the coefficients of a token of SIZE numbers to planes.
+    """Write the coefficients of a token of SIZE numbers to planes; NORMED, of their root-mean-square norm.
 
     Args:
+        weight_ptr: (SIZE,), of the norm; ``epsilon`` is what it adds to the mean of squares.
         signs: from ``load_signs``.
         cube: ``cube_bytes(SIZE)`` of shared memory, which may hold the planes.
         shared: the planes.
-        sums: eight bytes of shared memory for each warp, not in the cube.
+        sums: twelve bytes of shared memory for each warp, not in the cube.
         norm: of the transform without the frame.
         OUTPUTS, WIDTH: of the frame's block; 1, 1 without a frame.
 
@@ -272,15 +302,17 @@ def analyse(
     TURNS: tl.constexpr = SIZE // THREADS // 16
     EACH: tl.constexpr = OUTPUTS * 16 // WIDTH
     matrix: tl.constexpr = last_matrix(OUTPUTS, WIDTH) if WIDTH > 1 else ()
-    squares, largest = _first_axis(x_ptr, signs, cube, thread, SIZE, THREADS)
+    squares, largest, energy = _first_axis(x_ptr, signs, cube, thread, SIZE, THREADS, NORMED)
     tl.debug_barrier()
     store_shared(sums + thread // 32 * 8, lane_sum(squares))
     store_shared(sums + thread // 32 * 8 + 4, lane_largest(largest))
+    if NORMED:
+        store_shared(sums + THREADS // 4 + thread // 32 * 4, lane_sum(energy))
     _second_axis(cube, thread, SIZE, THREADS)
     tl.debug_barrier()
     columns = _third_axis(cube, thread, THREADS, TURNS)
     bits, finite = _unit(sums, thread, SIZE, THREADS)
-    total = _sum_of_all(x_ptr, signs_ptr, thread, SIZE, OUTPUTS, WIDTH)
+    total = _sum_of_all(x_ptr, signs_ptr, weight_ptr, thread, SIZE, OUTPUTS, WIDTH, NORMED)
     tl.debug_barrier()
     zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
     down = (0x7F000000 - bits).to(tl.float32, bitcast=True)  # the first of all factors: the largest, too
@@ -293,4 +325,6 @@ def analyse(
         first = (thread + turn * THREADS) * EACH
         _store_column(column, norm * 4194304.0, first, shared, WIDTH, EACH, COUNT, CODES, TILES, matrix)
     power = tl.where(finite, bits.to(tl.float32, bitcast=True), float("nan"))
+    if NORMED:
+        power *= _inverse_root(sums, thread, epsilon, SIZE, THREADS)
     return power / _SHRINK, total * down * norm

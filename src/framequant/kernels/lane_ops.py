@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from framequant.kernels import launches, triton_ops
 from framequant.kernels.column_triton import column_analysis, column_bytes
@@ -48,6 +49,7 @@ def in_one(sizes: list[int], block: list[int], threads: int) -> bool:
 
 def analysis(
     x: Tensor,
+    gate: Tensor | None,
     signs: Tensor,
     matrices: list[Tensor],
     columns: list[Tensor],
@@ -56,8 +58,12 @@ def analysis(
     codes: int,
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Planes of coefficients of one token, its unit and sums, by a launch of their own; ``codes`` 0 for a trellis."""
+    """Planes of coefficients of one token, its unit and sums, by a launch of their own; ``codes`` 0 for a trellis.
+
+    With a ``gate`` the token is ``silu(gate) x``.
+    """
     if not columns:
+        x = x if gate is None else gated(gate, x)
         return triton_ops.analysis(x, signs, matrices, sizes, norm, max(codes, 1), count, True)
     head, block = columns
     early, rows = triton_ops.starts_early(x.device), len(head)
@@ -66,10 +72,16 @@ def analysis(
     memory = unit if COMPILED else torch.empty(column_bytes() // 4, device=x.device)
     each = block.shape[1]
     column_analysis[(rows,)](
-        x, signs, head, block, z, unit, sums, memory, norm, F0=rows, EACH=each, COUNT=count, CODES=codes,
+        x, x if gate is None else gate, signs, head, block, z, unit, sums, memory, norm, F0=rows,
+        GATED=gate is not None, EACH=each, COUNT=count, CODES=codes,
         PDL=early, num_warps=8, launch_pdl=early,
     )  # fmt: skip
     return z, unit, sums
+
+
+def gated(gate: Tensor, x: Tensor) -> Tensor:
+    """The token that two linears before it make: ``silu(gate) x``."""
+    return functional.silu(gate) * x
 
 
 @torch.library.custom_op("framequant::lane_linear", mutates_args=())
@@ -91,12 +103,19 @@ def linear(
     layout: list[int],
     factor: float,
     dtype: torch.dtype,
+    weight: Tensor | None = None,
+    epsilon: float = 0.0,
+    gate: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs (1, rows) of ``dtype``, or with ``block`` 0 ``D̃ z`` in units of the token, float32 (1, 1, rows); unit.
 
     ``layout`` holds: trellis or not, bits, multiplier, addend, codes of a byte, bytes of a plane for each of them
     (``TritonPlan.lane_coefficients``). ``x_signs``, ``matrices``, ``columns``, ``sizes``, ``x_block`` and
     ``x_norm`` are those of the analysis' ``TransformPlan``, ``places`` and ``signs`` those of a ``BlockPlan``.
+
+    What comes before and after in a model's block may be part of it: with ``weight`` the token is the root-mean-square
+    norm of ``x``, with ``gate`` (1, n) it is ``silu(gate) x``, and ``added`` (1, rows) is added to outputs.
     """
     trellis, bits, multiplier, addend, codes, count = layout
     early, stride = triton_ops.starts_early(x.device), words.stride(0) * words.element_size()
@@ -105,20 +124,27 @@ def linear(
         (1, rows) if block else (1, 1, rows), dtype=dtype if block else torch.float32, device=x.device
     )
     analysed = sizes[0] * sizes[1] * sizes[2] if in_one(sizes, x_block, 32 * how.warps) else 0
+    if analysed and gate is not None:
+        x, gate = gated(gate, x), None
+    if weight is not None and not analysed:
+        x, weight = functional.rms_norm(x, x.shape[-1:], weight, epsilon), None
     if analysed:
         unit = torch.empty(1, dtype=torch.float32, device=x.device)
         z, sums = x, unit
     else:
-        z, unit, sums = analysis(x, x_signs, matrices, columns, sizes, x_norm, 0 if trellis else codes, count)
+        z, unit, sums = analysis(
+            x, gate, x_signs, matrices, columns, sizes, x_norm, 0 if trellis else codes, count
+        )
     size = shared_bytes(how.warps, count, 0 if trellis else codes, analysed)
     memory = unit if COMPILED else torch.empty(size // 4, device=x.device)
     level, zero = (factor, CENTRE) if trellis else (1.0, (1 << bits) / 2 - 0.5)
     kernel[(how.programs,)](
         words.view(torch.uint8), x, z, sums, unit, scales, y, unit if places is None else places,
-        unit if signs is None else signs, unit if bias is None else bias, x_signs, memory,
-        rows, stride, LAST_BIT * level, zero * level, max(block, 1) ** -0.5, x_norm, ANALYSED=analysed,
-        OUTPUTS=x_block[0], WIDTH=x_block[1], COUNT=count, PARTS=sums.numel(), BITS=bits, MULTIPLIER=multiplier,
-        ADDEND=addend, TRELLIS=bool(trellis),
+        unit if signs is None else signs, unit if bias is None else bias, x_signs,
+        x if weight is None else weight, x if added is None else added, memory,
+        rows, stride, LAST_BIT * level, zero * level, max(block, 1) ** -0.5, x_norm, epsilon, ANALYSED=analysed,
+        NORMED=weight is not None, ADDED=added is not None, OUTPUTS=x_block[0], WIDTH=x_block[1], COUNT=count,
+        PARTS=sums.numel(), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, TRELLIS=bool(trellis),
         ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None, CHUNKS=how.chunks, ROUNDS=how.rounds,
         WARPS=how.warps, WARPS_K=how.warps_k, PDL=early, num_warps=how.warps, launch_pdl=early,
     )  # fmt: skip
@@ -144,6 +170,10 @@ def _(
     layout,
     factor,
     dtype,
+    weight=None,
+    epsilon=0.0,
+    gate=None,
+    added=None,
 ):  # type: ignore[no-untyped-def]
     y = x.new_empty((1, rows) if block else (1, 1, rows), dtype=dtype if block else torch.float32)
     return y, x.new_empty(1, dtype=torch.float32)

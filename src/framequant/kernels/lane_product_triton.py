@@ -51,10 +51,16 @@ def part_bytes(warps):
 
 
 @triton.constexpr_function
+def sum_bytes(warps, analysed):
+    """Bytes of shared memory for what warps tell each other in an analysis."""
+    return 12 * warps if analysed else 0
+
+
+@triton.constexpr_function
 def shared_bytes(warps, count, codes, analysed):
-    """Bytes of shared memory: eight a warp, two turns' parts and three planes; before these ``analysed`` numbers."""
+    """Bytes of shared memory: sums, two turns' parts and three planes; before these ``analysed`` numbers."""
     planes = 3 * plane_bytes(count, codes, 80 if analysed else 64)
-    return 8 * warps + max(2 * part_bytes(warps) + planes, cube_bytes(analysed))
+    return sum_bytes(warps, analysed) + max(2 * part_bytes(warps) + planes, cube_bytes(analysed))
 
 
 @triton.jit
@@ -212,8 +218,8 @@ def _trellis_chunk(even, odd, words, z_at, lane, BITS: tl.constexpr, MULTIPLIER:
 @triton.jit
 def lane_product(
     codes_ptr, x_ptr, z_ptr, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, x_signs_ptr,
-    memory_ptr, rows, stride, factor, zero, norm, x_norm,
-    ANALYSED: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
+    weight_ptr, added_ptr, memory_ptr, rows, stride, factor, zero, norm, x_norm, epsilon,
+    ANALYSED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
     COUNT: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
     TRELLIS: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
     CHUNKS: tl.constexpr, ROUNDS: tl.constexpr, WARPS: tl.constexpr, WARPS_K: tl.constexpr, PDL: tl.constexpr,
@@ -226,13 +232,15 @@ def lane_product(
     Args:
         codes_ptr: bytes (rows, stride), of a trellis words in as many rows (``words.to_words``).
         x_ptr: (ANALYSED,) of any float dtype; ``x_signs_ptr`` and ``x_norm`` then are those of a ``TransformPlan``,
-            OUTPUTS and WIDTH the sizes of its frame's block.
+            OUTPUTS and WIDTH the sizes of its frame's block. NORMED, the token is the root-mean-square norm of these
+            numbers, with ``weight_ptr`` (ANALYSED,) and ``epsilon``.
         z_ptr: if ANALYSED is 0, int8 planes of coefficients (1, 4, 8 / BITS, COUNT), of a trellis (1, 4, 1, COUNT):
             zeros behind the last coefficient, at least 16 bytes, of a trellis 64.
         sum_ptr: float32 (PARTS,): sums of z, in units of the token.
         unit_ptr: (1,), of the token; if ANALYSED, written, not read.
         scale_ptr: scales, (rows,) or one.
         y_ptr: outputs (rows,); without BLOCK float32, in units of the token.
+        added_ptr: (rows,), ADDED to outputs; only with BLOCK.
         memory_ptr: float32, in place of shared memory; for the interpreter.
         factor: value of a level times the last bit of a coefficient, in units of the token.
         zero: the level 0, in units of the product of a code with the last bit.
@@ -250,7 +258,7 @@ def lane_product(
     TILES: tl.constexpr = 80 if ANALYSED else 64
     PLANE: tl.constexpr = plane_bytes(COUNT, CODES, TILES)
     base = shared_memory(shared_bytes(WARPS, COUNT, CODES, ANALYSED), memory_ptr)
-    parts = base + 8 * WARPS
+    parts = base + sum_bytes(WARPS, ANALYSED)
     shared = parts + 2 * HALF
     first = tl.program_id(0) * GROUPS + group
     turns = tl.cdiv(tl.cdiv(rows, 32 * GROUPS) - tl.program_id(0), tl.num_programs(0))
@@ -261,13 +269,13 @@ def lane_product(
         words += _first_words(row_at, byte + c * STEP, stride)
     z_first = shared + tl.minimum(place, 2) * PLANE  # of eight columns three are planes
     if ANALYSED:
-        x_signs = load_signs(x_signs_ptr, thread, ANALYSED, 32 * WARPS)
+        x_signs = load_signs(x_signs_ptr, weight_ptr, thread, ANALYSED, 32 * WARPS, NORMED)
     tl.debug_barrier()  # or the compiler moves these loads behind the wait
     wait_for_previous(PDL)
     if ANALYSED:
         unit, total = analyse(
-            x_ptr, x_signs_ptr, x_signs, parts, shared, base, thread, x_norm, ANALYSED, OUTPUTS, WIDTH, COUNT, CODES,
-            TILES, 32 * WARPS,
+            x_ptr, x_signs_ptr, weight_ptr, x_signs, parts, shared, base, thread, x_norm, epsilon, ANALYSED, OUTPUTS,
+            WIDTH, COUNT, CODES, TILES, 32 * WARPS, NORMED,
         )  # fmt: skip
         tl.store(unit_ptr + thread * 0, unit, mask=(thread == 0) & (tl.program_id(0) == 0))
         total = total * zero
@@ -293,6 +301,8 @@ def lane_product(
         ends_next = _row_ends(
             scale_ptr, places_ptr, signs_ptr, block_next * 32 + lane, rows, ROW_SCALES, BLOCK
         )
+        if ADDED:  # before the next codes are asked for: loads come back in their order
+            added = tl.load(added_ptr + ends[1], mask=(row < rows) & (part == 0), other=0.0).to(tl.float32)
         here = round_ * (CHUNKS * STEP) + byte
         more = (n + 1) % ROUNDS * (CHUNKS * STEP) + byte
         for c in tl.static_range(CHUNKS):
@@ -328,6 +338,8 @@ def lane_product(
                 value = lane_hadamard(value, BLOCK) * (unit * norm * ends[2])
                 if BIAS:
                     value += tl.load(bias_ptr + ends[1], mask=written, other=0.0).to(tl.float32)
+                if ADDED:
+                    value += added
             tl.store(y_ptr + ends[1], value.to(y_ptr.dtype.element_ty), mask=written)
             even, odd = start, start
         ends = ends_next

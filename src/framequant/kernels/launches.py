@@ -226,6 +226,22 @@ def lane_launch_of(
     return LaneLaunch(warps, warps_k, chunks, rounds, min(programs, -(-blocks // groups)))
 
 
+#: Positions of a cache that one program attends to before they are shared out, and numbers of a tile of keys.
+QUERY_POSITIONS, QUERY_NUMBERS = 256, 1 << 14
+
+
+def query_tile(dim: int) -> int:
+    """Positions that a program with one query takes at a time."""
+    return min(128, QUERY_NUMBERS // dim)
+
+
+def query_splits(programs: int, longest: int) -> int:
+    """Into how many parts positions are cut where there are so many programs without: about two a multiprocessor."""
+    if longest <= QUERY_POSITIONS:
+        return 1
+    return max(1, min(-(-longest // QUERY_POSITIONS), 264 // programs))
+
+
 class PanelTile(NamedTuple):
     """What one program decodes: ``rows`` of ``words``, of which ``step`` rows at a time; and its warps."""
 
