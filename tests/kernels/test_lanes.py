@@ -27,8 +27,8 @@ for code, features, r, dtype, block, bias, analysed in (
     (TrellisSpec(12, (2,)), (4096, 64), 1.0, torch.float16, 16, False, "in one"),
     (TrellisSpec(16, (2,)), (8192, 40), 1.125, torch.bfloat16, None, False, "in one"),
     (CODES[0], (5888, 32), 1.125, torch.float16, 32, False, "by rows"),
-    (TrellisSpec(12, (2,)), (5888, 32), 1.0, torch.bfloat16, 32, True, "by rows"),
-    (uniform[0], (5888, 32), 1.0, torch.float16, 32, False, "by rows"),
+    (TrellisSpec(12, (2,)), (5120, 32), 1.0, torch.bfloat16, 32, True, "by rows"),
+    (uniform[0], (512, 32), 1.0, torch.float16, 32, False, "by rows"),
     (uniform[1], (576, 100), 1.125, torch.float16, None, True, "elsewhere"),
     (TrellisSpec(12, (2,)), (192, 64), 1.125, torch.float16, 32, True, "elsewhere"),
 ):
@@ -62,6 +62,48 @@ for code, features, r, dtype, block, bias, analysed in (
     )
 """
 
+TOGETHER = """
+import torch
+from torch.nn import functional
+from framequant.codes.trellis import TrellisSpec
+from framequant.kernels import lane_ops
+from tests.kernels.test_cpu import CODES, make_layer
+torch.manual_seed(0)
+for code, features, block, bias, dtype, normed, gated in (
+    (CODES[0], 4096, 32, True, torch.float16, True, False),
+    (TrellisSpec(12, (2,)), 4096, None, False, torch.bfloat16, True, False),
+    (CODES[0], 192, 32, False, torch.float16, True, False),
+    (CODES[0], 512, 32, False, torch.float16, False, True),
+    (TrellisSpec(12, (2,)), 192, 32, True, torch.bfloat16, False, True),
+    (CODES[0], 4096, 32, False, torch.float16, False, True),
+):
+    layer = make_layer(code, (features, 64), (1.125, 1.0), block=block, bias=bias)
+    x, gate = (8 * torch.randn(1, features).to(dtype) for _ in range(2))
+    weight = (torch.randn(features) / 16).to(dtype) if normed else None
+    added = torch.randn(1, 64).to(dtype) if block else None
+    def token(to):
+        y = functional.silu(gate.to(to)) * x.to(to) if gated else x.to(to)
+        return functional.rms_norm(y, (features,), weight.to(to), 1.5) if normed else y
+    layer.backend = "reference"
+    exact, torchs = layer(token(torch.float64)), layer(token(dtype))
+    if block:
+        exact, torchs = exact + added, torchs + added
+    layer.backend = "triton"
+    layer(x)
+    plan = layer._prepared[2]
+    into = plan.into
+    ends = (plan.out.places, plan.out.signs, plan.bias, plan.rows, block) if block else (None, None, None, plan.rows, 0)
+    y, unit = torch.ops.framequant.lane_linear(
+        plan.words, x, into.signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
+        list(into.block), into.norm, plan.scales, *ends, [*plan.code[:4], *plan.lane_coefficients], plan.layout.factor,
+        dtype, weight, 1.5, gate if gated else None, added)
+    if not block:
+        from framequant.kernels import triton_linear
+        y = triton_linear._synthesise(plan, plan, y, unit, dtype)
+    error = float((y.double() - exact).norm() / exact.norm())
+    assert error <= 2 * float((torchs.double() - exact).norm() / exact.norm()), (code, features, normed, gated, error)
+"""
+
 COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -71,7 +113,8 @@ from framequant.kernels import launches
 from framequant.kernels.column_triton import column_analysis
 from framequant.kernels.lane_product_triton import lane_product
 POINTERS = {"codes_ptr": "*u8", "z_ptr": "*i8", "signs_ptr": "*i8", "x_signs_ptr": "*i8", "places_ptr": "*i32",
-            "x_ptr": "*fp16", "y_ptr": "*fp16", "bias_ptr": "*fp16", "scale_ptr": "*bf16"}
+            "x_ptr": "*fp16", "y_ptr": "*fp16", "bias_ptr": "*fp16", "weight_ptr": "*fp16", "added_ptr": "*fp16",
+            "gate_ptr": "*fp16", "scale_ptr": "*bf16"}
 def ptx(kernel, constants, warps):
     types = {}
     for name in kernel.arg_names:
@@ -89,6 +132,7 @@ book = codebook(12)
 for trellis in (False, True):
     how = launches.lane_launch(22016, 1152, 132)
     constants = {"ANALYSED": 4096, "OUTPUTS": 1 if trellis else 18, "WIDTH": 1 if trellis else 16,
+                 "NORMED": not trellis, "ADDED": not trellis,
                  "COUNT": 4160 if trellis else 1168, "PARTS": 1, "BITS": 12 if trellis else 2,
                  "MULTIPLIER": book.multiplier, "ADDEND": book.addend, "TRELLIS": trellis, "ROW_SCALES": True,
                  "BLOCK": 32, "BIAS": False, "CHUNKS": how.chunks, "ROUNDS": how.rounds, "WARPS": how.warps,
@@ -97,13 +141,17 @@ for trellis in (False, True):
     assert "mma.sync.aligned.m16n8k32" in text and "ld.global.L1::no_allocate.v4" in text and ".local" not in text
     first = text.index("griddepcontrol.wait")
     assert text.index("ld.global.L1::no_allocate") < first < text.index("mma.sync")
-text = ptx(column_analysis, {"F0": 43, "EACH": 18, "COUNT": 3112, "CODES": 4, "PDL": True}, 8)
+text = ptx(column_analysis, {"F0": 43, "GATED": True, "EACH": 18, "COUNT": 3112, "CODES": 4, "PDL": True}, 8)
 assert ".local" not in text
 """
 
 
 def test_one_token_through_the_interpreter(tmp_path: Path) -> None:
     run(ONE_TOKEN, tmp_path, TRITON_INTERPRET="1")
+
+
+def test_what_stands_around_a_linear_through_the_interpreter(tmp_path: Path) -> None:
+    run(TOGETHER, tmp_path, TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:

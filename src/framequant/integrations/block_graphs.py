@@ -79,7 +79,7 @@ def _norm(x, weight, epsilon, dtype):  # type: ignore[no-untyped-def]
 
 def _own_norm(x, shape, weight, epsilon):  # type: ignore[no-untyped-def]
     """Torch's own, as ``nn.RMSNorm`` calls it."""
-    return functional.rms_norm(x, shape, weight, epsilon)
+    return torch.rms_norm(x, shape, weight, epsilon)
 
 
 def _rotation(half: int) -> Callable[..., Any]:

@@ -43,19 +43,12 @@ def _mma_text(unsigned):
 
 
 @triton.jit
-def _byte(word, INDEX: tl.constexpr, UNSIGNED: tl.constexpr):
-    value = (word >> (8 * INDEX)) & 255
-    return value if UNSIGNED else ((value + 128) & 255) - 128
-
-
-@triton.jit
-def _byte_sums(a, b, THREADS: tl.constexpr, UNSIGNED: tl.constexpr):
-    """Of registers a (warp, row, quarter) and b (warp, column, quarter): (warp, row, column)."""
-    total = tl.zeros([THREADS // 32, 8, 8], tl.int32)
-    a, b = tl.reshape(a, [THREADS // 32, 8, 1, 4]), tl.reshape(b, [THREADS // 32, 1, 8, 4])
-    for i in tl.static_range(4):
-        total += tl.sum(_byte(a, i, UNSIGNED) * _byte(b, i, False), axis=3)
-    return total
+def _bytes(words, UNSIGNED: tl.constexpr):
+    """The four bytes of each word along a last axis."""
+    shift = 8 * tl.arange(0, 4)
+    if UNSIGNED:
+        return (tl.expand_dims(words, -1) >> shift) & 255
+    return (tl.expand_dims(words, -1) << (24 - shift)) >> 24
 
 
 @triton.jit
@@ -73,11 +66,15 @@ def mma_bytes(acc, a0, a1, a2, a3, b0, b1, UNSIGNED: tl.constexpr):
             [a0, a1, a2, a3, b0, b1, acc[0], acc[1], acc[2], acc[3]],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
-    threads: tl.constexpr = a0.shape[0]
-    upper = _byte_sums(a0, b0, threads, UNSIGNED) + _byte_sums(a2, b1, threads, UNSIGNED)
-    lower = _byte_sums(a1, b0, threads, UNSIGNED) + _byte_sums(a3, b1, threads, UNSIGNED)
-    c0, c1 = tl.split(tl.reshape(upper, [threads, 2]))
-    c2, c3 = tl.split(tl.reshape(lower, [threads, 2]))
+    warps: tl.constexpr = a0.shape[0] // 32
+    a = tl.reshape(
+        tl.join(tl.join(a0, a2), tl.join(a1, a3)), [warps, 8, 1, 4, 2, 2]
+    )  # row, quarter, step, 8 rows
+    b = tl.reshape(tl.join(b0, b1), [warps, 1, 8, 4, 2, 1])
+    total = tl.sum(tl.sum(tl.sum(_bytes(a, UNSIGNED) * _bytes(b, False), axis=6), axis=4), axis=3)
+    upper, lower = tl.split(tl.reshape(total, [warps * 64, 2]))
+    c0, c1 = tl.split(tl.reshape(upper, [warps * 32, 2]))
+    c2, c3 = tl.split(tl.reshape(lower, [warps * 32, 2]))
     return acc[0] + c0, acc[1] + c1, acc[2] + c2, acc[3] + c3
 
 
