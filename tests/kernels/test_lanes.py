@@ -104,6 +104,45 @@ for code, features, block, bias, dtype, normed, gated in (
     assert error <= 2 * float((torchs.double() - exact).norm() / exact.norm()), (code, features, normed, gated, error)
 """
 
+SEVERAL = """
+import torch
+from framequant.codes.grid import GridSpec
+from framequant.kernels import lane_ops, launches, triton_linear
+from tests.kernels.test_cpu import CODES, make_layer
+torch.manual_seed(0)
+launches.LEAST_LANE_SHARES = 1
+for code, features, r, tokens, dtype, block, bias in (
+    (CODES[0], (512, 96), 1.125, 16, torch.float16, 32, True),
+    (CODES[0], (640, 80), 1.0, 7, torch.bfloat16, None, True),
+    (GridSpec("uniform", 16, "symmetric"), (128, 96), 1.125, 9, torch.float16, 16, False),
+    (GridSpec("uniform", 2, "symmetric"), (1024, 64), 1.0, 8, torch.float16, 32, False),
+    (CODES[0], (512, 600), 1.0, 16, torch.float16, None, False),  # several turns
+):
+    layer = make_layer(code, features, (r, 1.0), block=block, bias=bias)
+    x = torch.randn(tokens, features[0]).to(dtype)
+    layer.backend = "reference"
+    exact, torchs = layer(x.double()), layer(x).double()
+    layer.backend = "triton"
+    y = layer(x)
+    plan = layer._prepared[2]
+    assert plan.takes_lane_tokens(tokens) and not plan.takes_lane_tokens(launches.BYTE_TOKENS)
+    assert not plan.takes_lane_tokens(launches.MOST_LANE_TOKENS + 1) and list(triton_linear._verdicts.values())[-1]
+    error = float((y.double() - exact).norm() / exact.norm())
+    assert error <= 2 * float((torchs - exact).norm() / exact.norm()), (code, features, error)
+    x[1] = float("nan")
+    y = layer(x)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()  # tokens keep to themselves
+z = torch.zeros(9, 8, 64).half()
+sums, unit = torch.zeros(9, 3), torch.ones(9)
+words = torch.zeros(40, 64, dtype=torch.int16)
+places, signs = torch.arange(40, dtype=torch.int32), torch.ones(40, dtype=torch.int8)
+for ends, block in (((None, None, None), 0), ((places, signs, None), 32)):
+    torch.library.opcheck(
+        torch.ops.framequant.lane_tokens.default,
+        (words, z, sums, unit, torch.ones(40, 1), *ends, 40, block, 2, torch.float16),
+        test_utils=("test_schema", "test_faketensor"))
+"""
+
 COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
@@ -112,7 +151,8 @@ from framequant.codes.trellis_codebook import codebook
 from framequant.kernels import launches
 from framequant.kernels.column_triton import column_analysis
 from framequant.kernels.lane_product_triton import lane_product
-POINTERS = {"codes_ptr": "*u8", "z_ptr": "*i8", "signs_ptr": "*i8", "x_signs_ptr": "*i8", "places_ptr": "*i32",
+from framequant.kernels.lane_tokens_triton import lane_tokens
+POINTERS = {"codes_ptr": "*u8", "signs_ptr": "*i8", "x_signs_ptr": "*i8", "places_ptr": "*i32",
             "x_ptr": "*fp16", "y_ptr": "*fp16", "bias_ptr": "*fp16", "weight_ptr": "*fp16", "added_ptr": "*fp16",
             "gate_ptr": "*fp16", "scale_ptr": "*bf16"}
 def ptx(kernel, constants, warps):
@@ -122,8 +162,10 @@ def ptx(kernel, constants, warps):
             types[name] = "constexpr"
         elif name.endswith("_ptr"):
             types[name] = POINTERS.get(name, "*fp32")
+            if name == "z_ptr":
+                types[name] = "*fp16" if kernel is lane_tokens else "*i8"
         else:
-            types[name] = "i32" if name in ("rows", "stride") else "fp32"
+            types[name] = "i32" if name in ("rows", "stride", "count", "tokens") else "fp32"
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
     source = ASTSource(kernel, types, constants, aligned)
     options = {"num_warps": warps, "launch_pdl": True}
@@ -141,6 +183,11 @@ for trellis in (False, True):
     assert "mma.sync.aligned.m16n8k32" in text and "ld.global.L1::no_allocate.v4" in text and ".local" not in text
     first = text.index("griddepcontrol.wait")
     assert text.index("ld.global.L1::no_allocate") < first < text.index("mma.sync")
+text = ptx(lane_tokens, {"TILES": 2, "BITS": 2, "PARTS": 4, "ROW_SCALES": True, "BLOCK": 32, "BIAS": False,
+                         "SLICES": 9, "WARPS": 8, "PDL": True}, 8)
+before, after = text.split("griddepcontrol.wait")
+assert before.count("ld.global.L1::no_allocate") == 16 and "cp.async.cg" not in before and ".local" not in text
+assert after.count("mma.sync.aligned.m16n8k16") == 128
 text = ptx(column_analysis, {"F0": 43, "GATED": True, "EACH": 18, "COUNT": 3112, "CODES": 4, "PDL": True}, 8)
 assert ".local" not in text
 """
@@ -152,6 +199,10 @@ def test_one_token_through_the_interpreter(tmp_path: Path) -> None:
 
 def test_what_stands_around_a_linear_through_the_interpreter(tmp_path: Path) -> None:
     run(TOGETHER, tmp_path, TRITON_INTERPRET="1")
+
+
+def test_several_tokens_through_the_interpreter(tmp_path: Path) -> None:
+    run(SEVERAL, tmp_path, TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:

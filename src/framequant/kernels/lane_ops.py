@@ -17,6 +17,7 @@ from framequant.kernels import launches, triton_ops
 from framequant.kernels.column_triton import column_analysis, column_bytes
 from framequant.kernels.lane_product_triton import lane_product as kernel
 from framequant.kernels.lane_product_triton import shared_bytes
+from framequant.kernels.lane_tokens_triton import lane_tokens, slice_bytes
 from framequant.kernels.transform_triton import LAST_BIT
 from framequant.kernels.triton_support import COMPILED
 
@@ -177,3 +178,47 @@ def _(
 ):  # type: ignore[no-untyped-def]
     y = x.new_empty((1, rows) if block else (1, 1, rows), dtype=dtype if block else torch.float32)
     return y, x.new_empty(1, dtype=torch.float32)
+
+
+@torch.library.custom_op("framequant::lane_tokens", mutates_args=())
+def tokens(
+    words: Tensor,
+    z: Tensor,
+    sums: Tensor,
+    unit: Tensor,
+    scales: Tensor,
+    places: Tensor | None,
+    signs: Tensor | None,
+    bias: Tensor | None,
+    rows: int,
+    block: int,
+    bits: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Outputs (tokens, rows) of ``dtype``, or with ``block`` 0 ``D̃ z`` in units of tokens, float32 (1, tokens, rows).
+
+    Args:
+        words: of scalar codes of so many ``bits``.
+        z: halves (tokens, 16 / bits, count), from ``triton_ops.analysis`` with ``pair_bits``, as ``sums`` and ``unit``.
+        places: of a ``BlockPlan``, as ``signs``.
+    """
+    number, _, count = z.shape
+    early, stride = triton_ops.starts_early(z.device), words.stride(0) * words.element_size()
+    y = z.new_empty((number, rows) if block else (1, number, rows), dtype=dtype if block else torch.float32)
+    tiles = -(-number // 8)
+    memory = unit if COMPILED else torch.empty(slice_bytes(tiles, bits) // 2, device=z.device)
+    lane_tokens[(multiprocessors(z.device),)](
+        words.view(torch.uint8), z, sums, unit, scales, y, unit if places is None else places,
+        unit if signs is None else signs, unit if bias is None else bias, memory,
+        rows, stride, count, number, 2.0**24, (1 << bits) / 2 - 0.5, max(block, 1) ** -0.5, TILES=tiles, BITS=bits,
+        PARTS=sums.shape[1], ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None,
+        SLICES=-(-count * 2 // 128), WARPS=launches.LANE_WARPS, PDL=early, num_warps=launches.LANE_WARPS,
+        launch_pdl=early,
+    )  # fmt: skip
+    return y
+
+
+@tokens.register_fake
+def _(words, z, sums, unit, scales, places, signs, bias, rows, block, bits, dtype):  # type: ignore[no-untyped-def]
+    shape = (z.shape[0], rows) if block else (1, z.shape[0], rows)
+    return z.new_empty(shape, dtype=dtype if block else torch.float32)

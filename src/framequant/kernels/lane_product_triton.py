@@ -64,7 +64,7 @@ def shared_bytes(warps, count, codes, analysed):
 
 
 @triton.jit
-def _chunk_words(row_at, byte, stride, there):
+def chunk_words(row_at, byte, stride, there):
     """Codes of a chunk: four words of each of four rows; behind the end of a row, where coefficients are 0, any."""
     inside = ((byte < stride) & there).to(tl.int32)
     found = ()
@@ -74,7 +74,7 @@ def _chunk_words(row_at, byte, stride, there):
 
 
 @triton.jit
-def _first_words(row_at, byte, stride):
+def first_words(row_at, byte, stride):
     """The same without a predicate, which would make the compiler branch, and wait for all but the first."""
     found = ()
     for i in tl.static_range(4):
@@ -83,7 +83,7 @@ def _first_words(row_at, byte, stride):
 
 
 @triton.jit
-def _row_addresses(codes_ptr, block, place, rows, stride, TRELLIS: tl.constexpr):
+def row_addresses(codes_ptr, block, place, rows, stride, TRELLIS: tl.constexpr):
     """Addresses of a lane's four rows of codes; of a trellis the words that hold four rows of two tiles."""
     found = ()
     for i in tl.static_range(4):
@@ -96,7 +96,7 @@ def _row_addresses(codes_ptr, block, place, rows, stride, TRELLIS: tl.constexpr)
 
 
 @triton.jit
-def _row_ends(scale_ptr, places_ptr, signs_ptr, row, rows, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr):
+def row_ends(scale_ptr, places_ptr, signs_ptr, row, rows, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr):
     """A row's scale, its output's place and sign. Asked for a turn ahead: loads come back in their order."""
     used = row < rows
     if ROW_SCALES:
@@ -263,10 +263,10 @@ def lane_product(
     first = tl.program_id(0) * GROUPS + group
     turns = tl.cdiv(tl.cdiv(rows, 32 * GROUPS) - tl.program_id(0), tl.num_programs(0))
     byte = part * 64 + quarter * 16
-    row_at = _row_addresses(codes_ptr, first, place, rows, stride, TRELLIS)
+    row_at = row_addresses(codes_ptr, first, place, rows, stride, TRELLIS)
     words = ()
     for c in tl.static_range(CHUNKS):
-        words += _first_words(row_at, byte + c * STEP, stride)
+        words += first_words(row_at, byte + c * STEP, stride)
     z_first = shared + tl.minimum(place, 2) * PLANE  # of eight columns three are planes
     if ANALYSED:
         x_signs = load_signs(x_signs_ptr, weight_ptr, thread, ANALYSED, 32 * WARPS, NORMED)
@@ -287,7 +287,7 @@ def lane_product(
             total += tl.load(sum_ptr + index, mask=index < PARTS, other=0.0)
         total = lane_sum(total) * zero
         unit = tl.load(unit_ptr)
-    ends = _row_ends(scale_ptr, places_ptr, signs_ptr, first * 32 + lane, rows, ROW_SCALES, BLOCK)
+    ends = row_ends(scale_ptr, places_ptr, signs_ptr, first * 32 + lane, rows, ROW_SCALES, BLOCK)
     none = thread * 0
     start = (none, none, none, none, none, none, none, none)
     even, odd = start, start
@@ -297,8 +297,8 @@ def lane_product(
         row = (first + turn * (tl.num_programs(0) * GROUPS)) * 32 + lane
         later = (n + 1) // ROUNDS
         block_next = first + later * (tl.num_programs(0) * GROUPS)
-        next_at = _row_addresses(codes_ptr, block_next, place, rows, stride, TRELLIS)
-        ends_next = _row_ends(
+        next_at = row_addresses(codes_ptr, block_next, place, rows, stride, TRELLIS)
+        ends_next = row_ends(
             scale_ptr, places_ptr, signs_ptr, block_next * 32 + lane, rows, ROW_SCALES, BLOCK
         )
         if ADDED:  # before the next codes are asked for: loads come back in their order
@@ -315,7 +315,7 @@ def lane_product(
             else:
                 z_at = z_first + tl.minimum(here + c * STEP, COUNT - 16)
                 even, odd = _scalar_chunk(even, odd, chunk, z_at, COUNT, BITS)
-            words = replaced(words, _chunk_words(next_at, more + c * STEP, stride, later < turns), 16 * c)
+            words = replaced(words, chunk_words(next_at, more + c * STEP, stride, later < turns), 16 * c)
         if round_ == ROUNDS - 1:
             half = parts + (turn % 2) * HALF
             mine = half + (warp * 4 + quarter) * _ROW_STRIDE + place * 4

@@ -79,6 +79,64 @@ def mma_bytes(acc, a0, a1, a2, a3, b0, b1, UNSIGNED: tl.constexpr):
 
 
 @triton.jit
+def _halves(words):
+    """The two halves of each word along a last axis, float32."""
+    low = (words << 16) >> 16
+    parts = tl.join(low, words >> 16).to(tl.int16)
+    return parts.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def mma_halves(acc, a0, a1, a2, a3, b0, b1):
+    """Add the product of 16 × 16 halves with 16 × 8 ones to four float32, PTX's registers of ``mma.m16n8k16``.
+
+    As in ``mma_bytes``, with two halves of a row in place of four bytes.
+    """
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+            "{$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [a0, a1, a2, a3, b0, b1, acc[0], acc[1], acc[2], acc[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    warps: tl.constexpr = a0.shape[0] // 32
+    a = tl.reshape(
+        tl.join(tl.join(a0, a2), tl.join(a1, a3)), [warps, 8, 1, 4, 2, 2]
+    )  # row, quarter, step, 8 rows
+    b = tl.reshape(tl.join(b0, b1), [warps, 1, 8, 4, 2, 1])
+    total = tl.sum(tl.sum(tl.sum(_halves(a) * _halves(b), axis=6), axis=4), axis=3)
+    upper, lower = tl.split(tl.reshape(total, [warps * 64, 2]))
+    c0, c1 = tl.split(tl.reshape(upper, [warps * 32, 2]))
+    c2, c3 = tl.split(tl.reshape(lower, [warps * 32, 2]))
+    return acc[0] + c0, acc[1] + c1, acc[2] + c2, acc[3] + c3
+
+
+@triton.jit
+def copy_to_shared(address, source, there):
+    """Begin to bring 16 bytes each from a 16-byte aligned address to shared memory; zeros where ``there`` is 0."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "cp.async.cg.shared.global [$1], [$2], 16, $3; mov.b32 $0, 0;", "=r,r,l,r", [address, source, there * 16],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
+        found = source.to(tl.pointer_type(tl.int32), bitcast=True)
+        for i in tl.static_range(4):
+            tl.store(at + i, tl.load(found + i, mask=there != 0, other=0))
+
+
+@triton.jit
+def wait_for_copies(thread):
+    """Wait until what this thread began to copy has come; a barrier must follow."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "cp.async.wait_all; mov.b32 $0, 0;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def from_lane(value, lane):
     """The value that another lane of the warp, 0 … 31, has; 32-bit numbers."""
     if COMPILED:

@@ -15,6 +15,9 @@ VECTOR_TOKENS = 2
 BYTE_TOKENS = 4
 #: Most tokens whose codes go through registers alone, warps of a program there, and shared memory that it may have.
 LANE_TOKENS, LANE_WARPS, LANE_SHARED = 1, 8, 48 << 10
+#: Most tokens of scalar codes whose products go through registers alone, and warps' shares of rows that a
+#: multiprocessor has there, at least: with fewer there are not bytes enough on their way.
+MOST_LANE_TOKENS, LEAST_LANE_SHARES = 16, 4
 #: Rows of a trellis up to which that is faster where a synthesis follows.
 LANE_TRELLIS_ROWS = 8192
 #: Bytes and rows that a warp takes at a time there, and the blocks of a local output frame that its lanes can rotate.
@@ -51,7 +54,9 @@ def tokens_to_check(tokens: int, loops: int) -> int:
         return VECTOR_TOKENS
     if tokens <= BYTE_TOKENS:
         return BYTE_TOKENS
-    return BYTE_TOKENS + 1 if tokens <= loops * FEW_TOKENS else loops * FEW_TOKENS + 1
+    if tokens <= MOST_LANE_TOKENS:
+        return MOST_LANE_TOKENS
+    return MOST_LANE_TOKENS + 1 if tokens <= loops * FEW_TOKENS else loops * FEW_TOKENS + 1
 
 
 def loop_tokens(tokens: int, loops: int) -> int:
@@ -240,6 +245,11 @@ def query_splits(programs: int, longest: int) -> int:
     if longest <= QUERY_POSITIONS:
         return 1
     return max(1, min(-(-longest // QUERY_POSITIONS), 264 // programs))
+
+
+def lane_token_rows(multiprocessors: int) -> int:
+    """Rows from which on a product of several tokens goes through registers alone."""
+    return multiprocessors * LEAST_LANE_SHARES * LANE_ROWS
 
 
 class PanelTile(NamedTuple):

@@ -53,12 +53,13 @@ def transform(
     F0: tl.constexpr, F1: tl.constexpr, F2_IN: tl.constexpr, F2_OUT: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2_IN: tl.constexpr, P2_OUT: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, ANALYSIS: tl.constexpr, INTERLEAVE: tl.constexpr,
-    PLANES: tl.constexpr, BIAS: tl.constexpr, LOW: tl.constexpr, PDL: tl.constexpr,
+    PLANES: tl.constexpr, BIAS: tl.constexpr, LOW: tl.constexpr, PDL: tl.constexpr, PAIR_BITS: tl.constexpr = 0,
 ):  # fmt: skip
     """Transform ``tokens`` vectors; see the module's text.
 
     Analysis: (tokens, F0*F1*F2_IN) of any float dtype to halves (tokens, INTERLEAVE, words), coefficient k in
-    row ``k % INTERLEAVE`` at ``k // INTERLEAVE``, each token divided by the power of two in ``unit``. With PLANES:
+    row ``k % INTERLEAVE`` at ``k // INTERLEAVE``, each token divided by the power of two in ``unit``. With PAIR_BITS
+    adjacent rows are one, with two halves of each in turn, and those of the second are divided by 2**PAIR_BITS. PLANES:
     to signed bytes (tokens, 4, INTERLEAVE, words), of which three planes are written, in units of ``LAST_BIT``
     times ``unit``, a bound of the coefficients; ``sum`` (tokens, programs) gets each program's sum of what it wrote,
     over ``unit``.
@@ -120,9 +121,13 @@ def transform(
         if tl.program_id(1) == 0:
             tl.store(unit_ptr + token, unit)
     elif ANALYSIS:
-        place = (k % INTERLEAVE) * words + k // INTERLEAVE
-        halves = y.to(tl.float16)
-        tl.store(out_ptr + token * (INTERLEAVE * words) + place, halves, mask=valid)
+        halves, run, at = y.to(tl.float16), k % INTERLEAVE, k // INTERLEAVE
+        if PAIR_BITS > 0:
+            place = run // 2 * (2 * words) + at // 2 * 4 + run % 2 * 2 + at % 2
+            written = tl.where(run % 2 == 1, y * (1.0 / (1 << PAIR_BITS)), y).to(tl.float16)
+        else:
+            place, written = run * words + at, halves
+        tl.store(out_ptr + token * (INTERLEAVE * words) + place, written, mask=valid)
         total = tl.sum(tl.sum(tl.where(valid, halves.to(tl.float32), 0.0), axis=1), axis=0)
         tl.store(sum_ptr + token * tl.num_programs(1) + tl.program_id(1), total)
         if tl.program_id(1) == 0:

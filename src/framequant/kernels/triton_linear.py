@@ -95,6 +95,19 @@ class TritonPlan:
         fits = lane_ops.fits(0 if layout.trellis else codes, count)
         return known and fits and tokens <= launches.LANE_TOKENS
 
+    def takes_lane_tokens(self, tokens: int) -> bool:
+        """Whether codes of so many tokens, more than one, can go through registers alone (``lane_ops.tokens``)."""
+        layout = self.layout
+        known = not layout.trellis and layout.planes == 1 and layout.length % 4 == 0
+        if isinstance(self.out, BlockPlan):
+            known = known and self.out.block in launches.LANE_BLOCKS
+        few = launches.BYTE_TOKENS < tokens <= launches.MOST_LANE_TOKENS
+        return (
+            known
+            and few
+            and self.rows >= launches.lane_token_rows(lane_ops.multiprocessors(self.words.device))
+        )
+
     @property
     def lane_coefficients(self) -> tuple[int, int]:
         """Coefficients that meet one byte, and bytes of a plane: whole 16-byte loads and one of zeros."""
@@ -214,10 +227,16 @@ def _outputs(plan: TritonPlan, out: BlockPlan, x: Float[Tensor, "t n"]) -> Float
     if plan.takes_lanes(x.shape[0]):
         return _lanes(plan, x, len(out.places), out)[0]
     words = plan.codes(x.shape[0])
+    lanes = plan.takes_lane_tokens(x.shape[0])
     z, unit, sums = operators.analysis(
         x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
-        words.dtype == torch.int8,
+        words.dtype == torch.int8, plan.layout.bits if lanes else 0,
     )  # fmt: skip
+    if lanes:
+        return lane_ops.tokens(
+            words, z, sums, unit, plan.scales, out.places, out.signs, plan.bias, len(out.places), out.block,
+            plan.layout.bits, x.dtype,
+        )  # fmt: skip
     return block_ops.product(
         words,
         z,
@@ -259,10 +278,15 @@ def _multiply(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int) -> tuple[Ten
     if plan.takes_lanes(x.shape[0]):
         return _lanes(plan, x, rows, None)
     words = plan.codes(x.shape[0])
+    lanes = plan.takes_lane_tokens(x.shape[0])
     z, unit, sums = operators.analysis(
         x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
-        words.dtype == torch.int8,
+        words.dtype == torch.int8, plan.layout.bits if lanes else 0,
     )  # fmt: skip
+    if lanes:
+        return lane_ops.tokens(
+            words, z, sums, unit, plan.scales, None, None, None, rows, 0, plan.layout.bits, x.dtype
+        ), unit
     products = operators.product(
         words, z, sums, plan.scales, plan.shifts, rows, plan.numbers(words), plan.layout.factor
     )

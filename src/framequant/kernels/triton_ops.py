@@ -60,15 +60,17 @@ def analysis(
     interleave: int,
     count: int,
     planes: bool,
+    pair_bits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients of tokens (tokens, dim), their units (tokens,) and sums (tokens, parts).
 
     Coefficients are halves (tokens, interleave, count), or with ``planes`` int8 (tokens, 4, interleave, count).
+    ``pair_bits`` (``transform_triton``) are for more than ``VECTOR_TOKENS`` tokens.
     """
     tokens, rows = x.shape[0], matrices[0].shape[0]
-    make = (
-        torch.empty if tokens <= launches.VECTOR_TOKENS else torch.zeros
-    )  # few tokens: the kernel writes the end, too
+    full = interleave * count == sizes[0] * sizes[1] * sizes[3]
+    # few tokens: the kernel writes the end, too
+    make = torch.empty if full or tokens <= launches.VECTOR_TOKENS else torch.zeros
     shape = (tokens, 4, interleave, count) if planes else (tokens, interleave, count)
     z = make(shape, dtype=torch.int8 if planes else torch.float16, device=x.device)
     unit = torch.empty(tokens, dtype=torch.float32, device=x.device)
@@ -84,12 +86,13 @@ def analysis(
         INTERLEAVE=interleave,
         PLANES=planes,
         BIAS=False,
+        **({"PAIR_BITS": pair_bits} if pair_bits else {}),
     )
     return z, unit, sums
 
 
 @analysis.register_fake
-def _(x, signs, matrices, sizes, norm, interleave, count, planes):  # type: ignore[no-untyped-def]
+def _(x, signs, matrices, sizes, norm, interleave, count, planes, pair_bits=0):  # type: ignore[no-untyped-def]
     tokens = x.shape[0]
     shape = (tokens, 4, interleave, count) if planes else (tokens, interleave, count)
     return (

@@ -1,0 +1,236 @@
+"""The product of 5 to 16 tokens where codes go from memory to the tensor cores through registers alone.
+
+As in ``lane_product_triton`` a lane loads 16 bytes of four rows, which are its own operands of ``mma.m16n8k16`` once
+they are shifted and masked: a code between the bits of a half is a subnormal number, the code times 2**-24, which
+tensor cores multiply exactly. A warp keeps 32 rows of all its tokens and goes through their columns; coefficients come
+to shared memory a *slice* at a time, the next one while one is multiplied. Then a warp rotates blocks of its rows,
+within and between lanes, and writes outputs. Only ``lane_ops`` imports this module. Imports triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from framequant.kernels.lane_product_triton import (
+    chunk_words,
+    first_words,
+    four,
+    replaced,
+    row_addresses,
+    row_ends,
+)
+from framequant.kernels.lanes_triton import (
+    copy_to_shared,
+    from_lane,
+    load_shared_words,
+    mma_halves,
+    shared_memory,
+    wait_for_copies,
+)
+from framequant.kernels.triton_support import let_next_start, wait_for_previous
+
+#: Chunks of 64 bytes of each row in a slice, and slices of codes that a warp has in registers or on their way.
+SLICE, AHEAD = tl.constexpr(2), tl.constexpr(2)
+
+
+@triton.constexpr_function
+def slice_bytes(tiles, bits):
+    """Bytes of shared memory for a slice of coefficients of ``8 tiles`` tokens."""
+    return 16 // bits * 8 * tiles * 2 * 64
+
+
+@triton.jit
+def _begin_slice(z_ptr, shared, number, thread, count, tokens, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
+                 THREADS: tl.constexpr):  # fmt: skip
+    """Begin to bring a slice: for each pair of runs and token 256 bytes, of every second token the 16 bytes swapped.
+
+    So that eight lanes, of two tokens, read from all banks.
+    """
+    for turn in tl.static_range(PAIRS * TOKENS * 16 // THREADS):
+        piece = thread + turn * THREADS  # of 16 bytes
+        row, place = piece // 16, piece % 16
+        pair, token = row // TOKENS, row % TOKENS
+        byte = number * 256 + place * 16
+        there = (byte < count * 4) & (token < tokens)
+        source = z_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + tl.where(
+            there, (token * PAIRS + pair) * (count * 4) + byte, 0
+        )
+        copy_to_shared(shared + row * 256 + (place ^ (token % 2)) * 16, source, there.to(tl.int32))
+
+
+@triton.jit
+def _operands(words, PAIR: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr):
+    """Registers of A of four rows: the pairs of codes of their M-th words that meet a pair of runs of z."""
+    first: tl.constexpr = ((1 << BITS) - 1) * 0x00010001
+    found = ()
+    for i in tl.static_range(4):
+        word = words[4 * i + M] >> (2 * PAIR * BITS)
+        found += (word & first, word & (first << BITS))  # the second 2**BITS times as large, as z is smaller
+    return found
+
+
+@triton.jit
+def _chunk(acc, words, z_even, z_odd, TILES: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr):
+    """Add the products of a chunk to those of two times 16 rows and TILES times eight tokens."""
+    for j in tl.static_range(8 // BITS):
+        b = ()
+        for n in tl.static_range(TILES):
+            b += load_shared_words(z_even, (j * TILES + n) * 2048 + OFFSET)
+            b += load_shared_words(z_odd, (j * TILES + n) * 2048 + OFFSET)
+        for m in tl.static_range(4):
+            a = _operands(words, j, m, BITS)
+            for n in tl.static_range(TILES):
+                for t in tl.static_range(2):
+                    acc = replaced(acc, mma_halves(
+                        four(acc, t * TILES + n), a[4 * t], a[4 * t + 2], a[4 * t + 1], a[4 * t + 3], b[8 * n + 2 * m],
+                        b[8 * n + 2 * m + 1],
+                    ), 4 * (t * TILES + n))  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _rotated(values, lane, BLOCK: tl.constexpr):
+    """Sylvester's matrix of a block times rows: four of a lane, 8 apart, in eight lanes, 4 apart."""
+    pairs = (values[0] + values[1], values[0] - values[1], values[2] + values[3], values[2] - values[3])
+    if BLOCK == 32:
+        pairs = (pairs[0] + pairs[2], pairs[1] + pairs[3], pairs[0] - pairs[2], pairs[1] - pairs[3])
+    found = ()
+    for i in tl.static_range(4):
+        value = pairs[i]
+        for step in tl.static_range(3):
+            other = from_lane(value, lane ^ (4 << step))
+            value = other + tl.where((lane >> (2 + step)) % 2 == 1, -value, value)
+        found += (value,)
+    return found
+
+
+@triton.jit
+def _token_values(sum_ptr, unit_ptr, token, tokens, PARTS: tl.constexpr):
+    """A token's sum of coefficients and its unit."""
+    there = token < tokens
+    total = token * 0.0
+    for part in tl.static_range(PARTS):
+        total += tl.load(sum_ptr + token * PARTS + part, mask=there, other=0.0)
+    return total, tl.load(unit_ptr + token, mask=there, other=0.0)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def lane_tokens(
+    codes_ptr, z_ptr, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, memory_ptr,
+    rows, stride, count, tokens, factor, zero, norm,
+    TILES: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS: tl.constexpr, SLICES: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Outputs of up to ``8 TILES`` tokens, or products in units of the tokens; see the module's text.
+
+    Args:
+        codes_ptr: bytes (rows, stride).
+        z_ptr: halves (tokens, 8 / BITS, 2 count), as ``transform_triton`` writes them in PAIRS; ``count`` a multiple
+            of 4.
+        sum_ptr: float32 (tokens, PARTS): sums of a token's halves, over its unit.
+        unit_ptr: (tokens,).
+        scale_ptr: scales, (rows,) or one.
+        y_ptr: outputs (tokens, rows); without BLOCK float32, in units of the tokens.
+        memory_ptr: in place of shared memory; for the interpreter.
+        factor: value of one level times 2**24.
+        zero: the level 0, times ``factor``'s value of one.
+        norm: of the rotation of a block.
+        SLICES: of 128 bytes of a row.
+    """
+    let_next_start(PDL)
+    thread = tl.arange(0, 32 * WARPS)
+    lane, warp = thread % 32, thread // 32
+    place, quarter = lane // 4, lane % 4
+    PAIRS: tl.constexpr = 8 // BITS
+    BYTES: tl.constexpr = slice_bytes(TILES, BITS)
+    shared = shared_memory(2 * BYTES, memory_ptr)
+    z_even = shared + place * 256 + quarter * 32 + place % 2 * 16
+    z_odd = shared + place * 256 + quarter * 32 + 16 - place % 2 * 16
+    first = warp * tl.num_programs(0) + tl.program_id(0)
+    turns = tl.cdiv(tl.cdiv(rows, 32), WARPS * tl.num_programs(0))
+    words = ()
+    for s in tl.static_range(AHEAD):
+        block = first + s // SLICES * (WARPS * tl.num_programs(0))
+        row_at = row_addresses(codes_ptr, block, place, rows, stride, False)
+        for c in tl.static_range(SLICE):
+            words += first_words(row_at, s % SLICES * 128 + c * 64 + quarter * 16, stride)
+    tl.debug_barrier()  # or the compiler moves these loads behind the wait
+    wait_for_previous(PDL)
+    _begin_slice(z_ptr, shared, 0, thread, count, tokens, PAIRS, 8 * TILES, 32 * WARPS)
+    token_values = ()
+    for n in tl.static_range(TILES):
+        for e in tl.static_range(2):
+            token_values += _token_values(sum_ptr, unit_ptr, 8 * n + 2 * quarter + e, tokens, PARTS)
+    none = thread * 0.0
+    start = ()
+    for _ in tl.static_range(8 * TILES):
+        start += (none,)
+    acc = start
+    for step in tl.range(0, turns * SLICES):
+        turn, number = step // SLICES, step % SLICES
+        later = step + AHEAD
+        later_at = row_addresses(
+            codes_ptr, first + later // SLICES * (WARPS * tl.num_programs(0)), place, rows, stride, False
+        )
+        wait_for_copies(thread)
+        tl.debug_barrier()
+        _begin_slice(z_ptr, shared + (step + 1) % 2 * BYTES, (step + 1) % SLICES, thread, count, tokens, PAIRS,
+                     8 * TILES, 32 * WARPS)  # fmt: skip
+        for c in tl.static_range(SLICE):
+            chunk, rest = _first(words)
+            acc = _chunk(
+                acc, chunk, z_even + step % 2 * BYTES, z_odd + step % 2 * BYTES, TILES, BITS, c * 128
+            )
+            byte = later % SLICES * 128 + c * 64 + quarter * 16
+            words = rest + chunk_words(later_at, byte, stride, later < turns * SLICES)
+        if number == SLICES - 1:
+            block = first + turn * (WARPS * tl.num_programs(0))
+            _finish(acc, token_values, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, block, lane, rows, tokens,
+                    factor, zero, norm, TILES, ROW_SCALES, BLOCK, BIAS)  # fmt: skip
+            acc = start
+
+
+@triton.jit
+def _first(words):
+    """The first chunk of a tuple of words, and the rest."""
+    chunk, rest = (), ()
+    for i in tl.static_range(len(words)):
+        if i < 16:
+            chunk += (words[i],)
+        else:
+            rest += (words[i],)
+    return chunk, rest
+
+
+@triton.jit
+def _finish(acc, token_values, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, block, lane, rows, tokens, factor,
+            zero, norm, TILES: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr,
+            BIAS: tl.constexpr):  # fmt: skip
+    """Scale, rotate and write what a warp has of 32 rows."""
+    place, quarter = lane // 4, lane % 4
+    ends = ()
+    for i in tl.static_range(4):
+        ends += row_ends(
+            scale_ptr, places_ptr, signs_ptr, block * 32 + 8 * i + place, rows, ROW_SCALES, BLOCK
+        )
+    for n in tl.static_range(TILES):
+        for e in tl.static_range(2):
+            total, unit = token_values[4 * n + 2 * e], token_values[4 * n + 2 * e + 1]
+            token = 8 * n + 2 * quarter + e
+            values = ()
+            for i in tl.static_range(4):
+                product = acc[4 * (i // 2 * TILES + n) + i % 2 * 2 + e]
+                values += ((product * factor - total * zero) * ends[3 * i],)
+            if BLOCK > 0:
+                values = _rotated(values, lane, BLOCK)
+            for i in tl.static_range(4):
+                row = block * 32 + 8 * i + place
+                written = (row < rows) & (token < tokens)
+                value = values[i]
+                if BLOCK > 0:
+                    value *= unit * norm * ends[3 * i + 2]
+                    if BIAS:
+                        value += tl.load(bias_ptr + ends[3 * i + 1], mask=written, other=0.0).to(tl.float32)
+                at = y_ptr + token.to(tl.int64) * rows + ends[3 * i + 1]
+                tl.store(at, value.to(y_ptr.dtype.element_ty), mask=written)
