@@ -188,7 +188,7 @@ def test_panels_are_bounded_and_start_at_tiles(rows: int, width: int, tokens: in
 def test_a_number_of_tokens_is_checked_as_its_kind(loops) -> None:
     kinds = [launches.tokens_to_check(tokens, loops) for tokens in range(1, 300)]
     assert kinds == [launches.tokens_to_check(kind, loops) for kind in kinds]
-    assert len(set(kinds)) == 5
+    assert len(set(kinds)) == 7
 
 
 @pytest.mark.parametrize("loops", [1, 2, 4])

@@ -55,7 +55,7 @@ def tokens_to_check(tokens: int, loops: int) -> int:
     if tokens <= BYTE_TOKENS:
         return BYTE_TOKENS
     if tokens <= MOST_LANE_TOKENS:
-        return MOST_LANE_TOKENS
+        return 8 if tokens <= 8 else MOST_LANE_TOKENS
     return MOST_LANE_TOKENS + 1 if tokens <= loops * FEW_TOKENS else loops * FEW_TOKENS + 1
 
 
