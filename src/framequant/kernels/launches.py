@@ -1,13 +1,15 @@
 """How the Triton kernels are launched: tiles, splits, what is held in registers. Pure arithmetic, no triton.
 
 Chosen by measurement on an H100 (``benchmarks/kernel_linear.py``); they change speed, and results in the last bits
-only. Must not import layers.
+only. What is ``tunable`` is measured anew on other GPUs (``tuning``). Must not import layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from framequant.kernels.tuned import tunable
 
 #: Most tokens whose transforms take a program for each index of the first axis.
 VECTOR_TOKENS = 2
@@ -117,6 +119,7 @@ def launch(tile: Tile, rows: int, count: int, columns: int) -> Launch:
     return Launch(tile, -(-count // span), span)
 
 
+@tunable
 def byte_tile(rows: int, tokens: int) -> Tile:
     """For scalar codes and few tokens.
 
@@ -132,6 +135,7 @@ def byte_tile(rows: int, tokens: int) -> Tile:
     return Tile(64, 128, 8, 3, 4, 1024, held=1)
 
 
+@tunable
 def half_tile(trellis: bool, rows: int, tokens: int, compiled: bool) -> Tile:
     """For a trellis, and for scalar codes and more tokens."""
     if not trellis:
@@ -150,6 +154,7 @@ def half_tile(trellis: bool, rows: int, tokens: int, compiled: bool) -> Tile:
     return Tile(128, 32, 32, 2, 8, 512)
 
 
+@tunable
 def packed_tile(codes: int, tokens: int, compiled: bool) -> Tile:
     """For scalar codes in planes; so many ``codes`` are a unit, and as many tiles of coefficients are a step's."""
     columns = 8 if tokens <= 8 and compiled else 16
@@ -168,6 +173,7 @@ def block_launch(tile: Tile, count: int) -> Launch:
     return Launch(tile, 1, -(-count // step) * step)
 
 
+@tunable
 def block_byte_tile(rows: int, tokens: int, block: int) -> Tile:
     """For scalar codes, few tokens and a local output frame: few rows, whose columns are shared out to warps.
 
@@ -179,6 +185,7 @@ def block_byte_tile(rows: int, tokens: int, block: int) -> Tile:
     return Tile(max(64, block), 128, columns, 3, 4, 0, held=1)
 
 
+@tunable
 def block_half_tile(trellis: bool, rows: int, tokens: int, block: int, compiled: bool) -> Tile:
     """For a trellis, and for scalar codes and more tokens."""
     least, few = max(32, block), rows <= FEW_ROWS
@@ -211,6 +218,7 @@ class LaneLaunch(NamedTuple):
     programs: int
 
 
+@tunable
 def lane_launch(rows: int, row_bytes: int, multiprocessors: int) -> LaneLaunch:
     """A program for each multiprocessor, whose eight warps have all of a row on their way where registers allow.
 
@@ -247,9 +255,36 @@ def query_splits(programs: int, longest: int) -> int:
     return max(1, min(-(-longest // QUERY_POSITIONS), 264 // programs))
 
 
-def lane_token_rows(multiprocessors: int) -> int:
-    """Rows from which on a product of several tokens goes through registers alone."""
-    return multiprocessors * LEAST_LANE_SHARES * LANE_ROWS
+@tunable
+def lanes_pay(trellis: bool, rows: int, local: bool) -> bool:
+    """Whether the linear of one token is faster through registers alone; ``local`` to blocks of rows or not."""
+    return local or not trellis or rows <= LANE_TRELLIS_ROWS
+
+
+@tunable
+def lane_tokens_pay(rows: int, columns: int, tokens: int, local: bool, multiprocessors: int) -> bool:
+    """Whether a product of several tokens is faster through registers alone."""
+    return rows >= multiprocessors * LEAST_LANE_SHARES * LANE_ROWS
+
+
+def lane_alternatives(usual: LaneLaunch, rows: int, row_bytes: int, multiprocessors: int) -> list[LaneLaunch]:
+    """Other launches of ``lane_product``: warps that share a row, chunks on their way, two programs side by side."""
+    tried = [
+        lane_launch_of(rows, row_bytes, multiprocessors * programs, LANE_WARPS, LANE_WARPS // share, most)
+        for share in (1, 2)
+        for most in (3, 5, 7)
+        for programs in (1, 2)
+    ]
+    return [launch for launch in dict.fromkeys(tried) if launch != usual]
+
+
+def tile_alternatives(usual: Tile) -> list[Tile]:
+    """Neighbours of a tile: stages, steps that are held, warps, and how many programs are aimed at."""
+    tried = [usual._replace(stages=stages) for stages in (2, 3, 4)]
+    tried += [usual._replace(held=held) for held in (0, 1, 2)]
+    tried += [usual._replace(warps=warps) for warps in (4, 8) if usual.groups == 1]
+    tried += [usual._replace(programs=usual.programs * k // 2) for k in (1, 4) if usual.programs]
+    return [tile for tile in dict.fromkeys(tried) if tile != usual]
 
 
 class PanelTile(NamedTuple):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from framequant import storage
 from framequant.frames import FrameOperator
-from framequant.kernels import launches, reference, triton_linear
+from framequant.kernels import launches, reference, triton_linear, tuning
 from framequant.kernels.block_plan import BlockPlan, joined_plan
 from framequant.kernels.triton_linear import TritonPlan
 from framequant.kernels.words import stored_bytes
@@ -147,9 +148,11 @@ def is_right(
     if key not in _verdicts:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(tokens, plan.spec.in_features, generator=generator).to(plan.words.device, dtype)
-        problem = triton_linear.problem_with(
-            lambda: torch.cat(linears(group, x), dim=-1),
-            lambda: torch.cat(plain(group, frames, x.float()), dim=-1),
+        exact = cache(lambda: torch.cat(plain(group, frames, x.float()), dim=-1))
+        problem = tuning.checked(
+            lambda: linears(group, x),
+            lambda: triton_linear.problem_with(lambda: torch.cat(linears(group, x), dim=-1), exact),
+            plan.words.device,
         )
         if problem:
             shapes = ", ".join(f"{m.spec.out_features} x {m.spec.in_features}" for m in group.members)

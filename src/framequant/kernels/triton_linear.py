@@ -20,7 +20,7 @@ from torch import Tensor
 
 from framequant.codes.trellis_storage import decode_factors
 from framequant.frames import FrameOperator
-from framequant.kernels import block_ops, lane_ops, launches, prompt_ops, reference
+from framequant.kernels import block_ops, lane_ops, launches, prompt_ops, reference, tuning
 from framequant.kernels import triton_ops as operators
 from framequant.kernels.block_plan import BlockPlan, block_plan
 from framequant.kernels.transform_plan import TransformPlan, transform_plan
@@ -87,13 +87,13 @@ class TritonPlan:
         """Whether codes of so many tokens can go through registers alone (``lane_ops``)."""
         layout = self.layout
         known = layout.pattern == 2 if layout.trellis else layout.planes == 1
+        local = isinstance(self.out, BlockPlan)
         if isinstance(self.out, BlockPlan):
             known = known and self.out.block in launches.LANE_BLOCKS
-        elif layout.trellis:
-            known = known and self.rows <= launches.LANE_TRELLIS_ROWS
         codes, count = self.lane_coefficients
         fits = lane_ops.fits(0 if layout.trellis else codes, count)
-        return known and fits and tokens <= launches.LANE_TOKENS
+        able = known and fits and tokens <= launches.LANE_TOKENS
+        return able and launches.lanes_pay(layout.trellis, self.rows, local)
 
     def takes_lane_tokens(self, tokens: int) -> bool:
         """Whether codes of so many tokens, more than one, can go through registers alone (``lane_ops.tokens``)."""
@@ -341,7 +341,12 @@ def is_right(
         exact = reference.product(reference.analysis(frames[0], x.float()), plan.spec, tensors)
         exact = reference.synthesis(frames[1], exact)
         exact = exact if plan.bias is None else exact + plan.bias.float()
-        problem = problem_with(lambda: linear(plan, x), lambda: exact)
+
+        problem = tuning.checked(
+            lambda: linear(plan, x),
+            lambda: problem_with(lambda: linear(plan, x), lambda: exact),
+            plan.words.device,
+        )
         if problem:
             name = f"{plan.spec.out_features} x {plan.spec.in_features} ({type(plan.spec.code).__name__}, {dtype})"
             warnings.warn(
