@@ -137,3 +137,12 @@ def test_lanes_have_other_launches_that_take_all_bytes():
     assert usual not in others
     assert len(others) > 2
     assert all(how.warps_k * how.chunks * how.rounds * launches.LANE_CHUNK >= 2304 for how in others)
+
+
+@pytest.mark.parametrize("row_bytes", [1024, 2048])
+def test_a_trellis_tries_two_programs_side_by_side(row_bytes):
+    usual = launches.trellis_launch(22016, row_bytes, 132)
+    others = list(tuning.alternatives(Knob("trellis_launch", (22016, row_bytes, 132)), usual))
+    assert 1 <= len(others) <= 2
+    assert others[0].programs == 264
+    assert all(how.chunks == 2 and how.warps_k * how.chunks * how.rounds * 64 >= row_bytes for how in others)

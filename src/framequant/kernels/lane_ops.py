@@ -120,7 +120,8 @@ def linear(
     """
     trellis, bits, multiplier, addend, codes, count = layout
     early, stride = triton_ops.starts_early(x.device), words.stride(0) * words.element_size()
-    how = launches.lane_launch(rows, stride, multiprocessors(x.device))
+    launch = launches.trellis_launch if trellis else launches.lane_launch
+    how = launch(rows, stride, multiprocessors(x.device))
     y = torch.empty(
         (1, rows) if block else (1, 1, rows), dtype=dtype if block else torch.float32, device=x.device
     )

@@ -52,6 +52,24 @@ def _bytes(words, UNSIGNED: tl.constexpr):
 
 
 @triton.jit
+def _added(acc, a, b):
+    """Four registers and sums of products: a (warp, row, 1, quarter, step, 8 rows, n), b (warp, 1, column, …)."""
+    total = tl.sum(tl.sum(tl.sum(a * b, axis=6), axis=4), axis=3)
+    upper, lower = tl.split(tl.reshape(total, [acc[0].shape[0] * 2, 2]))
+    c0, c1 = tl.split(tl.reshape(upper, [acc[0].shape[0], 2]))
+    c2, c3 = tl.split(tl.reshape(lower, [acc[0].shape[0], 2]))
+    return acc[0] + c0, acc[1] + c1, acc[2] + c2, acc[3] + c3
+
+
+@triton.jit
+def _operands(a0, a1, a2, a3, b0, b1):
+    """Words of both operands of a product, as ``_added`` takes them."""
+    warps: tl.constexpr = a0.shape[0] // 32
+    a = tl.reshape(tl.join(tl.join(a0, a2), tl.join(a1, a3)), [warps, 8, 1, 4, 2, 2])
+    return a, tl.reshape(tl.join(b0, b1), [warps, 1, 8, 4, 2, 1])
+
+
+@triton.jit
 def mma_bytes(acc, a0, a1, a2, a3, b0, b1, UNSIGNED: tl.constexpr):
     """Add the product of 16 × 32 bytes (``UNSIGNED`` or not) with 32 × 8 signed ones to four registers of int32.
 
@@ -66,16 +84,8 @@ def mma_bytes(acc, a0, a1, a2, a3, b0, b1, UNSIGNED: tl.constexpr):
             [a0, a1, a2, a3, b0, b1, acc[0], acc[1], acc[2], acc[3]],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
-    warps: tl.constexpr = a0.shape[0] // 32
-    a = tl.reshape(
-        tl.join(tl.join(a0, a2), tl.join(a1, a3)), [warps, 8, 1, 4, 2, 2]
-    )  # row, quarter, step, 8 rows
-    b = tl.reshape(tl.join(b0, b1), [warps, 1, 8, 4, 2, 1])
-    total = tl.sum(tl.sum(tl.sum(_bytes(a, UNSIGNED) * _bytes(b, False), axis=6), axis=4), axis=3)
-    upper, lower = tl.split(tl.reshape(total, [warps * 64, 2]))
-    c0, c1 = tl.split(tl.reshape(upper, [warps * 32, 2]))
-    c2, c3 = tl.split(tl.reshape(lower, [warps * 32, 2]))
-    return acc[0] + c0, acc[1] + c1, acc[2] + c2, acc[3] + c3
+    a, b = _operands(a0, a1, a2, a3, b0, b1)
+    return _added(acc, _bytes(a, UNSIGNED), _bytes(b, False))
 
 
 @triton.jit
@@ -100,16 +110,8 @@ def mma_halves(acc, a0, a1, a2, a3, b0, b1):
             [a0, a1, a2, a3, b0, b1, acc[0], acc[1], acc[2], acc[3]],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
-    warps: tl.constexpr = a0.shape[0] // 32
-    a = tl.reshape(
-        tl.join(tl.join(a0, a2), tl.join(a1, a3)), [warps, 8, 1, 4, 2, 2]
-    )  # row, quarter, step, 8 rows
-    b = tl.reshape(tl.join(b0, b1), [warps, 1, 8, 4, 2, 1])
-    total = tl.sum(tl.sum(tl.sum(_halves(a) * _halves(b), axis=6), axis=4), axis=3)
-    upper, lower = tl.split(tl.reshape(total, [warps * 64, 2]))
-    c0, c1 = tl.split(tl.reshape(upper, [warps * 32, 2]))
-    c2, c3 = tl.split(tl.reshape(lower, [warps * 32, 2]))
-    return acc[0] + c0, acc[1] + c1, acc[2] + c2, acc[3] + c3
+    a, b = _operands(a0, a1, a2, a3, b0, b1)
+    return _added(acc, _halves(a), _halves(b))
 
 
 @triton.jit

@@ -224,6 +224,17 @@ def lane_launch(rows: int, row_bytes: int, multiprocessors: int) -> LaneLaunch:
 
     Short rows leave two rows' share of warps a program: the analysis that every program repeats costs more than it.
     """
+    return usual_lane_launch(rows, row_bytes, multiprocessors)
+
+
+@tunable
+def trellis_launch(rows: int, row_bytes: int, multiprocessors: int) -> LaneLaunch:
+    """The same for a trellis, whose registers hold fewer codes."""
+    return usual_lane_launch(rows, row_bytes, multiprocessors)
+
+
+def usual_lane_launch(rows: int, row_bytes: int, multiprocessors: int) -> LaneLaunch:
+    """What was measured to be fastest on an H200."""
     if row_bytes <= 20 * LANE_CHUNK:
         return lane_launch_of(rows, row_bytes, multiprocessors, LANE_WARPS, LANE_WARPS // 2, 5)
     return lane_launch_of(rows, row_bytes, multiprocessors, LANE_WARPS, LANE_WARPS, 7)
@@ -274,6 +285,17 @@ def lane_alternatives(usual: LaneLaunch, rows: int, row_bytes: int, multiprocess
         for share in (1, 2)
         for most in (3, 5, 7)
         for programs in (1, 2)
+    ]
+    return [launch for launch in dict.fromkeys(tried) if launch != usual]
+
+
+def trellis_alternatives(
+    usual: LaneLaunch, rows: int, row_bytes: int, multiprocessors: int
+) -> list[LaneLaunch]:
+    """Two chunks on their way leave registers for two programs side by side: more warps, and each analyses."""
+    tried = [
+        lane_launch_of(rows, row_bytes, multiprocessors * programs, LANE_WARPS, LANE_WARPS, 2)
+        for programs in (2, 1)
     ]
     return [launch for launch in dict.fromkeys(tried) if launch != usual]
 

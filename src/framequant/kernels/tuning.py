@@ -26,7 +26,7 @@ from framequant.kernels.tuned import Knob
 #: GPUs that the numbers of ``launches`` come from, by the beginning of their names.
 MEASURED = ("NVIDIA H100", "NVIDIA H200")
 #: Decisions that were measured on none so far.
-UNMEASURED = ("lane_tokens_pay",)
+UNMEASURED = ("lane_tokens_pay", "trellis_launch")
 #: Changed when a kernel changes so that what was found before no longer holds.
 VERSION = 1
 #: A choice must be faster by this factor than the usual one.
@@ -127,7 +127,8 @@ def alternatives(knob: Knob, usual: Any) -> Iterator[Any]:
     if isinstance(usual, bool):
         yield not usual
     elif isinstance(usual, launches.LaneLaunch):
-        yield from launches.lane_alternatives(usual, *knob.arguments)
+        other = launches.trellis_alternatives if knob.name == "trellis_launch" else launches.lane_alternatives
+        yield from other(usual, *knob.arguments)
     elif isinstance(usual, launches.Tile):
         yield from launches.tile_alternatives(usual)
 
@@ -154,8 +155,8 @@ def seconds(run: Callable[[], Any]) -> float:
 @cache
 def _tell(device: torch.device) -> None:
     _log.warning(
-        "framequant measures how to launch its kernels on this %s, once for each kind of linear, which compiles some of "
-        "them (up to a minute each), and keeps it in %s; FRAMEQUANT_TUNING=0 turns this off.",
+        "framequant measures how to launch its kernels on this %s, once for each kind of linear: some are compiled, up "
+        "to a minute each. What it finds is kept in %s; FRAMEQUANT_TUNING=0 turns this off.",
         torch.cuda.get_device_name(device),
         path(device),
     )
