@@ -25,9 +25,14 @@ from framequant.kernels.triton_support import COMPILED
 CENTRE = 510.0
 
 
-@cache
+@torch.compiler.assume_constant_result
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side."""
+    return _multiprocessors(device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 

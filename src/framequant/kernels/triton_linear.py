@@ -101,11 +101,14 @@ class TritonPlan:
         known = not layout.trellis and layout.planes == 1 and layout.length % 4 == 0
         if isinstance(self.out, BlockPlan):
             known = known and self.out.block in launches.LANE_BLOCKS
-        few = launches.BYTE_TOKENS < tokens <= launches.MOST_LANE_TOKENS
-        return (
-            known
-            and few
-            and self.rows >= launches.lane_token_rows(lane_ops.multiprocessors(self.words.device))
+        if not known or not launches.BYTE_TOKENS < tokens <= launches.MOST_LANE_TOKENS:
+            return False
+        return launches.lane_tokens_pay(
+            self.rows,
+            self.spec.coefficient_shape[1],
+            8 if tokens <= 8 else launches.MOST_LANE_TOKENS,
+            isinstance(self.out, BlockPlan),
+            lane_ops.multiprocessors(self.words.device),
         )
 
     @property
