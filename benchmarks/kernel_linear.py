@@ -45,7 +45,7 @@ CODES: dict[str, tuple[GridSpec | TrellisSpec, float, int]] = {
 }
 CODES |= {f"levels{n}": (GridSpec("uniform", n, "symmetric"), 1.125, 0) for n in (5, 8)}
 CODES |= {f"trellis{rate}": (TrellisSpec(12, rate_pattern(rate)), 1.0, 0) for rate in RATES}
-LANES = ((8, 1, 3, 1), (8, 1, 3, 0.5), (8, 2, 5, 1), (8, 1, 5, 1), (8, 1, 7, 1), (8, 2, 3, 2))
+LANES = ((8, 1, 3, 1), (8, 1, 3, 0.5), (8, 2, 5, 1), (8, 1, 5, 1), (8, 1, 7, 1), (8, 2, 3, 2), (8, 1, 2, 2))
 PARTS_OF_PROMPT = 2048  # tokens of the prompt whose operators are timed one by one, and with other launches
 Patch = dict[tuple[Any, str], Any]  # module, name and value for the while
 Found = tuple[str, Patch]
@@ -142,7 +142,7 @@ def lanes() -> list[Found]:
         found.append(
             (
                 f"{warps} warps, {groups} groups, {most} chunks, {programs} programs",
-                {(launches, "lane_launch"): how},
+                {(launches, "lane_launch"): how, (launches, "trellis_launch"): how},
             )
         )
     return found
@@ -152,6 +152,8 @@ def variants(code: str, shape: tuple[int, int], tokens: int) -> list[Found]:
     """What is tried beside the default."""
     if tokens <= launches.LANE_TOKENS and CODES[code][0] in (SCALAR, TRELLIS):
         return lanes()
+    if launches.BYTE_TOKENS < tokens <= launches.MOST_LANE_TOKENS and CODES[code][0] == SCALAR:
+        return [("no lanes", {(launches, "MOST_LANE_TOKENS"): 0})]
     if CODES[code][2]:
         if tokens <= launches.FEW_TOKENS:
             return local(code, shape, tokens)
@@ -171,10 +173,7 @@ def variants(code: str, shape: tuple[int, int], tokens: int) -> list[Found]:
         )
     if tokens <= launches.BYTE_TOKENS:
         return [("halves", {(launches, "BYTE_TOKENS"): 2}), ("tiled", {(launches, "VECTOR_TOKENS"): 0})]
-    if tokens <= 16:
-        found = (Tile(128, 64, 16, 3, 8, 400), Tile(64, 64, 16, 3, 4, 900), Tile(64, 64, 16, 2, 4, 512))
-    else:
-        found = (Tile(64, 32, 64, 3, 4, 512), Tile(128, 64, 64, 2, 8, 512), Tile(256, 32, 64, 2, 8, 260))
+    found = (Tile(64, 32, 64, 3, 4, 512), Tile(128, 64, 64, 2, 8, 512), Tile(256, 32, 64, 2, 8, 260))
     tile = Tile(64, 128, min(64, 4 * tokens), 3, 4, 512)
     bytes_: Patch = {(launches, "BYTE_TOKENS"): 64, (launches, "byte_tile"): fixed(tile)}
     return [*tiles("half_tile", *found), ("bytes", bytes_)]

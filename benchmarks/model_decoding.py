@@ -245,8 +245,11 @@ def _synchronize() -> None:
 def compile_ahead(jobs: list[tuple[str, str]]) -> None:
     """Fill Triton's and inductor's caches from one process for each row, with models of one block."""
     start = time.perf_counter()
+    environment = {**os.environ, "FRAMEQUANT_TUNING": "0"}  # nothing is measured side by side
     workers = [
-        subprocess.Popen([sys.executable, __file__, "--worker", *job], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, __file__, "--worker", *job], stderr=subprocess.PIPE, text=True, env=environment
+        )
         for job in jobs
         if job[1] not in ONCE
     ]

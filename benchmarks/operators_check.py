@@ -9,6 +9,7 @@ Every line that ends in !! is a failure.
 from __future__ import annotations
 
 import argparse
+import os
 from itertools import product
 
 import torch
@@ -16,6 +17,8 @@ from tests.kernels.test_cpu import CODES, make_layer
 
 from framequant.codes.grid import GridSpec
 from framequant.codes.trellis import TrellisSpec, rate_pattern
+
+os.environ.setdefault("FRAMEQUANT_TUNING", "0")  # parts run side by side
 
 SHAPES = ((576, 192), (4096, 4096), (4096, 11008), (11008, 4096))
 RATE_SHAPES = ((576, 200), (4096, 11008))  # 200 rows end within a tile

@@ -15,6 +15,8 @@ from transformers import (
 )
 
 from framequant.errors import ConfigError
+from framequant.integrations import compiled_blocks as compiled_blocks_
+from framequant.integrations import decoding
 from framequant.integrations.compiled_blocks import compiled_blocks, repeated_blocks
 from framequant.integrations.decoding import Decoder
 from tests.conftest import make_llama
@@ -131,6 +133,43 @@ def test_without_a_compiler_blocks_are_captured_as_they_are(models, monkeypatch)
     monkeypatch.setattr(Decoder, "_capture", capture)
     with pytest.warns(RuntimeWarning, match=r"no compiler.*not compiled"):
         assert Decoder(models["llama"], 12, graph=True, compile_blocks=True).graph is not None
+
+
+def test_where_fused_blocks_fail_they_are_compiled_as_they_are(models, monkeypatch):
+    def capture(decoder):
+        if decoder._counts:
+            raise RuntimeError("no room")
+        return Replay(decoder._advance)
+
+    monkeypatch.setattr(decoding, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(Decoder, "_capture", capture)
+    before = models["llama"].config._attn_implementation
+    with pytest.warns(
+        RuntimeWarning, match=r"fused decoding step failed.*no room; blocks are compiled as they are"
+    ):
+        decoder = Decoder(models["llama"], 12, graph=True, compile_blocks=True)
+    assert decoder.graph is not None
+    assert not decoder._counts
+    assert models["llama"].config._attn_implementation == before
+    ids = torch.tensor([[5, 6]])
+    assert torch.equal(decoder.generate(ids, 8), expected(models["llama"], ids, 8))
+
+
+@pytest.mark.parametrize("name", ["llama", "sliding"])
+def test_only_half_precision_and_whole_caches_are_fused(models, name):
+    decoder = Decoder(models[name], 24)
+    assert not compiled_blocks_.can_fuse(models[name], decoder.cache)  # float32, and no GPU
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"sliding_window": 4}, "sliding_window"), ({"softcap": 30.0}, "softcap"), ({}, "mask")],
+)
+def test_our_attention_refuses_what_it_does_not_know(options, message):
+    state = compiled_blocks_.Waiting(torch.ones(1, 1, 1, 32), torch.ones(1, 1, 4, 32), torch.tensor(0))
+    mask = None if options else torch.ones(1, 1, 1, 4)
+    with pytest.raises(ConfigError, match=message):
+        compiled_blocks_.attend(torch.nn.Module(), torch.ones(1, 1, 1, 32), state, state, mask, **options)
 
 
 def test_blocks_are_compiled_once_for_all(models):

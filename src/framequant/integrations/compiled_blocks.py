@@ -120,6 +120,12 @@ def attend(
     return found, None
 
 
+def _text_config(model: nn.Module) -> Any:
+    """The settings of the decoder, which may be one part of several."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
+
+
 def can_fuse(model: nn.Module, cache: StaticCache) -> bool:
     """Whether ``fused_blocks`` may be tried: full attention over whole tensors, and heads that the kernel takes."""
     try:
@@ -128,8 +134,7 @@ def can_fuse(model: nn.Module, cache: StaticCache) -> bool:
         return False
     from framequant.kernels.triton_support import COMPILED
 
-    config: Any = model.config
-    heads = getattr(config.get_text_config(decoder=True), "num_attention_heads", 0)
+    heads = getattr(_text_config(model), "num_attention_heads", 0)
     for layer in cache.layers:
         if type(layer) is not StaticLayer or layer.keys is None or layer.keys.dtype not in _DTYPES:
             return False
@@ -150,7 +155,7 @@ def fused_blocks(model: nn.Module, cache: StaticCache, **options: Any) -> Iterat
         options: of inductor.
     """
     AttentionInterface.register(ATTENTION, attend)
-    config: Any = model.config
+    config = _text_config(model)
     before = config._attn_implementation
     config._attn_implementation = ATTENTION
     try:
