@@ -133,8 +133,8 @@ def lane_tokens(
         scale_ptr: scales, (rows,) or one.
         y_ptr: outputs (tokens, rows); without BLOCK float32, in units of the tokens.
         memory_ptr: in place of shared memory; for the interpreter.
-        factor: value of one level times 2**24.
-        zero: the level 0, times ``factor``'s value of one.
+        factor: 2**24, which makes codes of subnormal numbers.
+        zero: the code that stands for 0, between two codes.
         norm: of the rotation of a block.
         SLICES: of 128 bytes of a row.
     """
@@ -147,11 +147,14 @@ def lane_tokens(
     shared = shared_memory(2 * BYTES, memory_ptr)
     z_even = shared + place * 256 + quarter * 32 + place % 2 * 16
     z_odd = shared + place * 256 + quarter * 32 + 16 - place % 2 * 16
-    first = warp * tl.num_programs(0) + tl.program_id(0)
-    turns = tl.cdiv(tl.cdiv(rows, 32), WARPS * tl.num_programs(0))
+    first, blocks = warp * tl.num_programs(0) + tl.program_id(0), tl.cdiv(rows, 32)
+    turns = tl.cdiv(blocks, WARPS * tl.num_programs(0))
     words = ()
     for s in tl.static_range(AHEAD):
         block = first + s // SLICES * (WARPS * tl.num_programs(0))
+        block = tl.where(
+            block < blocks, block, tl.program_id(0) % blocks
+        )  # not all the same: that would be slow
         row_at = row_addresses(codes_ptr, block, place, rows, stride, False)
         for c in tl.static_range(SLICE):
             words += first_words(row_at, s % SLICES * 128 + c * 64 + quarter * 16, stride)
@@ -170,9 +173,8 @@ def lane_tokens(
     for step in tl.range(0, turns * SLICES):
         turn, number = step // SLICES, step % SLICES
         later = step + AHEAD
-        later_at = row_addresses(
-            codes_ptr, first + later // SLICES * (WARPS * tl.num_programs(0)), place, rows, stride, False
-        )
+        block = first + later // SLICES * (WARPS * tl.num_programs(0))
+        later_at = row_addresses(codes_ptr, block, place, rows, stride, False)
         wait_for_copies(thread)
         tl.debug_barrier()
         _begin_slice(z_ptr, shared + (step + 1) % 2 * BYTES, (step + 1) % SLICES, thread, count, tokens, PAIRS,
@@ -183,7 +185,7 @@ def lane_tokens(
                 acc, chunk, z_even + step % 2 * BYTES, z_odd + step % 2 * BYTES, TILES, BITS, c * 128
             )
             byte = later % SLICES * 128 + c * 64 + quarter * 16
-            words = rest + chunk_words(later_at, byte, stride, later < turns * SLICES)
+            words = rest + chunk_words(later_at, byte, stride, block < blocks)
         if number == SLICES - 1:
             block = first + turn * (WARPS * tl.num_programs(0))
             _finish(acc, token_values, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, block, lane, rows, tokens,
