@@ -58,7 +58,7 @@ def check(found, moves):
     assert fuse_(found.model)
     assert can_fuse(found.model, found.cache)
     attention = found.model.config._attn_implementation
-    with torch.no_grad(), fused_blocks(found.model, found.cache):
+    with torch.no_grad(), fused_blocks(found.model, found.cache, epilogue_fusion=True):
         found._counts = True
         after = found._first_logits()
     assert made == [moves], made
