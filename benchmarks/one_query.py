@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import argparse
 import csv
-import statistics
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from kernel_cases import graph_us
 from measure import commit
 from torch import Tensor
 from torch.nn import functional
 
-from framequant.kernels.one_query_ops import attention, reference
+from framequant.kernels.one_query_ops import attention, reference, rotated
 
 ON_GPU = torch.cuda.is_available()
 DEVICE, LAYERS = ("cuda", 32) if ON_GPU else ("cpu", 1)
@@ -43,14 +45,9 @@ COLUMNS = (
 )
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
-
-
 def apart(q, k, v, keys, values, length, scale, cos, sin, mask):  # type: ignore[no-untyped-def]
     """What a compiled block of transformers does."""
-    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    q, k = rotated(q, cos, sin), rotated(k, cos, sin)
     place = torch.arange(1, device=q.device) + length
     keys.index_copy_(2, place, k)
     values.index_copy_(2, place, v)
@@ -58,23 +55,9 @@ def apart(q, k, v, keys, values, length, scale, cos, sin, mask):  # type: ignore
     return y.transpose(1, 2).contiguous()
 
 
-def microseconds(layers: list[tuple[Tensor, ...]], run) -> float:  # type: ignore[no-untyped-def]
+def microseconds(layers: list[tuple[Tensor, ...]], run: Callable[..., object]) -> float:
     """Of a layer, in a graph of all of them."""
-    for layer in layers:
-        run(*layer)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for layer in layers:
-            run(*layer)
-    times = []
-    for _ in range(30):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(layers))
-    return statistics.median(times)
+    return graph_us([partial(run, *layer) for layer in layers])
 
 
 def measure(name: str, dtype: torch.dtype) -> dict[str, object]:

@@ -147,32 +147,16 @@ for ends, block in (((None, None, None), 0), ((places, signs, None), 32)):
 """
 
 COMPILED = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from framequant.codes.trellis_codebook import codebook
 from framequant.kernels import launches
 from framequant.kernels.column_triton import column_analysis
 from framequant.kernels.lane_product_triton import lane_product
 from framequant.kernels.lane_tokens_triton import lane_tokens
-POINTERS = {"codes_ptr": "*u8", "signs_ptr": "*i8", "x_signs_ptr": "*i8", "places_ptr": "*i32",
-            "x_ptr": "*fp16", "y_ptr": "*fp16", "bias_ptr": "*fp16", "weight_ptr": "*fp16", "added_ptr": "*fp16",
-            "gate_ptr": "*fp16", "scale_ptr": "*bf16"}
-def ptx(kernel, constants, warps):
-    types = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            types[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            types[name] = POINTERS.get(name, "*fp32")
-            if name == "z_ptr":
-                types[name] = "*fp16" if kernel is lane_tokens else "*i8"
-        else:
-            types[name] = "i32" if name in ("rows", "stride", "count", "tokens") else "fp32"
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
-    source = ASTSource(kernel, types, constants, aligned)
-    options = {"num_warps": warps, "launch_pdl": True}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+from tests.kernels.compiled import ptx
+TYPES = {"codes_ptr": "*u8", "z_ptr": "*i8", "signs_ptr": "*i8", "x_signs_ptr": "*i8", "places_ptr": "*i32",
+         "x_ptr": "*fp16", "y_ptr": "*fp16", "bias_ptr": "*fp16", "weight_ptr": "*fp16", "added_ptr": "*fp16",
+         "gate_ptr": "*fp16", "scale_ptr": "*bf16"}
+TYPES |= dict.fromkeys(("factor", "zero", "norm", "x_norm", "epsilon"), "fp32")
 book = codebook(12)
 for trellis in (False, True):
     how = launches.lane_launch(22016, 1152, 132)
@@ -182,16 +166,17 @@ for trellis in (False, True):
                  "MULTIPLIER": book.multiplier, "ADDEND": book.addend, "TRELLIS": trellis, "ROW_SCALES": True,
                  "BLOCK": 32, "BIAS": False, "CHUNKS": how.chunks, "ROUNDS": how.rounds, "WARPS": how.warps,
                  "WARPS_K": how.warps_k, "PDL": True}
-    text = ptx(lane_product, constants, how.warps)
+    text = ptx(lane_product, TYPES, constants, how.warps)
     assert "mma.sync.aligned.m16n8k32" in text and "ld.global.L1::no_allocate.v4" in text and ".local" not in text
     first = text.index("griddepcontrol.wait")
     assert text.index("ld.global.L1::no_allocate") < first < text.index("mma.sync")
-text = ptx(lane_tokens, {"TILES": 2, "BITS": 2, "PARTS": 4, "ROW_SCALES": True, "BLOCK": 32, "BIAS": False,
-                         "SLICES": 9, "WARPS": 8, "PDL": True}, 8)
+text = ptx(lane_tokens, TYPES | {"z_ptr": "*fp16"}, {
+    "TILES": 2, "BITS": 2, "PARTS": 4, "ROW_SCALES": True, "BLOCK": 32, "BIAS": False, "SLICES": 9,
+    "WARPS": 8, "PDL": True}, 8)
 before, after = text.split("griddepcontrol.wait")
 assert before.count("ld.global.L1::no_allocate") == 16 and "cp.async.cg" not in before and ".local" not in text
 assert after.count("mma.sync.aligned.m16n8k16") == 128
-text = ptx(column_analysis, {"F0": 43, "GATED": True, "EACH": 18, "COUNT": 3112, "CODES": 4, "PDL": True}, 8)
+text = ptx(column_analysis, TYPES, {"F0": 43, "GATED": True, "EACH": 18, "COUNT": 3112, "CODES": 4, "PDL": True}, 8)
 assert ".local" not in text
 """
 

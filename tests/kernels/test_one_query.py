@@ -55,28 +55,18 @@ for dtype, batch, heads, shared, dim, longest, length, turned in (
 """
 
 COMPILED = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from framequant.kernels import launches
 from framequant.kernels.one_query_triton import join, one_query
-def ptx(kernel, constants, warps):
-    types = {"length_ptr": "*i64", "part_ptr": "*fp32", "scale": "fp32"}
-    signature = {}
-    for name in kernel.arg_names:
-        plain = types.get(name, "*fp16" if name.endswith("_ptr") else "i32")
-        signature[name] = "constexpr" if name in constants else plain
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr")}
-    source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": warps, "launch_pdl": True}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+from tests.kernels.compiled import ptx
+TYPES = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "cos_ptr", "sin_ptr", "keys_ptr", "values_ptr", "out_ptr"), "*fp16")
+TYPES |= {"length_ptr": "*i64", "scale": "fp32"}
 for shared, splits in ((1, 1), (4, 4)):
-    text = ptx(one_query, {"HEADS": 32, "SHARED": shared, "DIM": 128, "TILE": launches.query_tile(128),
+    text = ptx(one_query, TYPES, {"HEADS": 32, "SHARED": shared, "DIM": 128, "TILE": launches.query_tile(128),
                            "SPLITS": splits, "ROTATED": True, "PDL": True}, 8)
     before, after = text.split("griddepcontrol.wait")
     assert before.count("ld.global.v4") >= 16 and ".local" not in text  # the cache's first tile is on its way
     assert "st.global" not in before
-assert "griddepcontrol.wait" in ptx(join, {"SPLITS": 4, "PADDED": 4, "DIM": 128, "PDL": True}, 4)
+assert "griddepcontrol.wait" in ptx(join, TYPES, {"SPLITS": 4, "PADDED": 4, "DIM": 128, "PDL": True}, 4)
 """
 
 

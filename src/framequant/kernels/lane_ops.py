@@ -90,6 +90,12 @@ def gated(gate: Tensor, x: Tensor) -> Tensor:
     return functional.silu(gate) * x
 
 
+def _outputs(like: Tensor, tokens: int, rows: int, block: int, dtype: torch.dtype) -> Tensor:
+    """What both operators write: outputs of ``dtype``, or with ``block`` 0 products in units of the tokens."""
+    shape = (tokens, rows) if block else (1, tokens, rows)
+    return like.new_empty(shape, dtype=dtype if block else torch.float32)
+
+
 @torch.library.custom_op("framequant::lane_linear", mutates_args=())
 def linear(
     words: Tensor,
@@ -127,9 +133,7 @@ def linear(
     early, stride = triton_ops.starts_early(x.device), words.stride(0) * words.element_size()
     launch = launches.trellis_launch if trellis else launches.lane_launch
     how = launch(rows, stride, multiprocessors(x.device))
-    y = torch.empty(
-        (1, rows) if block else (1, 1, rows), dtype=dtype if block else torch.float32, device=x.device
-    )
+    y = _outputs(x, 1, rows, block, dtype)
     analysed = sizes[0] * sizes[1] * sizes[2] if in_one(sizes, x_block, 32 * how.warps) else 0
     if analysed and gate is not None:
         x, gate = gated(gate, x), None
@@ -182,8 +186,7 @@ def _(
     gate=None,
     added=None,
 ):  # type: ignore[no-untyped-def]
-    y = x.new_empty((1, rows) if block else (1, 1, rows), dtype=dtype if block else torch.float32)
-    return y, x.new_empty(1, dtype=torch.float32)
+    return _outputs(x, 1, rows, block, dtype), x.new_empty(1, dtype=torch.float32)
 
 
 @torch.library.custom_op("framequant::lane_tokens", mutates_args=())
@@ -210,7 +213,7 @@ def tokens(
     """
     number, _, count = z.shape
     early, stride = triton_ops.starts_early(z.device), words.stride(0) * words.element_size()
-    y = z.new_empty((number, rows) if block else (1, number, rows), dtype=dtype if block else torch.float32)
+    y = _outputs(z, number, rows, block, dtype)
     tiles = -(-number // 8)
     memory = unit if COMPILED else torch.empty(slice_bytes(tiles, bits) // 2, device=z.device)
     lane_tokens[(multiprocessors(z.device),)](
@@ -226,5 +229,4 @@ def tokens(
 
 @tokens.register_fake
 def _(words, z, sums, unit, scales, places, signs, bias, rows, block, bits, dtype):  # type: ignore[no-untyped-def]
-    shape = (z.shape[0], rows) if block else (1, z.shape[0], rows)
-    return z.new_empty(shape, dtype=dtype if block else torch.float32)
+    return _outputs(z, z.shape[0], rows, block, dtype)

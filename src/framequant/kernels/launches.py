@@ -43,6 +43,11 @@ def most_loops(trellis: bool, coefficients: int) -> int:
     return 1 + sum(coefficients >= least for least in LOOPED[trellis])
 
 
+def lane_columns(tokens: int) -> int:
+    """The columns of tensor-core tiles that so many tokens take in a product through registers alone."""
+    return -(-tokens // 8) * 8
+
+
 def tokens_to_check(tokens: int, loops: int) -> int:
     """A number of tokens that is launched as ``tokens`` are: each way of launching is checked once.
 
@@ -57,7 +62,7 @@ def tokens_to_check(tokens: int, loops: int) -> int:
     if tokens <= BYTE_TOKENS:
         return BYTE_TOKENS
     if tokens <= MOST_LANE_TOKENS:
-        return 8 if tokens <= 8 else MOST_LANE_TOKENS
+        return lane_columns(tokens)
     return MOST_LANE_TOKENS + 1 if tokens <= loops * FEW_TOKENS else loops * FEW_TOKENS + 1
 
 

@@ -83,7 +83,8 @@ def _rows(x: Tensor) -> Tensor:
     return x if laid else x.contiguous()
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The two halves of each head rotated by angles, as transformers' models of Llama's kind do."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
@@ -101,7 +102,7 @@ def reference(
 ) -> Float[Tensor, "b 1 h d"]:
     """``attention`` in plain torch; reads ``length`` back."""
     if cos is not None and sin is not None:
-        q, k = _turned(q, cos, sin), _turned(k, cos, sin)
+        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
     place = int(length)
     keys[:, :, place], values[:, :, place] = k[:, :, 0], v[:, :, 0]
     found = torch.nn.functional.scaled_dot_product_attention(

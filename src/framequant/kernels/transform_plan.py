@@ -18,11 +18,7 @@ from framequant.frames.hadamard import sylvester
 
 ROWS = 16  # indices of the first axis that one program makes: the smallest side of a tensor-core tile
 MAX_ELEMENTS = 1 << 15  # padded coordinates of one program
-ROW, MOST_COLUMNS, MOST_EACH = (
-    256,
-    112,
-    20,
-)  # of ``column_triton``: numbers of a row, rows, coefficients of 16
+ROW, MOST_COLUMNS, MOST_EACH = 256, 112, 20  # ``column_triton``: numbers of a row, rows, coefficients of 16
 LAST_FACTORS = (64, 128)  # of transforms whose frame has longer groups than their last factor
 
 

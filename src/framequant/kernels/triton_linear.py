@@ -87,29 +87,33 @@ class TritonPlan:
         """Whether codes of so many tokens can go through registers alone (``lane_ops``)."""
         layout = self.layout
         known = layout.pattern == 2 if layout.trellis else layout.planes == 1
-        local = isinstance(self.out, BlockPlan)
-        if isinstance(self.out, BlockPlan):
-            known = known and self.out.block in launches.LANE_BLOCKS
         codes, count = self.lane_coefficients
         fits = lane_ops.fits(0 if layout.trellis else codes, count)
-        able = known and fits and tokens <= launches.LANE_TOKENS
-        return able and launches.lanes_pay(layout.trellis, self.rows, local)
+        able = known and fits and tokens <= launches.LANE_TOKENS and self.lanes_finish
+        return able and launches.lanes_pay(layout.trellis, self.rows, isinstance(self.out, BlockPlan))
 
     def takes_lane_tokens(self, tokens: int) -> bool:
         """Whether codes of so many tokens, more than one, can go through registers alone (``lane_ops.tokens``)."""
         layout = self.layout
         known = not layout.trellis and layout.planes == 1 and layout.length % 4 == 0
-        if isinstance(self.out, BlockPlan):
-            known = known and self.out.block in launches.LANE_BLOCKS
-        if not known or not launches.BYTE_TOKENS < tokens <= launches.MOST_LANE_TOKENS:
+        if (
+            not known
+            or not self.lanes_finish
+            or not launches.BYTE_TOKENS < tokens <= launches.MOST_LANE_TOKENS
+        ):
             return False
         return launches.lane_tokens_pay(
             self.rows,
             self.spec.coefficient_shape[1],
-            8 if tokens <= 8 else launches.MOST_LANE_TOKENS,
+            launches.lane_columns(tokens),
             isinstance(self.out, BlockPlan),
             lane_ops.multiprocessors(self.words.device),
         )
+
+    @property
+    def lanes_finish(self) -> bool:
+        """Whether lanes can rotate the blocks of a local output frame; other frames have a launch of their own."""
+        return not isinstance(self.out, BlockPlan) or self.out.block in launches.LANE_BLOCKS
 
     @property
     def lane_coefficients(self) -> tuple[int, int]:
@@ -229,12 +233,7 @@ def _outputs(plan: TritonPlan, out: BlockPlan, x: Float[Tensor, "t n"]) -> Float
         )
     if plan.takes_lanes(x.shape[0]):
         return _lanes(plan, x, len(out.places), out)[0]
-    words = plan.codes(x.shape[0])
-    lanes = plan.takes_lane_tokens(x.shape[0])
-    z, unit, sums = operators.analysis(
-        x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
-        words.dtype == torch.int8, plan.layout.bits if lanes else 0,
-    )  # fmt: skip
+    words, z, unit, sums, lanes = _few_coefficients(plan, x)
     if lanes:
         return lane_ops.tokens(
             words, z, sums, unit, plan.scales, out.places, out.signs, plan.bias, len(out.places), out.block,
@@ -253,6 +252,18 @@ def _outputs(plan: TritonPlan, out: BlockPlan, x: Float[Tensor, "t n"]) -> Float
         plan.layout.factor,
         x.dtype,
     )
+
+
+def _few_coefficients(
+    plan: TritonPlan, x: Float[Tensor, "t n"]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """Words, and coefficients, units and sums of few tokens as they meet them; whether through registers alone."""
+    into, words, lanes = plan.into, plan.codes(x.shape[0]), plan.takes_lane_tokens(x.shape[0])
+    z, unit, sums = operators.analysis(
+        x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, plan.interleave(words),
+        plan.count(words), words.dtype == torch.int8, plan.layout.bits if lanes else 0,
+    )  # fmt: skip
+    return words, z, unit, sums, lanes
 
 
 def _lanes(
@@ -280,12 +291,7 @@ def _multiply(plan: TritonPlan, x: Float[Tensor, "t n"], rows: int) -> tuple[Ten
         return prompt_ops.product(plan.words, z, plan.scales, plan.top, rows, plan.code), unit
     if plan.takes_lanes(x.shape[0]):
         return _lanes(plan, x, rows, None)
-    words = plan.codes(x.shape[0])
-    lanes = plan.takes_lane_tokens(x.shape[0])
-    z, unit, sums = operators.analysis(
-        x, into.signs, list(into.matrices), sizes, into.norm, plan.interleave(words), plan.count(words),
-        words.dtype == torch.int8, plan.layout.bits if lanes else 0,
-    )  # fmt: skip
+    words, z, unit, sums, lanes = _few_coefficients(plan, x)
     if lanes:
         return lane_ops.tokens(
             words, z, sums, unit, plan.scales, None, None, None, rows, 0, plan.layout.bits, x.dtype
@@ -344,7 +350,6 @@ def is_right(
         exact = reference.product(reference.analysis(frames[0], x.float()), plan.spec, tensors)
         exact = reference.synthesis(frames[1], exact)
         exact = exact if plan.bias is None else exact + plan.bias.float()
-
         problem = tuning.checked(
             lambda: linear(plan, x),
             lambda: problem_with(lambda: linear(plan, x), lambda: exact),
