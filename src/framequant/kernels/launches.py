@@ -44,8 +44,11 @@ def most_loops(trellis: bool, coefficients: int) -> int:
 
 
 def lane_columns(tokens: int) -> int:
-    """The columns of tensor-core tiles that so many tokens take in a product through registers alone."""
-    return -(-tokens // 8) * 8
+    """The columns of tensor-core tiles that so many tokens take in a product through registers alone.
+
+    A constant for ``torch.compile``, whatever it knows of ``tokens``.
+    """
+    return 8 if tokens <= 8 else MOST_LANE_TOKENS
 
 
 def tokens_to_check(tokens: int, loops: int) -> int:
