@@ -17,7 +17,7 @@ from framequant.kernels import launches, triton_ops
 from framequant.kernels.column_triton import column_analysis, column_bytes
 from framequant.kernels.lane_product_triton import lane_product as kernel
 from framequant.kernels.lane_product_triton import shared_bytes
-from framequant.kernels.lane_tokens_triton import lane_tokens, slice_bytes
+from framequant.kernels.lane_tokens_triton import SHARE, lane_tokens, token_bytes
 from framequant.kernels.transform_triton import LAST_BIT
 from framequant.kernels.triton_support import COMPILED
 
@@ -214,15 +214,14 @@ def tokens(
     number, _, count = z.shape
     early, stride = triton_ops.starts_early(z.device), words.stride(0) * words.element_size()
     y = _outputs(z, number, rows, block, dtype)
-    tiles = -(-number // 8)
-    memory = unit if COMPILED else torch.empty(slice_bytes(tiles, bits) // 2, device=z.device)
+    tiles, warps = -(-number // 8), launches.TOKEN_WARPS
+    memory = unit if COMPILED else torch.empty(token_bytes(tiles, bits, warps) // 4, device=z.device)
     lane_tokens[(multiprocessors(z.device),)](
         words.view(torch.uint8), z, sums, unit, scales, y, unit if places is None else places,
         unit if signs is None else signs, unit if bias is None else bias, memory,
         rows, stride, count, number, 2.0**24, (1 << bits) / 2 - 0.5, max(block, 1) ** -0.5, TILES=tiles, BITS=bits,
         PARTS=sums.shape[1], ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None,
-        SLICES=-(-count * 2 // 128), WARPS=launches.LANE_WARPS, PDL=early, num_warps=launches.LANE_WARPS,
-        launch_pdl=early,
+        SLICES=-(-count * 2 // (64 * SHARE.value)), WARPS=warps, PDL=early, num_warps=warps, launch_pdl=early,
     )  # fmt: skip
     return y
 

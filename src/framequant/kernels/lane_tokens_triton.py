@@ -2,9 +2,10 @@
 
 As in ``lane_product_triton`` a lane loads 16 bytes of four rows, which are its own operands of ``mma.m16n8k16`` once
 they are shifted and masked: a code between the bits of a half is a subnormal number, the code times 2**-24, which
-tensor cores multiply exactly. A warp keeps 32 rows of all its tokens and goes through their columns; coefficients come
-to shared memory a *slice* at a time, the next one while one is multiplied. Then a warp rotates blocks of its rows,
-within and between lanes, and writes outputs. Only ``lane_ops`` imports this module. Imports triton.
+tensor cores multiply exactly. Two warps share 32 rows of all tokens and go through their columns, one of them a chunk
+ahead; coefficients come to shared memory a *slice* at a time, the next one while one is multiplied. Then each of the
+two adds up what both have of its tokens, rotates blocks of rows, within and between lanes, and writes outputs.
+Four warps a scheduler hide what each of them waits for. Only ``lane_ops`` imports this module. Imports triton.
 """
 
 from __future__ import annotations
@@ -26,37 +27,45 @@ from framequant.kernels.lanes_triton import (
     load_shared_words,
     mma_halves,
     shared_memory,
+    store_shared_words,
     wait_for_copies,
 )
 from framequant.kernels.triton_support import let_next_start, wait_for_previous
 
-#: Chunks of 64 bytes of each row in a slice, and slices of codes that a warp has in registers or on their way.
-SLICE, AHEAD = tl.constexpr(2), tl.constexpr(2)
+#: Warps that share rows; of a row each takes 64 bytes of a slice. And slices of codes that are on their way.
+SHARE, AHEAD = tl.constexpr(2), tl.constexpr(2)
 
 
 @triton.constexpr_function
 def slice_bytes(tiles, bits):
     """Bytes of shared memory for a slice of coefficients of ``8 tiles`` tokens."""
-    return 16 // bits * 8 * tiles * 2 * 64
+    return 2 * (16 // bits) * 8 * tiles * 64
+
+
+@triton.constexpr_function
+def token_bytes(tiles, bits, warps):
+    """Bytes of shared memory: two slices, and what warps have of half their tokens."""
+    return 2 * slice_bytes(tiles, bits) + 32 * warps * 16 * tiles
 
 
 @triton.jit
 def _begin_slice(z_ptr, shared, number, thread, count, tokens, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
                  THREADS: tl.constexpr):  # fmt: skip
-    """Begin to bring a slice: for each pair of runs and token 256 bytes, of every second token the 16 bytes swapped.
+    """Begin to bring a slice: for each warp, pair of runs and token 128 bytes, of every second token pieces swapped.
 
     So that eight lanes, of two tokens, read from all banks.
     """
-    for turn in tl.static_range(PAIRS * TOKENS * 16 // THREADS):
-        piece = thread + turn * THREADS  # of 16 bytes
-        row, place = piece // 16, piece % 16
-        pair, token = row // TOKENS, row % TOKENS
-        byte = number * 256 + place * 16
+    PIECES: tl.constexpr = SHARE * PAIRS * TOKENS * 8  # of 16 bytes
+    for turn in tl.static_range((PIECES + THREADS - 1) // THREADS):
+        piece = (thread + turn * THREADS) % PIECES  # some threads bring what another one brings, too
+        row, place = piece // 8, piece % 8
+        pair, token, share = row // TOKENS % PAIRS, row % TOKENS, row // (PAIRS * TOKENS)
+        byte = (number * SHARE + share) * 128 + place * 16
         there = (byte < count * 4) & (token < tokens)
         source = z_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + tl.where(
             there, (token * PAIRS + pair) * (count * 4) + byte, 0
         )
-        copy_to_shared(shared + row * 256 + (place ^ (token % 2)) * 16, source, there.to(tl.int32))
+        copy_to_shared(shared + row * 128 + (place ^ (token % 2)) * 16, source, there.to(tl.int32))
 
 
 @triton.jit
@@ -71,13 +80,13 @@ def _operands(words, PAIR: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _chunk(acc, words, z_even, z_odd, TILES: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr):
+def _chunk(acc, words, z_even, z_odd, TILES: tl.constexpr, BITS: tl.constexpr):
     """Add the products of a chunk to those of two times 16 rows and TILES times eight tokens."""
     for j in tl.static_range(8 // BITS):
         b = ()
         for n in tl.static_range(TILES):
-            b += load_shared_words(z_even, (j * TILES + n) * 2048 + OFFSET)
-            b += load_shared_words(z_odd, (j * TILES + n) * 2048 + OFFSET)
+            b += load_shared_words(z_even, (j * TILES + n) * 1024)
+            b += load_shared_words(z_odd, (j * TILES + n) * 1024)
         for m in tl.static_range(4):
             a = _operands(words, j, m, BITS)
             for n in tl.static_range(TILES):
@@ -136,60 +145,54 @@ def lane_tokens(
         factor: 2**24, which makes codes of subnormal numbers.
         zero: the code that stands for 0, between two codes.
         norm: of the rotation of a block.
-        SLICES: of 128 bytes of a row.
+        SLICES: of ``64 SHARE`` bytes of a row.
     """
     let_next_start(PDL)
     thread = tl.arange(0, 32 * WARPS)
     lane, warp = thread % 32, thread // 32
     place, quarter = lane // 4, lane % 4
+    share, group = warp % SHARE, warp // SHARE
     PAIRS: tl.constexpr = 8 // BITS
+    GROUPS: tl.constexpr = WARPS // SHARE
     BYTES: tl.constexpr = slice_bytes(TILES, BITS)
-    shared = shared_memory(2 * BYTES, memory_ptr)
-    z_even = shared + place * 256 + quarter * 32 + place % 2 * 16
-    z_odd = shared + place * 256 + quarter * 32 + 16 - place % 2 * 16
-    first, blocks = warp * tl.num_programs(0) + tl.program_id(0), tl.cdiv(rows, 32)
-    turns = tl.cdiv(blocks, WARPS * tl.num_programs(0))
+    shared = shared_memory(token_bytes(TILES, BITS, WARPS), memory_ptr)
+    z_at = shared + share * (BYTES // SHARE) + place * 128 + quarter * 32
+    z_even, z_odd = z_at + place % 2 * 16, z_at + (1 - place % 2) * 16
+    first, blocks = group * tl.num_programs(0) + tl.program_id(0), tl.cdiv(rows, 32)
+    turns = tl.cdiv(blocks - tl.program_id(0), GROUPS * tl.num_programs(0))
+    mine = share * 64 + quarter * 16
     words = ()
     for s in tl.static_range(AHEAD):
-        block = first + s // SLICES * (WARPS * tl.num_programs(0))
+        block = first + s // SLICES * (GROUPS * tl.num_programs(0))
         block = tl.where(
             block < blocks, block, tl.program_id(0) % blocks
         )  # not all the same: that would be slow
         row_at = row_addresses(codes_ptr, block, place, rows, stride, False)
-        for c in tl.static_range(SLICE):
-            words += first_words(row_at, s % SLICES * 128 + c * 64 + quarter * 16, stride)
+        words += first_words(row_at, mine + s % SLICES * (64 * SHARE), stride)
     tl.debug_barrier()  # or the compiler moves these loads behind the wait
     wait_for_previous(PDL)
     _begin_slice(z_ptr, shared, 0, thread, count, tokens, PAIRS, 8 * TILES, 32 * WARPS)
-    token_values = ()
-    for n in tl.static_range(TILES):
-        for e in tl.static_range(2):
-            token_values += _token_values(sum_ptr, unit_ptr, 8 * n + 2 * quarter + e, tokens, PARTS)
     none = thread * 0.0
     start = ()
     for _ in tl.static_range(8 * TILES):
         start += (none,)
     acc = start
     for step in tl.range(0, turns * SLICES):
-        turn, number = step // SLICES, step % SLICES
         later = step + AHEAD
-        block = first + later // SLICES * (WARPS * tl.num_programs(0))
+        block = first + later // SLICES * (GROUPS * tl.num_programs(0))
         later_at = row_addresses(codes_ptr, block, place, rows, stride, False)
         wait_for_copies(thread)
         tl.debug_barrier()
         _begin_slice(z_ptr, shared + (step + 1) % 2 * BYTES, (step + 1) % SLICES, thread, count, tokens, PAIRS,
                      8 * TILES, 32 * WARPS)  # fmt: skip
-        for c in tl.static_range(SLICE):
-            chunk, rest = _first(words)
-            acc = _chunk(
-                acc, chunk, z_even + step % 2 * BYTES, z_odd + step % 2 * BYTES, TILES, BITS, c * 128
-            )
-            byte = later % SLICES * 128 + c * 64 + quarter * 16
-            words = rest + chunk_words(later_at, byte, stride, block < blocks)
-        if number == SLICES - 1:
-            block = first + turn * (WARPS * tl.num_programs(0))
-            _finish(acc, token_values, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, block, lane, rows, tokens,
-                    factor, zero, norm, TILES, ROW_SCALES, BLOCK, BIAS)  # fmt: skip
+        chunk, rest = _first(words)
+        acc = _chunk(acc, chunk, z_even + step % 2 * BYTES, z_odd + step % 2 * BYTES, TILES, BITS)
+        byte = mine + later % SLICES * (64 * SHARE)
+        words = rest + chunk_words(later_at, byte, stride, block < blocks)
+        if step % SLICES == SLICES - 1:
+            block = first + step // SLICES * (GROUPS * tl.num_programs(0))
+            _finish(acc, shared + 2 * BYTES, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, block, thread,
+                    rows, tokens, factor, zero, norm, TILES, PARTS, ROW_SCALES, BLOCK, BIAS)  # fmt: skip
             acc = start
 
 
@@ -206,33 +209,60 @@ def _first(words):
 
 
 @triton.jit
-def _finish(acc, token_values, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, block, lane, rows, tokens, factor,
-            zero, norm, TILES: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr,
-            BIAS: tl.constexpr):  # fmt: skip
-    """Scale, rotate and write what a warp has of 32 rows."""
+def _shared_out(acc, shared, thread, TILES: tl.constexpr):
+    """What both warps have of the tokens of this one, added up: of each of TILES tokens four rows, 8 apart.
+
+    Of eight tokens a warp has every second, of sixteen the first or the last eight.
+    """
+    second = thread // 32 % SHARE == 1
+    kept = ()
+    for e in tl.static_range(TILES):
+        given = ()
+        for i in tl.static_range(4):
+            one = acc[i // 2 * (4 * TILES) + i % 2 * 2 + e]
+            other = acc[i // 2 * (4 * TILES) + i % 2 * 2 + e + (4 if TILES == 2 else 1)]
+            kept += (tl.where(second, other, one),)
+            given += (tl.where(second, one, other).to(tl.int32, bitcast=True),)
+        store_shared_words(shared + (thread ^ 32) * 16 + e * 16 * thread.shape[0], given, (thread >= 0).to(tl.int32))
+    tl.debug_barrier()
+    found = ()
+    for e in tl.static_range(TILES):
+        words = load_shared_words(shared + thread * 16, e * 16 * thread.shape[0])
+        for i in tl.static_range(4):
+            found += (kept[4 * e + i] + words[i].to(tl.float32, bitcast=True),)
+    return found
+
+
+@triton.jit
+def _finish(acc, shared, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, block, thread, rows,
+            tokens, factor, zero, norm, TILES: tl.constexpr, PARTS: tl.constexpr, ROW_SCALES: tl.constexpr,
+            BLOCK: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+    """Add up what two warps have, scale, rotate and write 32 rows of half the tokens."""
+    lane, share = thread % 32, thread // 32 % SHARE
     place, quarter = lane // 4, lane % 4
-    ends = ()
+    ends, token_values = (), ()
     for i in tl.static_range(4):
         ends += row_ends(
             scale_ptr, places_ptr, signs_ptr, block * 32 + 8 * i + place, rows, ROW_SCALES, BLOCK
         )
-    for n in tl.static_range(TILES):
-        for e in tl.static_range(2):
-            total, unit = token_values[4 * n + 2 * e], token_values[4 * n + 2 * e + 1]
-            token = 8 * n + 2 * quarter + e
-            values = ()
-            for i in tl.static_range(4):
-                product = acc[4 * (i // 2 * TILES + n) + i % 2 * 2 + e]
-                values += ((product * factor - total * zero) * ends[3 * i],)
+    first = 2 * quarter + (8 * share if TILES == 2 else share)
+    for e in tl.static_range(TILES):
+        token_values += _token_values(sum_ptr, unit_ptr, first + e, tokens, PARTS)
+    products = _shared_out(acc, shared, thread, TILES)
+    for e in tl.static_range(TILES):
+        total, unit, token = token_values[2 * e], token_values[2 * e + 1], first + e
+        values = ()
+        for i in tl.static_range(4):
+            values += ((products[4 * e + i] * factor - total * zero) * ends[3 * i],)
+        if BLOCK > 0:
+            values = _rotated(values, lane, BLOCK)
+        for i in tl.static_range(4):
+            row = block * 32 + 8 * i + place
+            written = (row < rows) & (token < tokens)
+            value = values[i]
             if BLOCK > 0:
-                values = _rotated(values, lane, BLOCK)
-            for i in tl.static_range(4):
-                row = block * 32 + 8 * i + place
-                written = (row < rows) & (token < tokens)
-                value = values[i]
-                if BLOCK > 0:
-                    value *= unit * norm * ends[3 * i + 2]
-                    if BIAS:
-                        value += tl.load(bias_ptr + ends[3 * i + 1], mask=written, other=0.0).to(tl.float32)
-                at = y_ptr + token.to(tl.int64) * rows + ends[3 * i + 1]
-                tl.store(at, value.to(y_ptr.dtype.element_ty), mask=written)
+                value *= unit * norm * ends[3 * i + 2]
+                if BIAS:
+                    value += tl.load(bias_ptr + ends[3 * i + 1], mask=written, other=0.0).to(tl.float32)
+            at = y_ptr + token.to(tl.int64) * rows + ends[3 * i + 1]
+            tl.store(at, value.to(y_ptr.dtype.element_ty), mask=written)

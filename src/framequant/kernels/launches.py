@@ -18,8 +18,8 @@ BYTE_TOKENS = 4
 #: Most tokens whose codes go through registers alone, warps of a program there, and shared memory that it may have.
 LANE_TOKENS, LANE_WARPS, LANE_SHARED = 1, 8, 48 << 10
 #: Most tokens of scalar codes whose products go through registers alone, and warps' shares of rows that a
-#: multiprocessor has there, at least: with fewer there are not bytes enough on their way.
-MOST_LANE_TOKENS, LEAST_LANE_SHARES = 16, 4
+#: multiprocessor has there, at least: with fewer there are not bytes enough on their way. And warps of a program.
+MOST_LANE_TOKENS, LEAST_LANE_SHARES, TOKEN_WARPS = 16, 4, 16
 #: Rows of a trellis up to which that is faster where a synthesis follows.
 LANE_TRELLIS_ROWS = 8192
 #: Bytes and rows that a warp takes at a time there, and the blocks of a local output frame that its lanes can rotate.
