@@ -423,7 +423,7 @@ def lane_parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple
 
     def last(p: triton_linear.TritonPlan) -> tuple[torch.Tensor, torch.Tensor]:
         layout = [*p.code[:4], *p.lane_coefficients]
-        return lane_ops.linear(p.words, x, into.signs, list(into.matrices), list(into.columns), sizes, list(into.block),
+        return lane_ops.linear(p.words, x, into.lane_signs, list(into.matrices), list(into.columns), sizes, list(into.block),
                                into.norm, p.scales, *ends, layout, p.layout.factor, x.dtype)  # fmt: skip
 
     def timed() -> float:

@@ -16,6 +16,7 @@ import torch
 from framequant.codes.grid import GridSpec
 from framequant.codes.trellis import TrellisSpec
 from framequant.kernels import lane_ops, launches, triton_linear
+from framequant.kernels.transform_plan import in_one
 from tests.kernels.test_cpu import CODES, make_layer
 torch.manual_seed(0)
 asked = []
@@ -41,7 +42,7 @@ for code, features, r, dtype, block, bias, analysed in (
     plan = layer._prepared[2]
     assert plan.takes_lanes(1) and not plan.takes_lanes(2) and list(triton_linear._verdicts.values())[-1]
     into = plan.into
-    one = lane_ops.in_one([*into.sizes, *into.padded], list(into.block), 32 * launches.LANE_WARPS)
+    one = in_one([*into.sizes, *into.padded], list(into.block), 32 * launches.LANE_WARPS)
     assert analysed == ("in one" if one else "by rows" if into.columns else "elsewhere"), (features, analysed)
     error = float((y.double() - exact).norm() / exact.norm())
     assert error <= 2 * float((torchs - exact).norm() / exact.norm()), (code, features, error)
@@ -55,7 +56,7 @@ for code, features, r, dtype, block, bias, analysed in (
     ends = (plan.out.places, plan.out.signs, plan.bias, plan.rows, block) if block else (None, None, None, plan.rows, 0)
     torch.library.opcheck(
         linear.default,
-        (plan.words, x, into.signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
+        (plan.words, x, into.lane_signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
          list(into.block), into.norm, plan.scales, *ends, [*plan.code[:4], *plan.lane_coefficients],
          plan.layout.factor, dtype),
         test_utils=("test_schema", "test_faketensor"),
@@ -94,7 +95,7 @@ for code, features, block, bias, dtype, normed, gated in (
     into = plan.into
     ends = (plan.out.places, plan.out.signs, plan.bias, plan.rows, block) if block else (None, None, None, plan.rows, 0)
     y, unit = torch.ops.framequant.lane_linear(
-        plan.words, x, into.signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
+        plan.words, x, into.lane_signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
         list(into.block), into.norm, plan.scales, *ends, [*plan.code[:4], *plan.lane_coefficients], plan.layout.factor,
         dtype, weight, 1.5, gate if gated else None, added)
     if not block:
@@ -153,7 +154,7 @@ from framequant.kernels.column_triton import column_analysis
 from framequant.kernels.lane_product_triton import lane_product
 from framequant.kernels.lane_tokens_triton import lane_tokens
 from tests.kernels.compiled import ptx
-TYPES = {"codes_ptr": "*u8", "z_ptr": "*i8", "signs_ptr": "*i8", "x_signs_ptr": "*i8", "places_ptr": "*i32",
+TYPES = {"codes_ptr": "*u8", "z_ptr": "*i8", "signs_ptr": "*i8", "x_signs_ptr": "*i32", "places_ptr": "*i32",
          "x_ptr": "*fp16", "y_ptr": "*fp16", "bias_ptr": "*fp16", "weight_ptr": "*fp16", "added_ptr": "*fp16",
          "gate_ptr": "*fp16", "scale_ptr": "*bf16"}
 TYPES |= dict.fromkeys(("factor", "zero", "norm", "x_norm", "epsilon"), "fp32")
@@ -167,15 +168,15 @@ for trellis in (False, True):
                  "BLOCK": 32, "BIAS": False, "CHUNKS": how.chunks, "ROUNDS": how.rounds, "WARPS": how.warps,
                  "WARPS_K": how.warps_k, "PDL": True}
     text = ptx(lane_product, TYPES, constants, how.warps)
-    assert "mma.sync.aligned.m16n8k32" in text and "ld.global.L1::no_allocate.v4" in text and ".local" not in text
-    first = text.index("griddepcontrol.wait")
-    assert text.index("ld.global.L1::no_allocate") < first < text.index("mma.sync")
+    order = ("bulk.prefetch.L2", "griddepcontrol.wait", "cp.async.cg", "ld.global.L1::no_allocate", "mma.sync.aligned.m16n8k32")
+    places = [text.index(what) for what in order]
+    assert places == sorted(places) and ".local" not in text
 text = ptx(lane_tokens, TYPES | {"z_ptr": "*fp16"}, {
     "TILES": 2, "BITS": 2, "PARTS": 4, "ROW_SCALES": True, "BLOCK": 32, "BIAS": False, "SLICES": 9,
-    "WARPS": 8, "PDL": True}, 8)
+    "WARPS": 16, "PDL": True}, 16)
 before, after = text.split("griddepcontrol.wait")
-assert before.count("ld.global.L1::no_allocate") == 16 and "cp.async.cg" not in before and ".local" not in text
-assert after.count("mma.sync.aligned.m16n8k16") == 128
+assert before.count("ld.global.L1::no_allocate") == 8 and "cp.async.cg" not in before and ".local" not in text
+assert after.count("mma.sync.aligned.m16n8k16") == 64
 text = ptx(column_analysis, TYPES, {"F0": 43, "GATED": True, "EACH": 18, "COUNT": 3112, "CODES": 4, "PDL": True}, 8)
 assert ".local" not in text
 """

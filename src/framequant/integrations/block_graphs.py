@@ -19,6 +19,7 @@ from torch.fx.passes.utils.matcher_utils import SubgraphMatcher
 from torch.nn import functional
 
 from framequant.kernels import launches
+from framequant.kernels.transform_plan import in_one
 
 #: Places of arguments of ``framequant::lane_linear`` and ``framequant::one_query``.
 X, COLUMNS, SIZES, BLOCK_IN, ROWS, BLOCK_OUT = 1, 4, 5, 6, 12, 13
@@ -110,11 +111,9 @@ def _row(node: fx.Node, before: fx.Node) -> fx.Node:
 
 def _take_norm(node: fx.Node, norms: dict[fx.Node, tuple[Any, ...]]) -> int:
     """Where every program of a linear analyses for itself, it can norm as well."""
-    from framequant.kernels import lane_ops
-
     source = _source(node.args[X])
     threads = 32 * launches.LANE_WARPS
-    if source not in norms or not lane_ops.in_one(node.args[SIZES], node.args[BLOCK_IN], threads):
+    if source not in norms or not in_one(node.args[SIZES], node.args[BLOCK_IN], threads):
         return 0
     arguments = [argument for argument in norms[source] if isinstance(argument, fx.Node | float)]
     if len(arguments) != 3 or not isinstance(arguments[2], float):

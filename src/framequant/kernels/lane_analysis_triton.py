@@ -15,14 +15,17 @@ import triton
 import triton.language as tl
 
 from framequant.kernels.lanes_triton import (
+    copy_to_shared,
     lane_largest,
     lane_sum,
     load_shared,
+    load_shared_number,
     load_shared_words,
     load_words,
     store_shared,
     store_shared_planes,
     store_shared_words,
+    wait_for_copies,
 )
 from framequant.kernels.vector_triton import bound
 
@@ -137,45 +140,62 @@ def hadamard_registers(values, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _sign(signs_ptr, weight_ptr, place, NORMED: tl.constexpr):
-    """What the numbers at a place are multiplied by: signs, and the weights of a norm."""
-    sign = tl.load(signs_ptr + place).to(tl.float32) * _SHRINK
-    if NORMED:
-        sign *= tl.load(weight_ptr + place).to(tl.float32)
-    return sign
-
-
-@triton.jit
 def load_signs(
-    signs_ptr, weight_ptr, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr
+    words_ptr, weight_ptr, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr
 ):
-    """Signs of a thread's first column, none of it from another kernel: to be loaded before the wait for one."""
-    found = ()
-    for i in tl.static_range(SIZE // THREADS):
-        found += (_sign(signs_ptr, weight_ptr, thread + i * THREADS, NORMED),)
+    """Signs of a thread's first column and of the first numbers, and weights of both, if NORMED.
+
+    None of it is from another kernel: to be loaded before the wait for one.
+    """
+    found = (tl.load(words_ptr + thread), tl.load(words_ptr + thread % 16))
+    if NORMED:
+        found += (tl.load(weight_ptr + thread % 16).to(tl.float32),)
+        for i in tl.static_range(SIZE // THREADS):
+            found += (tl.load(weight_ptr + thread + i * THREADS).to(tl.float32),)
     return found
 
 
 @triton.jit
-def _first_axis(x_ptr, signs, cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr):
+def _sign(word, BIT: tl.constexpr):
+    """What a number is multiplied by whose sign is a bit of a word."""
+    return ((word << (31 - BIT)) & -0x80000000 | 0x37800000).to(tl.float32, bitcast=True)  # 2**-16 and the sign
+
+
+@triton.jit
+def copy_numbers(x_ptr, shared, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """Begin to bring SIZE numbers to shared memory: 16 bytes a thread, as all programs ask for the same lines."""
+    at = x_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
+    for turn in tl.static_range(SIZE * x_ptr.dtype.element_ty.primitive_bitwidth // 128 // THREADS):
+        piece = (thread + turn * THREADS) * 16
+        copy_to_shared(shared + piece, at + piece, thread * 0 + 1)
+
+
+@triton.jit
+def _first_axis(cube, signs, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
+                OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Butterflies along the first axis; of each thread's numbers the sum of squares and the largest.
 
-    And, NORMED, the sum of squares of what was read.
+    And, NORMED, the sum of squares of what was read; and the sum of all coefficients before norms.
     """
+    BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     column = ()
     squares, largest, energy = thread * 0.0, thread * 0.0, thread * 0.0
     for i in tl.static_range(SIZE // THREADS):
-        value = tl.load(x_ptr + thread + i * THREADS).to(tl.float32)
+        value = load_shared_number(cube + thread * BYTES, DTYPE, i * THREADS * BYTES)
+        sign = _sign(signs[0], i)
         if NORMED:
             energy += value * value
-        value *= signs[i]
+            sign *= signs[3 + i]
+        value *= sign
         squares += value * value
         largest = tl.maximum(largest, tl.abs(value))
         column += (value,)
+    total = _sum_of_all(cube, signs, thread, SIZE, OUTPUTS, WIDTH, NORMED, DTYPE)
     column = hadamard_registers(column, SIZE // THREADS)
+    tl.debug_barrier()  # the cube takes the place of what was read
     for i in tl.static_range(SIZE // THREADS):
         store_shared(cube + cube_place(thread), column[i], i * cube_bytes(THREADS))
-    return squares, largest, energy
+    return squares, largest, energy, total
 
 
 @triton.jit
@@ -213,8 +233,8 @@ def column_sums(outputs, width):
 
 
 @triton.jit
-def _sum_of_all(x_ptr, signs_ptr, weight_ptr, thread, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
-                NORMED: tl.constexpr):  # fmt: skip
+def _sum_of_all(cube, signs, thread, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
+                NORMED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """The sum of all coefficients before norms: butterflies add up to the first of their numbers times how many.
 
     So sixteen numbers tell, those of the last butterflies, which the frame's block follows.
@@ -223,8 +243,10 @@ def _sum_of_all(x_ptr, signs_ptr, weight_ptr, thread, SIZE: tl.constexpr, OUTPUT
     weight = thread * 0.0
     for k in tl.static_range(16):
         weight = tl.where(lane == k, column_sums(OUTPUTS, WIDTH)[k] * (SIZE // 16), weight)
-    sign = _sign(signs_ptr, weight_ptr, lane % 16, NORMED)
-    return lane_sum(tl.load(x_ptr + lane % 16).to(tl.float32) * (sign * weight))
+    weight *= _sign(signs[1], 0)
+    if NORMED:
+        weight *= signs[2]
+    return lane_sum(load_shared_number(cube + lane % 16 * (DTYPE.primitive_bitwidth // 8), DTYPE) * weight)
 
 
 @triton.jit
@@ -281,16 +303,15 @@ def period(each, codes):
 
 @triton.jit
 def analyse(
-    x_ptr, signs_ptr, weight_ptr, signs, cube, shared, sums, thread, norm, epsilon,
+    signs, cube, shared, sums, thread, norm, epsilon, DTYPE: tl.constexpr,
     SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
     CODES: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     """Write the coefficients of a token of SIZE numbers to planes; NORMED, of their root-mean-square norm.
 
     Args:
-        weight_ptr: (SIZE,), of the norm; ``epsilon`` is what it adds to the mean of squares.
-        signs: from ``load_signs``.
-        cube: ``cube_bytes(SIZE)`` of shared memory, which may hold the planes.
+        signs: from ``load_signs``; ``epsilon`` is what the norm adds to the mean of squares.
+        cube: ``cube_bytes(SIZE)`` of shared memory, which may hold the planes. ``copy_numbers`` brings the token to it.
         shared: the planes.
         sums: twelve bytes of shared memory for each warp, not in the cube.
         norm: of the transform without the frame.
@@ -302,7 +323,11 @@ def analyse(
     TURNS: tl.constexpr = SIZE // THREADS // 16
     EACH: tl.constexpr = OUTPUTS * 16 // WIDTH
     matrix: tl.constexpr = last_matrix(OUTPUTS, WIDTH) if WIDTH > 1 else ()
-    squares, largest, energy = _first_axis(x_ptr, signs, cube, thread, SIZE, THREADS, NORMED)
+    wait_for_copies(thread)
+    tl.debug_barrier()
+    squares, largest, energy, total = _first_axis(
+        cube, signs, thread, SIZE, THREADS, NORMED, OUTPUTS, WIDTH, DTYPE
+    )
     tl.debug_barrier()
     store_shared(sums + thread // 32 * 8, lane_sum(squares))
     store_shared(sums + thread // 32 * 8 + 4, lane_largest(largest))
@@ -312,7 +337,6 @@ def analyse(
     tl.debug_barrier()
     columns = _third_axis(cube, thread, THREADS, TURNS)
     bits, finite = _unit(sums, thread, SIZE, THREADS)
-    total = _sum_of_all(x_ptr, signs_ptr, weight_ptr, thread, SIZE, OUTPUTS, WIDTH, NORMED)
     tl.debug_barrier()
     zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
     down = (0x7F000000 - bits).to(tl.float32, bitcast=True)  # the first of all factors: the largest, too

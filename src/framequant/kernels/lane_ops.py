@@ -18,6 +18,7 @@ from framequant.kernels.column_triton import column_analysis, column_bytes
 from framequant.kernels.lane_product_triton import lane_product as kernel
 from framequant.kernels.lane_product_triton import shared_bytes
 from framequant.kernels.lane_tokens_triton import SHARE, lane_tokens, token_bytes
+from framequant.kernels.transform_plan import in_one
 from framequant.kernels.transform_triton import LAST_BIT
 from framequant.kernels.triton_support import COMPILED
 
@@ -39,18 +40,6 @@ def _multiprocessors(device: torch.device) -> int:
 def fits(codes: int, count: int) -> bool:
     """Whether planes of coefficients fit into the shared memory that a kernel may have; ``codes`` 0 for a trellis."""
     return shared_bytes(launches.LANE_WARPS, count, codes, 0) <= launches.LANE_SHARED
-
-
-def in_one(sizes: list[int], block: list[int], threads: int) -> bool:
-    """Whether every program makes all coefficients itself: of Walsh and Hadamard's transforms that fit its registers.
-
-    Args:
-        sizes: of a ``TransformPlan``.
-        block: sizes of the frame's block; 1, 1 without a frame.
-    """
-    size = sizes[0] * sizes[1] * sizes[2]
-    powers = all(factor.bit_count() == 1 for factor in sizes[:3])
-    return powers and size in (16 * threads, 32 * threads) and 16 % block[1] == 0
 
 
 def analysis(
@@ -123,8 +112,8 @@ def linear(
     """Outputs (1, rows) of ``dtype``, or with ``block`` 0 ``D̃ z`` in units of the token, float32 (1, 1, rows); unit.
 
     ``layout`` holds: trellis or not, bits, multiplier, addend, codes of a byte, bytes of a plane for each of them
-    (``TritonPlan.lane_coefficients``). ``x_signs``, ``matrices``, ``columns``, ``sizes``, ``x_block`` and
-    ``x_norm`` are those of the analysis' ``TransformPlan``, ``places`` and ``signs`` those of a ``BlockPlan``.
+    (``TritonPlan.lane_coefficients``). ``x_signs`` (``lane_signs``), ``matrices``, ``columns``, ``sizes``,
+    ``x_block`` and ``x_norm`` are those of the analysis' ``TransformPlan``, ``places`` and ``signs`` those of a ``BlockPlan``.
 
     What comes before and after in a model's block may be part of it: with ``weight`` the token is the root-mean-square
     norm of ``x``, with ``gate`` (1, n) it is ``silu(gate) x``, and ``added`` (1, rows) is added to outputs.
@@ -140,6 +129,7 @@ def linear(
     if weight is not None and not analysed:
         x, weight = functional.rms_norm(x, x.shape[-1:], weight, epsilon), None
     if analysed:
+        x = x if x.data_ptr() % 16 == 0 else x.clone()  # a view of an odd number: it is copied in pieces of 16 bytes
         unit = torch.empty(1, dtype=torch.float32, device=x.device)
         z, sums = x, unit
     else:

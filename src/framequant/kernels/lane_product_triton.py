@@ -21,6 +21,7 @@ import triton.language as tl
 
 from framequant.kernels.lane_analysis_triton import (
     analyse,
+    copy_numbers,
     copy_planes,
     cube_bytes,
     load_signs,
@@ -35,6 +36,7 @@ from framequant.kernels.lanes_triton import (
     load_shared_words,
     load_words,
     mma_bytes,
+    prefetch_bytes,
     shared_memory,
     store_shared,
 )
@@ -93,6 +95,27 @@ def row_addresses(codes_ptr, block, place, rows, stride, TRELLIS: tl.constexpr):
             row = tl.minimum(block * 32 + i * 8 + place, rows - 1)
         found += (codes_ptr + row.to(tl.int64) * stride,)
     return found
+
+
+@triton.jit
+def _chunks(row_at, byte, stride, CHUNKS: tl.constexpr, STEP: tl.constexpr):
+    """The first chunks of a warp's rows."""
+    found = ()
+    for c in tl.static_range(CHUNKS):
+        found += first_words(row_at, byte + c * STEP, stride)
+    return found
+
+
+@triton.jit
+def _prefetch_rows(codes_ptr, thread, rows, stride, GROUPS: tl.constexpr, TRELLIS: tl.constexpr):
+    """Ask for the rows of a program's first turns, a thread for one each."""
+    TURNS: tl.constexpr = 2
+    turn, row = thread // (32 * GROUPS), thread % (32 * GROUPS)
+    row += (tl.program_id(0) + turn * tl.num_programs(0)) * (32 * GROUPS)
+    if TRELLIS:
+        rows = (rows + 15) // 16 * 16
+    there = (turn < TURNS) & (row < rows)
+    prefetch_bytes(codes_ptr + tl.where(there, row, 0).to(tl.int64) * stride, thread * 0 + stride, there.to(tl.int32))
 
 
 @triton.jit
@@ -232,7 +255,7 @@ def lane_product(
     Args:
         codes_ptr: bytes (rows, stride), of a trellis words in as many rows (``words.to_words``).
         x_ptr: (ANALYSED,) of any float dtype; ``x_signs_ptr`` and ``x_norm`` then are those of a ``TransformPlan``,
-            OUTPUTS and WIDTH the sizes of its frame's block. NORMED, the token is the root-mean-square norm of these
+            OUTPUTS and WIDTH the sizes of its frame's block; signs as ``transform_plan.sign_words``. NORMED, the token is the root-mean-square norm of these
             numbers, with ``weight_ptr`` (ANALYSED,) and ``epsilon``.
         z_ptr: if ANALYSED is 0, int8 planes of coefficients (1, 4, 8 / BITS, COUNT), of a trellis (1, 4, 1, COUNT):
             zeros behind the last coefficient, at least 16 bytes, of a trellis 64.
@@ -264,22 +287,24 @@ def lane_product(
     turns = tl.cdiv(tl.cdiv(rows, 32 * GROUPS) - tl.program_id(0), tl.num_programs(0))
     byte = part * 64 + quarter * 16
     row_at = row_addresses(codes_ptr, first, place, rows, stride, TRELLIS)
-    words = ()
-    for c in tl.static_range(CHUNKS):
-        words += first_words(row_at, byte + c * STEP, stride)
     z_first = shared + tl.minimum(place, 2) * PLANE  # of eight columns three are planes
-    if ANALYSED:
+    if ANALYSED:  # what comes from memory must not stand in the token's way: loads come back in their order
         x_signs = load_signs(x_signs_ptr, weight_ptr, thread, ANALYSED, 32 * WARPS, NORMED)
-    tl.debug_barrier()  # or the compiler moves these loads behind the wait
-    wait_for_previous(PDL)
-    if ANALYSED:
+        _prefetch_rows(codes_ptr, thread, rows, stride, GROUPS, TRELLIS)
+        tl.debug_barrier()  # or the compiler moves these loads behind the wait
+        wait_for_previous(PDL)
+        copy_numbers(x_ptr, parts, thread, ANALYSED, 32 * WARPS)
+        words = _chunks(row_at, byte, stride, CHUNKS, STEP)
         unit, total = analyse(
-            x_ptr, x_signs_ptr, weight_ptr, x_signs, parts, shared, base, thread, x_norm, epsilon, ANALYSED, OUTPUTS,
-            WIDTH, COUNT, CODES, TILES, 32 * WARPS, NORMED,
+            x_signs, parts, shared, base, thread, x_norm, epsilon, x_ptr.dtype.element_ty, ANALYSED, OUTPUTS, WIDTH,
+            COUNT, CODES, TILES, 32 * WARPS, NORMED,
         )  # fmt: skip
         tl.store(unit_ptr + thread * 0, unit, mask=(thread == 0) & (tl.program_id(0) == 0))
         total = total * zero
     else:
+        words = _chunks(row_at, byte, stride, CHUNKS, STEP)
+        tl.debug_barrier()
+        wait_for_previous(PDL)
         copy_planes(z_ptr, shared, thread, COUNT, CODES, TILES, 32 * WARPS)
         total = thread * 0.0
         for k in tl.static_range((PARTS + 31) // 32):

@@ -17,10 +17,14 @@ from framequant.kernels.triton_support import COMPILED
 
 @triton.jit
 def load_words(address, there):
-    """Four int32 from a 16-byte aligned address each, not kept in L1; where ``there`` is 0 none, and they are any."""
+    """Four int32 from a 16-byte aligned address each, not kept in L1; where ``there`` is 0 none, and they are any.
+
+    The L2 cache gets the whole line, which another lane asks for soon.
+    """
     if COMPILED:
         return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4]; }",
+            "{ .reg .pred p; setp.ne.b32 p, $5, 0; @p ld.global.L1::no_allocate.L2::128B.v4.b32 "
+            "{$0, $1, $2, $3}, [$4]; }",
             "=r,=r,=r,=r,l,r", [address, there], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1,
         )  # fmt: skip
     at = address.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -127,6 +131,36 @@ def copy_to_shared(address, source, there):
         found = source.to(tl.pointer_type(tl.int32), bitcast=True)
         for i in tl.static_range(4):
             tl.store(at + i, tl.load(found + i, mask=there != 0, other=0))
+
+
+@triton.constexpr_function
+def _number_text(dtype, offset):
+    at = f"[$1+{offset}]"
+    if dtype == tl.float16:
+        return f"{{ .reg .b16 h; ld.shared.b16 h, {at}; cvt.f32.f16 $0, h; }}"
+    if dtype == tl.bfloat16:
+        return f"{{ .reg .b16 h, z; mov.b16 z, 0; ld.shared.b16 h, {at}; mov.b32 $0, {{z, h}}; }}"
+    return f"ld.shared.b32 $0, {at};"
+
+
+@triton.jit
+def load_shared_number(address, DTYPE: tl.constexpr, OFFSET: tl.constexpr = 0):
+    """A number of a float dtype each from shared memory, OFFSET bytes on, as float32."""
+    if COMPILED:
+        text: tl.constexpr = _number_text(DTYPE, OFFSET)
+        return tl.inline_asm_elementwise(text, "=f,r", [address], dtype=tl.float32, is_pure=False, pack=1)
+    else:
+        return tl.load((address + OFFSET).to(tl.pointer_type(DTYPE), bitcast=True)).to(tl.float32)
+
+
+@triton.jit
+def prefetch_bytes(address, size, there):
+    """Ask for ``size`` bytes, a multiple of 16, from a 16-byte aligned address each, where ``there`` is not 0."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r", [address, size, there], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -7,14 +7,16 @@ along each axis of a tensor with three axes and nothing else. Must not import la
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float16, Float32, Int8
+from jaxtyping import Float16, Float32, Int8, Int32
 from torch import Tensor
 
 from framequant.frames import FrameOperator, FusionFrame, RandomizedHadamard
 from framequant.frames.hadamard import sylvester
+from framequant.kernels.launches import LANE_WARPS
 
 ROWS = 16  # indices of the first axis that one program makes: the smallest side of a tensor-core tile
 MAX_ELEMENTS = 1 << 15  # padded coordinates of one program
@@ -34,6 +36,7 @@ class TransformPlan:
             multiply from the right; all scaled so that Walsh-Hadamard entries are +1 and -1.
         norm: what the result is multiplied by.
         block: sizes of the frame's block, coefficients and coordinates; 1, 1 without a frame.
+        lane_signs: ``sign_words`` where one program makes all coefficients, else ``signs``.
         columns: of an analysis that is a matrix times Walsh and Hadamard's of 256, that matrix, and the frame's block
             as often as 16 coordinates have it, transposed, both float32; else empty.
     """
@@ -45,6 +48,7 @@ class TransformPlan:
     norm: float
     block: tuple[int, int] = (1, 1)
     columns: tuple[Float32[Tensor, "a b"], ...] = ()
+    lane_signs: Tensor | None = None
 
     @property
     def num_rows(self) -> int:
@@ -86,7 +90,9 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
     padded = (_power(sizes[0]), 1 if sizes[1] == 1 else _power(sizes[1]), _power(f2_in), _power(f2_out))
     if padded[0] * padded[1] * max(padded[2:]) > MAX_ELEMENTS:
         return None
-    rows = -(-sizes[0] // ROWS) * ROWS
+    rows, threads = -(-sizes[0] // ROWS) * ROWS, 32 * LANE_WARPS
+    signs = constants["signs"].to(torch.int8)
+    lane_signs = sign_words(signs, threads) if in_one(sizes, shape, threads) else signs
     matrices = (
         _pad(factors[0], rows, padded[0]),
         _pad(factors[1].mT, padded[1], padded[1]),
@@ -95,12 +101,33 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
     return TransformPlan(
         sizes,
         padded,
-        constants["signs"].to(device=device, dtype=torch.int8),
+        signs.to(device),
         tuple(matrix.to(device) for matrix in matrices),
         1.0 / math.sqrt(hadamard.dim),
         shape,
         tuple(matrix.to(device) for matrix in _columns(whole, block)) if analysis else (),
+        lane_signs.to(device),
     )
+
+
+def in_one(sizes: Sequence[int], block: Sequence[int], threads: int) -> bool:
+    """Whether every program makes all coefficients itself: of Walsh and Hadamard's transforms that fit its registers.
+
+    Args:
+        sizes: of a ``TransformPlan``.
+        block: sizes of the frame's block; 1, 1 without a frame.
+        threads: of a program.
+    """
+    size = sizes[0] * sizes[1] * sizes[2]
+    powers = all(factor.bit_count() == 1 for factor in sizes[:3])
+    return powers and size in (16 * threads, 32 * threads) and 16 % block[1] == 0
+
+
+def sign_words(signs: Int8[Tensor, " dim"], threads: int) -> Int32[Tensor, " threads"]:
+    """Signs as bits, 1 for -1: bit i of the t-th word is that of number ``t + i threads``, of up to 32."""
+    bits = (signs.reshape(-1, threads) < 0).long()
+    words = (bits << torch.arange(len(bits), device=bits.device)[:, None]).sum(0)
+    return ((words + (1 << 31)) % (1 << 32) - (1 << 31)).to(torch.int32)
 
 
 def _split(factors: list[Tensor]) -> tuple[Tensor, int]:

@@ -273,7 +273,7 @@ def _lanes(
     into = plan.into
     ends = (None, None, None, rows, 0) if out is None else (out.places, out.signs, plan.bias, rows, out.block)
     return lane_ops.linear(
-        plan.words, x, into.signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
+        plan.words, x, into.lane_signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
         list(into.block), into.norm, plan.scales, *ends, [*plan.code[:4], *plan.lane_coefficients],
         plan.layout.factor, x.dtype,
     )  # fmt: skip
