@@ -423,8 +423,10 @@ def lane_parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple
 
     def last(p: triton_linear.TritonPlan) -> tuple[torch.Tensor, torch.Tensor]:
         layout = [*p.code[:4], *p.lane_coefficients]
-        return lane_ops.linear(p.words, x, into.lane_signs, list(into.matrices), list(into.columns), sizes, list(into.block),
-                               into.norm, p.scales, *ends, layout, p.layout.factor, x.dtype)  # fmt: skip
+        return lane_ops.linear(
+            p.words, x, into.lane_signs, list(into.matrices), list(into.columns), sizes, list(into.block), into.norm,
+            p.scales, *ends, layout, p.layout.factor, x.dtype,
+        )  # fmt: skip
 
     def timed() -> float:
         return graph_us([lambda q=q: last(q) for q in plans])

@@ -113,8 +113,11 @@ def frame_linear(name: str, linear: nn.Linear, kind: str) -> nn.Module:
 
 
 def gemlite_linear(name: str, linear: nn.Linear, kind: str) -> nn.Module:
+    from gemlite import core
     from gemlite.helper import A16W2_HQQ_INT
 
+    if core.selected_tag is None:  # for an H200 it ships no launches, for an H100 it does
+        core.GemLiteLinear.load_config(str(Path(core.__file__).parent / "configs/h100.json"))
     shape = linear.weight.shape
     codes = torch.randint(0, 4, shape, dtype=torch.uint8, device=DEVICE)
     scales = torch.full((shape[0], shape[1] // 128), 0.018, dtype=DTYPE, device=DEVICE)

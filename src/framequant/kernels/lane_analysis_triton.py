@@ -29,7 +29,11 @@ from framequant.kernels.lanes_triton import (
 )
 from framequant.kernels.vector_triton import bound
 
-_SHRINK = tl.constexpr(2.0**-16)  # so that sums of 8192 of bfloat16's largest numbers are finite
+
+@triton.constexpr_function
+def shrink(dtype):
+    """What numbers are multiplied by, so that sums of 8192 of the largest are finite."""
+    return 1.0 if dtype == tl.float16 else 2.0**-16
 
 
 @triton.constexpr_function
@@ -97,13 +101,36 @@ def copy_planes(z_ptr, shared, thread, COUNT: tl.constexpr, CODES: tl.constexpr,
 @triton.constexpr_function
 def cube_bytes(size):
     """Bytes of shared memory that a cube of float32 takes: ``cube_place`` of its end."""
-    return (size + size // 16 * 4 + size // 256 * 16) * 4
+    return (size + size // 16 * 4 + size // 128 * 4 + size // 256 * 8) * 4
 
 
 @triton.jit
 def cube_place(n):
-    """Bytes from the cube's first number to the n-th: columns along all three axes lie in different banks."""
-    return (n + n // 16 * 4 + n // 256 * 16) * 4
+    """Bytes from the cube's first number to the n-th: columns along all three axes lie in different banks.
+
+    Of columns that ``spread`` keeps apart two lie in the same.
+    """
+    return (n + n // 16 * 4 + n // 128 * 4 + n // 256 * 8) * 4
+
+
+@triton.constexpr_function
+def spread(each, codes):
+    """How many sixteens of coordinates apart those of adjacent lanes are, so that their bytes go to different banks.
+
+    Args:
+        each: coefficients of sixteen coordinates.
+        codes: of a byte; 0 for a trellis.
+    """
+    if codes == 0:
+        return 1
+    return next(k for k in (1, 2, 4, 8) if k == 8 or each * k % (4 * codes) == 0)
+
+
+@triton.jit
+def _sixteen(thread, SPREAD: tl.constexpr):
+    """Which sixteen coordinates a thread has, of as many sixteens as threads."""
+    lane, warp = thread % 32, thread // 32
+    return lane * SPREAD + warp % SPREAD + warp // SPREAD * (32 * SPREAD)
 
 
 @triton.constexpr_function
@@ -143,22 +170,33 @@ def hadamard_registers(values, SIZE: tl.constexpr):
 def load_signs(
     words_ptr, weight_ptr, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr
 ):
-    """Signs of a thread's first column and of the first numbers, and weights of both, if NORMED.
+    """Words of signs of a thread's first column and of the first sixteen numbers; if NORMED, weights of both.
 
     None of it is from another kernel: to be loaded before the wait for one.
     """
     found = (tl.load(words_ptr + thread), tl.load(words_ptr + thread % 16))
     if NORMED:
-        found += (tl.load(weight_ptr + thread % 16).to(tl.float32),)
+        found += (tl.load(weight_ptr + thread % 16),)
         for i in tl.static_range(SIZE // THREADS):
-            found += (tl.load(weight_ptr + thread + i * THREADS).to(tl.float32),)
+            found += (tl.load(weight_ptr + thread + i * THREADS),)
     return found
 
 
 @triton.jit
-def _sign(word, BIT: tl.constexpr):
-    """What a number is multiplied by whose sign is a bit of a word."""
-    return ((word << (31 - BIT)) & -0x80000000 | 0x37800000).to(tl.float32, bitcast=True)  # 2**-16 and the sign
+def head_weight(thread, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr):
+    """What the first sixteen numbers are multiplied by in ``_sum_of_all``, a lane each."""
+    weight = thread * 0.0
+    for k in tl.static_range(16):
+        weight = tl.where(thread % 32 == k, column_sums(OUTPUTS, WIDTH)[k] * (SIZE // 16), weight)
+    return weight
+
+
+@triton.jit
+def _signed(value, word, BIT: tl.constexpr):
+    """A number, its sign changed if that bit of a word is 1."""
+    return (value.to(tl.int32, bitcast=True) ^ ((word << (31 - BIT)) & -0x80000000)).to(
+        tl.float32, bitcast=True
+    )
 
 
 @triton.jit
@@ -171,9 +209,9 @@ def copy_numbers(x_ptr, shared, thread, SIZE: tl.constexpr, THREADS: tl.constexp
 
 
 @triton.jit
-def _first_axis(cube, signs, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
-                OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Butterflies along the first axis; of each thread's numbers the sum of squares and the largest.
+def _first_axis(cube, loaded, head, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
+                DTYPE: tl.constexpr):  # fmt: skip
+    """Butterflies along the first axis; of each thread's numbers the sum of squares and, not of halves, the largest.
 
     And, NORMED, the sum of squares of what was read; and the sum of all coefficients before norms.
     """
@@ -182,19 +220,19 @@ def _first_axis(cube, signs, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, 
     squares, largest, energy = thread * 0.0, thread * 0.0, thread * 0.0
     for i in tl.static_range(SIZE // THREADS):
         value = load_shared_number(cube + thread * BYTES, DTYPE, i * THREADS * BYTES)
-        sign = _sign(signs[0], i)
         if NORMED:
             energy += value * value
-            sign *= signs[3 + i]
-        value *= sign
+            value *= loaded[3 + i].to(tl.float32)
+        if tl.float16 != DTYPE:
+            value *= shrink(DTYPE)
+            largest = tl.maximum(largest, tl.abs(value))
         squares += value * value
-        largest = tl.maximum(largest, tl.abs(value))
-        column += (value,)
-    total = _sum_of_all(cube, signs, thread, SIZE, OUTPUTS, WIDTH, NORMED, DTYPE)
+        column += (_signed(value, loaded[0], i),)
+    total = _sum_of_all(cube, loaded, head, thread, NORMED, DTYPE)
     column = hadamard_registers(column, SIZE // THREADS)
     tl.debug_barrier()  # the cube takes the place of what was read
     for i in tl.static_range(SIZE // THREADS):
-        store_shared(cube + cube_place(thread), column[i], i * cube_bytes(THREADS))
+        store_shared(cube + cube_place(thread), column[i], cube_bytes(i * THREADS))
     return squares, largest, energy, total
 
 
@@ -205,18 +243,18 @@ def _second_axis(cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
         at = cube + cube_place((thread // 16 + turn * (THREADS // 16)) * 256 + thread % 16)
         column = ()
         for i in tl.static_range(16):
-            column += (load_shared(at, i * cube_bytes(16)),)
+            column += (load_shared(at, cube_bytes(16 * i)),)
         column = hadamard_registers(column, 16)
         for i in tl.static_range(16):
-            store_shared(at, column[i], i * cube_bytes(16))
+            store_shared(at, column[i], cube_bytes(16 * i))
 
 
 @triton.jit
-def _third_axis(cube, thread, THREADS: tl.constexpr, TURNS: tl.constexpr):
-    """The numbers of each thread along the third axis."""
+def _third_axis(cube, sixteen, THREADS: tl.constexpr, TURNS: tl.constexpr):
+    """The sixteens of each thread along the third axis."""
     found = ()
     for turn in tl.static_range(TURNS):
-        at = cube + cube_place((thread + turn * THREADS) * 16)
+        at = cube + cube_place((sixteen + turn * THREADS) * 16)
         for i in tl.static_range(4):
             words = load_shared_words(at, i * 16)
             for j in tl.static_range(4):
@@ -233,20 +271,15 @@ def column_sums(outputs, width):
 
 
 @triton.jit
-def _sum_of_all(cube, signs, thread, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
-                NORMED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def _sum_of_all(cube, loaded, head, thread, NORMED: tl.constexpr, DTYPE: tl.constexpr):
     """The sum of all coefficients before norms: butterflies add up to the first of their numbers times how many.
 
     So sixteen numbers tell, those of the last butterflies, which the frame's block follows.
     """
-    lane = thread % 32
-    weight = thread * 0.0
-    for k in tl.static_range(16):
-        weight = tl.where(lane == k, column_sums(OUTPUTS, WIDTH)[k] * (SIZE // 16), weight)
-    weight *= _sign(signs[1], 0)
+    number = load_shared_number(cube + thread % 16 * (DTYPE.primitive_bitwidth // 8), DTYPE) * shrink(DTYPE)
     if NORMED:
-        weight *= signs[2]
-    return lane_sum(load_shared_number(cube + lane % 16 * (DTYPE.primitive_bitwidth // 8), DTYPE) * weight)
+        number *= loaded[2].to(tl.float32)
+    return lane_sum(_signed(number, loaded[1], 0) * head)
 
 
 @triton.jit
@@ -273,6 +306,49 @@ def _inverse_root(sums, thread, epsilon, SIZE: tl.constexpr, THREADS: tl.constex
 
 
 @triton.jit
+def _thirds(a, b, c):
+    """The Fourier transform of three complex numbers, pairs, with exp(+2πi/3)."""
+    sums = (b[0] + c[0], b[1] + c[1])
+    turned = ((b[0] - c[0]) * 0.8660254037844386, (b[1] - c[1]) * 0.8660254037844386)
+    middle = (a[0] - 0.5 * sums[0], a[1] - 0.5 * sums[1])
+    return (a[0] + sums[0], a[1] + sums[1]), (middle[0] - turned[1], middle[1] + turned[0]), (
+        middle[0] + turned[1], middle[1] - turned[0])  # fmt: skip
+
+
+@triton.jit
+def _turned(x, COS: tl.constexpr, SIN: tl.constexpr):
+    """A complex number times COS + i SIN."""
+    return x[0] * COS - x[1] * SIN, x[0] * SIN + x[1] * COS
+
+
+@triton.jit
+def ninths(x):
+    """The Fourier transform, with exp(+2πi/9), of nine complex numbers of which x has eight as pairs; the ninth is 0.
+
+    The block of a harmonic frame with redundancy 9/8, times 3 (``frames/fusion_frame.shared_block``).
+    """
+    one = _thirds((x[0], x[1]), (x[6], x[7]), (x[12], x[13]))
+    two = _thirds((x[2], x[3]), (x[8], x[9]), (x[14], x[15]))
+    three = _thirds((x[4], x[5]), (x[10], x[11]), (x[0] * 0.0, x[0] * 0.0))
+    # cos and sin of 40, 80 and 160 degrees
+    y0 = _thirds(one[0], two[0], three[0])
+    y1 = _thirds(
+        one[1],
+        _turned(two[1], 0.766044443118978, 0.6427876096865394),
+        _turned(three[1], 0.17364817766693041, 0.984807753012208),
+    )
+    y2 = _thirds(
+        one[2],
+        _turned(two[2], 0.17364817766693041, 0.984807753012208),
+        _turned(three[2], -0.9396926207859083, 0.3420201433256689),
+    )
+    found = ()
+    for k in tl.static_range(3):
+        found += (y0[k][0], y0[k][1], y1[k][0], y1[k][1], y2[k][0], y2[k][1])
+    return found
+
+
+@triton.jit
 def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
                   CODES: tl.constexpr, TILES: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
     """Coefficients of sixteen coordinates, from the first-th on, to planes."""
@@ -280,8 +356,11 @@ def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.co
     places = ()
     for c in tl.static_range(PERIOD):
         places += (shared + place_of(first + c, COUNT, CODES, TILES),)
+    if EACH == 18 and WIDTH == 16:
+        column = ninths(hadamard_registers(column, 16))
+        scale *= 1.0 / 3.0
     for c in tl.static_range(EACH):
-        if WIDTH == 1:
+        if WIDTH == 1 or (EACH == 18 and WIDTH == 16):
             y = column[c] * scale
         else:
             y = column[0] * 0.0
@@ -303,14 +382,14 @@ def period(each, codes):
 
 @triton.jit
 def analyse(
-    signs, cube, shared, sums, thread, norm, epsilon, DTYPE: tl.constexpr,
+    loaded, head, cube, shared, sums, thread, norm, epsilon, DTYPE: tl.constexpr,
     SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
     CODES: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
     """Write the coefficients of a token of SIZE numbers to planes; NORMED, of their root-mean-square norm.
 
     Args:
-        signs: from ``load_signs``; ``epsilon`` is what the norm adds to the mean of squares.
+        loaded: by ``load_signs``, and ``head_weight``; ``epsilon`` is what the norm adds to the mean of squares.
         cube: ``cube_bytes(SIZE)`` of shared memory, which may hold the planes. ``copy_numbers`` brings the token to it.
         shared: the planes.
         sums: twelve bytes of shared memory for each warp, not in the cube.
@@ -325,17 +404,18 @@ def analyse(
     matrix: tl.constexpr = last_matrix(OUTPUTS, WIDTH) if WIDTH > 1 else ()
     wait_for_copies(thread)
     tl.debug_barrier()
-    squares, largest, energy, total = _first_axis(
-        cube, signs, thread, SIZE, THREADS, NORMED, OUTPUTS, WIDTH, DTYPE
-    )
+    squares, largest, energy, total = _first_axis(cube, loaded, head, thread, SIZE, THREADS, NORMED, DTYPE)
     tl.debug_barrier()
     store_shared(sums + thread // 32 * 8, lane_sum(squares))
-    store_shared(sums + thread // 32 * 8 + 4, lane_largest(largest))
+    if tl.float16 != DTYPE:
+        largest = lane_largest(largest)
+    store_shared(sums + thread // 32 * 8 + 4, largest)
     if NORMED:
         store_shared(sums + THREADS // 4 + thread // 32 * 4, lane_sum(energy))
     _second_axis(cube, thread, SIZE, THREADS)
     tl.debug_barrier()
-    columns = _third_axis(cube, thread, THREADS, TURNS)
+    sixteen = _sixteen(thread, spread(EACH, CODES))
+    columns = _third_axis(cube, sixteen, THREADS, TURNS)
     bits, finite = _unit(sums, thread, SIZE, THREADS)
     tl.debug_barrier()
     zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
@@ -346,9 +426,9 @@ def analyse(
             column += (columns[16 * turn + k] * down,)
         if WIDTH == 1:
             column = hadamard_registers(column, 16)
-        first = (thread + turn * THREADS) * EACH
+        first = (sixteen + turn * THREADS) * EACH
         _store_column(column, norm * 4194304.0, first, shared, WIDTH, EACH, COUNT, CODES, TILES, matrix)
     power = tl.where(finite, bits.to(tl.float32, bitcast=True), float("nan"))
     if NORMED:
         power *= _inverse_root(sums, thread, epsilon, SIZE, THREADS)
-    return power / _SHRINK, total * down * norm
+    return power / shrink(DTYPE), total * down * norm

@@ -19,7 +19,7 @@ from framequant.kernels.lane_product_triton import lane_product as kernel
 from framequant.kernels.lane_product_triton import shared_bytes
 from framequant.kernels.lane_tokens_triton import SHARE, lane_tokens, token_bytes
 from framequant.kernels.transform_plan import in_one
-from framequant.kernels.transform_triton import LAST_BIT
+from framequant.kernels.transform_triton import LAST_BIT, first_factor
 from framequant.kernels.triton_support import COMPILED
 
 #: The level of a trellis' sum of bytes that is 0 (``codes/trellis_codebook.py``).
@@ -40,6 +40,11 @@ def _multiprocessors(device: torch.device) -> int:
 def fits(codes: int, count: int) -> bool:
     """Whether planes of coefficients fit into the shared memory that a kernel may have; ``codes`` 0 for a trellis."""
     return shared_bytes(launches.LANE_WARPS, count, codes, 0) <= launches.LANE_SHARED
+
+
+def tokens_fit(tokens: int, bits: int) -> bool:
+    """Whether slices of coefficients of so many tokens fit into the shared memory that a kernel may have."""
+    return token_bytes(-(-tokens // 8), bits, launches.TOKEN_WARPS) <= launches.LANE_SHARED
 
 
 def analysis(
@@ -113,7 +118,8 @@ def linear(
 
     ``layout`` holds: trellis or not, bits, multiplier, addend, codes of a byte, bytes of a plane for each of them
     (``TritonPlan.lane_coefficients``). ``x_signs`` (``lane_signs``), ``matrices``, ``columns``, ``sizes``,
-    ``x_block`` and ``x_norm`` are those of the analysis' ``TransformPlan``, ``places`` and ``signs`` those of a ``BlockPlan``.
+    ``x_block`` and ``x_norm`` are those of the analysis' ``TransformPlan``, ``places`` and ``signs`` those of a
+    ``BlockPlan``.
 
     What comes before and after in a model's block may be part of it: with ``weight`` the token is the root-mean-square
     norm of ``x``, with ``gate`` (1, n) it is ``silu(gate) x``, and ``added`` (1, rows) is added to outputs.
@@ -129,7 +135,9 @@ def linear(
     if weight is not None and not analysed:
         x, weight = functional.rms_norm(x, x.shape[-1:], weight, epsilon), None
     if analysed:
-        x = x if x.data_ptr() % 16 == 0 else x.clone()  # a view of an odd number: it is copied in pieces of 16 bytes
+        x = (
+            x if x.data_ptr() % 16 == 0 else x.clone()
+        )  # a view of an odd number: it is copied in pieces of 16 bytes
         unit = torch.empty(1, dtype=torch.float32, device=x.device)
         z, sums = x, unit
     else:
@@ -209,8 +217,8 @@ def tokens(
     lane_tokens[(multiprocessors(z.device),)](
         words.view(torch.uint8), z, sums, unit, scales, y, unit if places is None else places,
         unit if signs is None else signs, unit if bias is None else bias, memory,
-        rows, stride, count, number, 2.0**24, (1 << bits) / 2 - 0.5, max(block, 1) ** -0.5, TILES=tiles, BITS=bits,
-        PARTS=sums.shape[1], ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None,
+        rows, stride, count, number, 2.0**24 / first_factor(bits), (1 << bits) / 2 - 0.5, max(block, 1) ** -0.5,
+        TILES=tiles, BITS=bits, PARTS=sums.shape[1], ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None,
         SLICES=-(-count * 2 // (64 * SHARE.value)), WARPS=warps, PDL=early, num_warps=warps, launch_pdl=early,
     )  # fmt: skip
     return y

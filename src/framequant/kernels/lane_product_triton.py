@@ -24,6 +24,7 @@ from framequant.kernels.lane_analysis_triton import (
     copy_numbers,
     copy_planes,
     cube_bytes,
+    head_weight,
     load_signs,
     plane_bytes,
 )
@@ -36,7 +37,7 @@ from framequant.kernels.lanes_triton import (
     load_shared_words,
     load_words,
     mma_bytes,
-    prefetch_bytes,
+    prefetch_line,
     shared_memory,
     store_shared,
 )
@@ -98,24 +99,18 @@ def row_addresses(codes_ptr, block, place, rows, stride, TRELLIS: tl.constexpr):
 
 
 @triton.jit
-def _chunks(row_at, byte, stride, CHUNKS: tl.constexpr, STEP: tl.constexpr):
-    """The first chunks of a warp's rows."""
-    found = ()
-    for c in tl.static_range(CHUNKS):
-        found += first_words(row_at, byte + c * STEP, stride)
-    return found
+def _prefetch_turns(codes_ptr, thread, rows, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """Ask for codes of the next two turns for the L2 cache: memory need not wait for coefficients.
 
-
-@triton.jit
-def _prefetch_rows(codes_ptr, thread, rows, stride, GROUPS: tl.constexpr, TRELLIS: tl.constexpr):
-    """Ask for the rows of a program's first turns, a thread for one each."""
-    TURNS: tl.constexpr = 2
-    turn, row = thread // (32 * GROUPS), thread % (32 * GROUPS)
-    row += (tl.program_id(0) + turn * tl.num_programs(0)) * (32 * GROUPS)
-    if TRELLIS:
-        rows = (rows + 15) // 16 * 16
-    there = (turn < TURNS) & (row < rows)
-    prefetch_bytes(codes_ptr + tl.where(there, row, 0).to(tl.int64) * stride, thread * 0 + stride, there.to(tl.int32))
+    A turn's codes, HEIGHT rows of WIDTH bytes or fewer, lie side by side.
+    """
+    for turn in tl.static_range(1, 3):
+        row = (tl.program_id(0) + turn * tl.num_programs(0)) * HEIGHT
+        end = tl.minimum(HEIGHT, rows - row) * stride
+        row_at = codes_ptr + row.to(tl.int64) * stride
+        for i in tl.static_range((HEIGHT * WIDTH // 128 + thread.shape[0] - 1) // thread.shape[0]):
+            byte = (thread + i * thread.shape[0]) * 128
+            prefetch_line(row_at + byte, (byte < end).to(tl.int32))
 
 
 @triton.jit
@@ -254,9 +249,9 @@ def lane_product(
 
     Args:
         codes_ptr: bytes (rows, stride), of a trellis words in as many rows (``words.to_words``).
-        x_ptr: (ANALYSED,) of any float dtype; ``x_signs_ptr`` and ``x_norm`` then are those of a ``TransformPlan``,
-            OUTPUTS and WIDTH the sizes of its frame's block; signs as ``transform_plan.sign_words``. NORMED, the token is the root-mean-square norm of these
-            numbers, with ``weight_ptr`` (ANALYSED,) and ``epsilon``.
+        x_ptr: (ANALYSED,) of any float dtype, on 16 bytes; ``x_signs_ptr``, ``transform_plan.sign_words``, and
+            ``x_norm`` then are those of a ``TransformPlan``, OUTPUTS and WIDTH the sizes of its frame's block. NORMED,
+            the token is the root-mean-square norm of these numbers, with ``weight_ptr`` (ANALYSED,) and ``epsilon``.
         z_ptr: if ANALYSED is 0, int8 planes of coefficients (1, 4, 8 / BITS, COUNT), of a trellis (1, 4, 1, COUNT):
             zeros behind the last coefficient, at least 16 bytes, of a trellis 64.
         sum_ptr: float32 (PARTS,): sums of z, in units of the token.
@@ -288,23 +283,26 @@ def lane_product(
     byte = part * 64 + quarter * 16
     row_at = row_addresses(codes_ptr, first, place, rows, stride, TRELLIS)
     z_first = shared + tl.minimum(place, 2) * PLANE  # of eight columns three are planes
-    if ANALYSED:  # what comes from memory must not stand in the token's way: loads come back in their order
-        x_signs = load_signs(x_signs_ptr, weight_ptr, thread, ANALYSED, 32 * WARPS, NORMED)
-        _prefetch_rows(codes_ptr, thread, rows, stride, GROUPS, TRELLIS)
-        tl.debug_barrier()  # or the compiler moves these loads behind the wait
-        wait_for_previous(PDL)
+    if ANALYSED:
+        loaded = load_signs(x_signs_ptr, weight_ptr, thread, ANALYSED, 32 * WARPS, NORMED)
+    words = ()
+    for c in tl.static_range(CHUNKS):
+        words += first_words(row_at, byte + c * STEP, stride)
+    if not TRELLIS:  # whose decoding does not wait for memory
+        _prefetch_turns(codes_ptr, thread, rows, stride, 32 * GROUPS, CHUNKS * ROUNDS * STEP)
+    if ANALYSED:
+        head = head_weight(thread, ANALYSED, OUTPUTS, WIDTH)
+    tl.debug_barrier()  # or the compiler moves these loads behind the wait
+    wait_for_previous(PDL)
+    if ANALYSED:
         copy_numbers(x_ptr, parts, thread, ANALYSED, 32 * WARPS)
-        words = _chunks(row_at, byte, stride, CHUNKS, STEP)
         unit, total = analyse(
-            x_signs, parts, shared, base, thread, x_norm, epsilon, x_ptr.dtype.element_ty, ANALYSED, OUTPUTS, WIDTH,
-            COUNT, CODES, TILES, 32 * WARPS, NORMED,
+            loaded, head, parts, shared, base, thread, x_norm, epsilon, x_ptr.dtype.element_ty, ANALYSED, OUTPUTS,
+            WIDTH, COUNT, CODES, TILES, 32 * WARPS, NORMED,
         )  # fmt: skip
         tl.store(unit_ptr + thread * 0, unit, mask=(thread == 0) & (tl.program_id(0) == 0))
         total = total * zero
     else:
-        words = _chunks(row_at, byte, stride, CHUNKS, STEP)
-        tl.debug_barrier()
-        wait_for_previous(PDL)
         copy_planes(z_ptr, shared, thread, COUNT, CODES, TILES, 32 * WARPS)
         total = thread * 0.0
         for k in tl.static_range((PARTS + 31) // 32):

@@ -1,11 +1,11 @@
 """The product of 5 to 16 tokens where codes go from memory to the tensor cores through registers alone.
 
 As in ``lane_product_triton`` a lane loads 16 bytes of four rows, which are its own operands of ``mma.m16n8k16`` once
-they are shifted and masked: a code between the bits of a half is a subnormal number, the code times 2**-24, which
-tensor cores multiply exactly. Two warps share 32 rows of all tokens and go through their columns, one of them a chunk
-ahead; coefficients come to shared memory a *slice* at a time, the next one while one is multiplied. Then each of the
-two adds up what both have of its tokens, rotates blocks of rows, within and between lanes, and writes outputs.
-Four warps a scheduler hide what each of them waits for. Only ``lane_ops`` imports this module. Imports triton.
+they are masked: a code among the bits of a half's mantissa is a subnormal number, the code times a power of two, which
+tensor cores multiply exactly; coefficients are over these powers. Two warps share 32 rows of all tokens and go through
+their columns, one of them a chunk ahead; coefficients come to shared memory a *slice* at a time, two slices ahead. Then
+each of the two adds up what both have of its tokens, rotates blocks of rows, within and between lanes, and writes
+outputs. Four warps a scheduler hide what each of them waits for. Only ``lane_ops`` imports this module. Imports triton.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from framequant.kernels.lane_product_triton import (
 )
 from framequant.kernels.lanes_triton import (
     copy_to_shared,
+    end_of_copies,
     from_lane,
     load_shared_words,
     mma_halves,
@@ -30,7 +31,8 @@ from framequant.kernels.lanes_triton import (
     store_shared_words,
     wait_for_copies,
 )
-from framequant.kernels.triton_support import let_next_start, wait_for_previous
+from framequant.kernels.transform_triton import mantissa_place, mantissa_runs
+from framequant.kernels.triton_support import COMPILED, let_next_start, wait_for_previous
 
 #: Warps that share rows; of a row each takes 64 bytes of a slice. And slices of codes that are on their way.
 SHARE, AHEAD = tl.constexpr(2), tl.constexpr(2)
@@ -43,9 +45,15 @@ def slice_bytes(tiles, bits):
 
 
 @triton.constexpr_function
+def buffer_bytes(tiles, bits, warps):
+    """Bytes of shared memory for a slice, or for what warps have of half their tokens."""
+    return max(slice_bytes(tiles, bits), 32 * warps * 16 * tiles)
+
+
+@triton.constexpr_function
 def token_bytes(tiles, bits, warps):
-    """Bytes of shared memory: two slices, and what warps have of half their tokens."""
-    return 2 * slice_bytes(tiles, bits) + 32 * warps * 16 * tiles
+    """Bytes of shared memory: a slice that is multiplied, and two on their way."""
+    return 3 * buffer_bytes(tiles, bits, warps)
 
 
 @triton.jit
@@ -66,22 +74,74 @@ def _begin_slice(z_ptr, shared, number, thread, count, tokens, PAIRS: tl.constex
             there, (token * PAIRS + pair) * (count * 4) + byte, 0
         )
         copy_to_shared(shared + row * 128 + (place ^ (token % 2)) * 16, source, there.to(tl.int32))
+    end_of_copies(thread)
+
+
+@triton.constexpr_function
+def _chunk_text(tiles, bits):
+    """PTX of ``_chunk``, as one piece: what a warp without rows skips must be no conditional product.
+
+    Operands: sums of 8 tiles registers, 16 words, two addresses, whether there are rows.
+    """
+    sums, first = 8 * tiles, ((1 << bits) - 1) * 0x00010001
+    even, odd, there = f"${sums + 16}", f"${sums + 17}", f"${sums + 18}"
+    text = [".reg .pred none;", f".reg .b32 a<8>, w<16>, b<{8 * tiles}>;", f"setp.eq.b32 none, {there}, 0;",
+            "@none bra.uni end;"]  # fmt: skip
+    text += [f"mov.b32 w{i}, ${sums + i};" for i in range(16)]
+    for j in range(8 // bits):
+        for n in range(tiles):
+            for k, at in ((0, even), (4, odd)):
+                names = ", ".join(f"b{8 * n + k + i}" for i in range(4))
+                text.append(f"ld.shared.v4.b32 {{{names}}}, [{at}+{(j * tiles + n) * 1024}];")
+        low = mantissa_place(2 * j, bits)
+        if j and not low:
+            text += [f"shr.u32 w{i}, w{i}, {mantissa_runs(bits) * bits};" for i in range(16)]
+        for m in range(4):
+            for i in range(4):
+                text += [
+                    f"and.b32 a{2 * i + e}, w{4 * i + m}, {first << (low + bits * e)};" for e in range(2)
+                ]
+            for n in range(tiles):
+                for t in range(2):
+                    acc = ", ".join(f"${4 * (t * tiles + n) + k}" for k in range(4))
+                    a = ", ".join(f"a{4 * t + k}" for k in (0, 2, 1, 3))
+                    b = f"b{8 * n + 2 * m}, b{8 * n + 2 * m + 1}"
+                    text.append(
+                        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                        f"{{{acc}}}, {{{a}}}, {{{b}}}, {{{acc}}};"
+                    )
+    return "{ " + " ".join(text) + " end: }"
+
+
+@triton.constexpr_function
+def _chunk_constraints(tiles):
+    sums = 8 * tiles
+    return ",".join(["=f"] * sums + ["r"] * 19 + [str(i) for i in range(sums)])
 
 
 @triton.jit
 def _operands(words, PAIR: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr):
     """Registers of A of four rows: the pairs of codes of their M-th words that meet a pair of runs of z."""
     first: tl.constexpr = ((1 << BITS) - 1) * 0x00010001
+    low: tl.constexpr = mantissa_place(2 * PAIR, BITS)
     found = ()
     for i in tl.static_range(4):
-        word = words[4 * i + M] >> (2 * PAIR * BITS)
-        found += (word & first, word & (first << BITS))  # the second 2**BITS times as large, as z is smaller
+        word = words[4 * i + M] >> (2 * PAIR * BITS - low)
+        found += (word & (first << low), word & (first << (low + BITS)))
     return found
 
 
 @triton.jit
-def _chunk(acc, words, z_even, z_odd, TILES: tl.constexpr, BITS: tl.constexpr):
-    """Add the products of a chunk to those of two times 16 rows and TILES times eight tokens."""
+def _chunk(acc, words, z_even, z_odd, there, TILES: tl.constexpr, BITS: tl.constexpr):
+    """Add the products of a chunk to those of two times 16 rows and TILES times eight tokens, where there are rows."""
+    if COMPILED:
+        text: tl.constexpr = _chunk_text(TILES, BITS)
+        constraints: tl.constexpr = _chunk_constraints(TILES)
+        # Triton knows no starred elements
+        operands = words + (z_even, z_odd, there) + acc  # noqa: RUF005
+        return tl.inline_asm_elementwise(
+            text, constraints, operands, dtype=(tl.float32,) * (8 * TILES), is_pure=False, pack=1
+        )
     for j in tl.static_range(8 // BITS):
         b = ()
         for n in tl.static_range(TILES):
@@ -142,7 +202,7 @@ def lane_tokens(
         scale_ptr: scales, (rows,) or one.
         y_ptr: outputs (tokens, rows); without BLOCK float32, in units of the tokens.
         memory_ptr: in place of shared memory; for the interpreter.
-        factor: 2**24, which makes codes of subnormal numbers.
+        factor: what makes codes of subnormal numbers, ``2**24`` over ``first_factor``.
         zero: the code that stands for 0, between two codes.
         norm: of the rotation of a block.
         SLICES: of ``64 SHARE`` bytes of a row.
@@ -154,13 +214,14 @@ def lane_tokens(
     share, group = warp % SHARE, warp // SHARE
     PAIRS: tl.constexpr = 8 // BITS
     GROUPS: tl.constexpr = WARPS // SHARE
-    BYTES: tl.constexpr = slice_bytes(TILES, BITS)
+    BYTES: tl.constexpr = buffer_bytes(TILES, BITS, WARPS)
     shared = shared_memory(token_bytes(TILES, BITS, WARPS), memory_ptr)
-    z_at = shared + share * (BYTES // SHARE) + place * 128 + quarter * 32
+    z_at = shared + share * (slice_bytes(TILES, BITS) // SHARE) + place * 128 + quarter * 32
     z_even, z_odd = z_at + place % 2 * 16, z_at + (1 - place % 2) * 16
     first, blocks = group * tl.num_programs(0) + tl.program_id(0), tl.cdiv(rows, 32)
     turns = tl.cdiv(blocks - tl.program_id(0), GROUPS * tl.num_programs(0))
     mine = share * 64 + quarter * 16
+    begin = tl.program_id(0) % SLICES  # or all programs would ask for the same lines at once, which is slow
     words = ()
     for s in tl.static_range(AHEAD):
         block = first + s // SLICES * (GROUPS * tl.num_programs(0))
@@ -168,10 +229,21 @@ def lane_tokens(
             block < blocks, block, tl.program_id(0) % blocks
         )  # not all the same: that would be slow
         row_at = row_addresses(codes_ptr, block, place, rows, stride, False)
-        words += first_words(row_at, mine + s % SLICES * (64 * SHARE), stride)
+        words += first_words(row_at, mine + (s + begin) % SLICES * (64 * SHARE), stride)
     tl.debug_barrier()  # or the compiler moves these loads behind the wait
     wait_for_previous(PDL)
-    _begin_slice(z_ptr, shared, 0, thread, count, tokens, PAIRS, 8 * TILES, 32 * WARPS)
+    for s in tl.static_range(2):
+        _begin_slice(
+            z_ptr,
+            shared + s * BYTES,
+            (s + begin) % SLICES,
+            thread,
+            count,
+            tokens,
+            PAIRS,
+            8 * TILES,
+            32 * WARPS,
+        )
     none = thread * 0.0
     start = ()
     for _ in tl.static_range(8 * TILES):
@@ -181,18 +253,21 @@ def lane_tokens(
         later = step + AHEAD
         block = first + later // SLICES * (GROUPS * tl.num_programs(0))
         later_at = row_addresses(codes_ptr, block, place, rows, stride, False)
-        wait_for_copies(thread)
+        wait_for_copies(thread, 1)
         tl.debug_barrier()
-        _begin_slice(z_ptr, shared + (step + 1) % 2 * BYTES, (step + 1) % SLICES, thread, count, tokens, PAIRS,
+        _begin_slice(z_ptr, shared + (step + 2) % 3 * BYTES, (step + 2 + begin) % SLICES, thread, count, tokens, PAIRS,
                      8 * TILES, 32 * WARPS)  # fmt: skip
+        now = step % 3 * BYTES
         chunk, rest = _first(words)
-        acc = _chunk(acc, chunk, z_even + step % 2 * BYTES, z_odd + step % 2 * BYTES, TILES, BITS)
-        byte = mine + later % SLICES * (64 * SHARE)
+        there = (first + step // SLICES * (GROUPS * tl.num_programs(0)) < blocks).to(tl.int32)
+        acc = _chunk(acc, chunk, z_even + now, z_odd + now, there, TILES, BITS)
+        byte = mine + (later + begin) % SLICES * (64 * SHARE)
         words = rest + chunk_words(later_at, byte, stride, block < blocks)
         if step % SLICES == SLICES - 1:
             block = first + step // SLICES * (GROUPS * tl.num_programs(0))
-            _finish(acc, shared + 2 * BYTES, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, block, thread,
-                    rows, tokens, factor, zero, norm, TILES, PARTS, ROW_SCALES, BLOCK, BIAS)  # fmt: skip
+            tl.debug_barrier()  # what the slice was in is free
+            _finish(acc, shared + now, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, block,
+                    thread, rows, tokens, factor, zero, norm, TILES, PARTS, ROW_SCALES, BLOCK, BIAS)  # fmt: skip
             acc = start
 
 
@@ -223,7 +298,9 @@ def _shared_out(acc, shared, thread, TILES: tl.constexpr):
             other = acc[i // 2 * (4 * TILES) + i % 2 * 2 + e + (4 if TILES == 2 else 1)]
             kept += (tl.where(second, other, one),)
             given += (tl.where(second, one, other).to(tl.int32, bitcast=True),)
-        store_shared_words(shared + (thread ^ 32) * 16 + e * 16 * thread.shape[0], given, (thread >= 0).to(tl.int32))
+        store_shared_words(
+            shared + (thread ^ 32) * 16 + e * 16 * thread.shape[0], given, (thread >= 0).to(tl.int32)
+        )
     tl.debug_barrier()
     found = ()
     for e in tl.static_range(TILES):

@@ -154,22 +154,35 @@ def load_shared_number(address, DTYPE: tl.constexpr, OFFSET: tl.constexpr = 0):
 
 
 @triton.jit
-def prefetch_bytes(address, size, there):
-    """Ask for ``size`` bytes, a multiple of 16, from a 16-byte aligned address each, where ``there`` is not 0."""
+def prefetch_line(address, there):
+    """Ask for the line of 128 bytes that each address is in to come to the L2 cache, where ``there`` is not 0."""
     if COMPILED:
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,r,r", [address, size, there], dtype=tl.int32, is_pure=False, pack=1,
+            "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }", "=r,l,r",
+            [address, there], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
 
 
 @triton.jit
-def wait_for_copies(thread):
-    """Wait until what this thread began to copy has come; a barrier must follow."""
+def end_of_copies(thread):
+    """What this thread began to copy since the last such end is a group."""
     if COMPILED:
         tl.inline_asm_elementwise(
-            "cp.async.wait_all; mov.b32 $0, 0;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1
+            "cp.async.commit_group; mov.b32 $0, 0;", "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1
         )
+
+
+@triton.constexpr_function
+def _wait_text(groups):
+    return f"cp.async.wait_group {groups}; mov.b32 $0, 0;" if groups else "cp.async.wait_all; mov.b32 $0, 0;"
+
+
+@triton.jit
+def wait_for_copies(thread, GROUPS: tl.constexpr = 0):
+    """Wait until what this thread began to copy has come, all but the last GROUPS groups; a barrier must follow."""
+    if COMPILED:
+        text: tl.constexpr = _wait_text(GROUPS)
+        tl.inline_asm_elementwise(text, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

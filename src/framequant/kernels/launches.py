@@ -282,8 +282,11 @@ def lanes_pay(trellis: bool, rows: int, local: bool) -> bool:
 
 @tunable
 def lane_tokens_pay(rows: int, columns: int, tokens: int, local: bool, multiprocessors: int) -> bool:
-    """Whether a product of several tokens is faster through registers alone."""
-    return rows >= multiprocessors * LEAST_LANE_SHARES * LANE_ROWS
+    """Whether a product of several tokens is faster through registers alone; ``local`` to blocks of rows or not.
+
+    With a synthesis after it the tiled product was faster.
+    """
+    return local and rows >= multiprocessors * LEAST_LANE_SHARES * LANE_ROWS
 
 
 def lane_alternatives(usual: LaneLaunch, rows: int, row_bytes: int, multiprocessors: int) -> list[LaneLaunch]:

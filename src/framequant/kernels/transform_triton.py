@@ -20,6 +20,24 @@ import triton.language as tl
 from framequant.kernels.triton_support import let_next_start, wait_for_previous
 
 
+@triton.constexpr_function
+def mantissa_runs(bits):
+    """How many codes of so many bits a product takes from the mantissa of a half: an even number."""
+    return 10 // bits // 2 * 2
+
+
+@triton.constexpr_function
+def mantissa_place(run, bits):
+    """The bit of a mantissa where the codes that meet a run of coefficients begin."""
+    return run % mantissa_runs(bits) * bits
+
+
+@triton.constexpr_function
+def first_factor(bits):
+    """What coefficients of a mantissa's first codes are multiplied by; those of its last ones stay as they are."""
+    return 1 << mantissa_place(mantissa_runs(bits) - 1, bits)
+
+
 @triton.jit
 def two_halves_dot(t, matrix, LOW: tl.constexpr):
     """Multiply float32 ``t`` by a half matrix, ``t`` rounded to one half or to the sum of two."""
@@ -59,7 +77,8 @@ def transform(
 
     Analysis: (tokens, F0*F1*F2_IN) of any float dtype to halves (tokens, INTERLEAVE, words), coefficient k in
     row ``k % INTERLEAVE`` at ``k // INTERLEAVE``, each token divided by the power of two in ``unit``. With PAIR_BITS
-    adjacent rows are one, with two halves of each in turn, and those of the second are divided by 2**PAIR_BITS. PLANES:
+    adjacent rows are one, with two halves of each in turn, each row multiplied by ``first_factor`` over the power of
+    two of its place in a mantissa. PLANES:
     to signed bytes (tokens, 4, INTERLEAVE, words), of which three planes are written, in units of ``LAST_BIT``
     times ``unit``, a bound of the coefficients; ``sum`` (tokens, programs) gets each program's sum of what it wrote,
     over ``unit``.
@@ -124,7 +143,9 @@ def transform(
         halves, run, at = y.to(tl.float16), k % INTERLEAVE, k // INTERLEAVE
         if PAIR_BITS > 0:
             place = run // 2 * (2 * words) + at // 2 * 4 + run % 2 * 2 + at % 2
-            written = tl.where(run % 2 == 1, y * (1.0 / (1 << PAIR_BITS)), y).to(tl.float16)
+            below = run % mantissa_runs(PAIR_BITS) * PAIR_BITS
+            power = ((127 - below) << 23).to(tl.float32, bitcast=True) * first_factor(PAIR_BITS)
+            written = (y * power).to(tl.float16)
         else:
             place, written = run * words + at, halves
         tl.store(out_ptr + token * (INTERLEAVE * words) + place, written, mask=valid)

@@ -100,6 +100,7 @@ class TritonPlan:
             not known
             or not self.lanes_finish
             or not launches.BYTE_TOKENS < tokens <= launches.MOST_LANE_TOKENS
+            or not lane_ops.tokens_fit(launches.lane_columns(tokens), layout.bits)
         ):
             return False
         return launches.lane_tokens_pay(

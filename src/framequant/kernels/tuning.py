@@ -1,8 +1,8 @@
 """Launches for a GPU that ``launches`` was not measured on: each decision is measured once, and kept on disk.
 
-``launches`` holds what was measured on an H100 and H200. On another GPU, and for decisions that were measured nowhere,
-the first use of a kind of linear tries alternatives with its own codes, keeps the fastest that is right, and writes
-it to a file of the user's cache; the next process reads it. ``FRAMEQUANT_TUNING=0`` turns this off.
+``launches`` holds what was measured on an H100 and H200. On another GPU the first use of a kind of linear tries
+alternatives with its own codes, keeps the fastest that is right, and writes it to a file of the user's cache; the next
+process reads it. ``FRAMEQUANT_TUNING=0`` turns this off.
 
 Must not import layers; no triton.
 """
@@ -25,10 +25,8 @@ from framequant.kernels.tuned import Knob
 
 #: GPUs that the numbers of ``launches`` come from, by the beginning of their names.
 MEASURED = ("NVIDIA H100", "NVIDIA H200")
-#: Decisions that were measured on none so far.
-UNMEASURED = ("lane_tokens_pay", "trellis_launch")
 #: Changed when a kernel changes so that what was found before no longer holds.
-VERSION = 1
+VERSION = 2
 #: A choice must be faster by this factor than the usual one.
 GAIN = 1.03
 _REPEATS, _FLUSH_BYTES = 15, 128 << 20
@@ -61,12 +59,9 @@ def wanted() -> bool:
 
 def open_knobs(asked: dict[Knob, Any], name: str) -> dict[Knob, Any]:
     """Of the decisions taken, those that nothing is known about on the GPU of this name."""
-    measured = name.startswith(MEASURED)
-    return {
-        knob: usual
-        for knob, usual in asked.items()
-        if str(knob) not in tuned.choices and (not measured or knob.name in UNMEASURED)
-    }
+    if name.startswith(MEASURED):
+        return {}
+    return {knob: usual for knob, usual in asked.items() if str(knob) not in tuned.choices}
 
 
 def checked(run: Callable[[], Any], problem: Callable[[], str], device: torch.device) -> str:
