@@ -83,6 +83,19 @@ check(decoder(4096, 32, 1, 1, 32, ("q_proj", "k_proj", "v_proj", "gate_proj", "u
 """
 )
 
+LONG = (
+    STEPS
+    + """
+from framequant.kernels import launches
+launches.SHARED_POSITIONS = 4
+check(decoder(64, 32, 2, 1, 32, ("o_proj",)), 1)  # a sum; angles stay with torch's attention
+"""
+)
+
+
+def test_a_long_cache_that_heads_share_is_left_to_torch(tmp_path: Path) -> None:
+    run(LONG, tmp_path, TRITON_INTERPRET="1")
+
 
 def test_sums_gates_and_angles_move(tmp_path: Path) -> None:
     run(SUMS, tmp_path, TRITON_INTERPRET="1")
@@ -175,3 +188,19 @@ def test_a_sum_that_others_need_as_well_stays_one() -> None:
 
     module = graph_of(both, HIDDEN, OUTPUT)
     assert fuse_graph_(module) == 0
+
+
+def test_what_is_written_in_place_stays() -> None:
+    """Fx takes calls without users for dead code, whatever they do."""
+
+    def step(x: Tensor, kept: Tensor) -> Tensor:
+        kept.index_copy_(1, torch.zeros(1, dtype=torch.long), x[:, :1])
+        kept[:, 1] = x[:, 1]
+        kept[:, 2:3] += x[:, 2:3]
+        torch.add(x[:, :1], 1.0, out=kept[:, 3:4])
+        return lane(x).reshape(1, 32)
+
+    graph = graph_of(step, SMALL.reshape(1, 512).repeat(1, 8), torch.zeros(1, 4).half())
+    before = {node.name for node in graph.graph.nodes}
+    assert fuse_graph_(graph) == 0
+    assert {node.name for node in graph.graph.nodes} == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from framequant.kernels import launches
 from tests.kernels.test_prompts import run
 
 pytest.importorskip("triton")
+lane_analysis = importlib.import_module("framequant.kernels.lane_analysis_triton")
 
 ONE_TOKEN = """
 import torch
@@ -46,6 +48,8 @@ for code, features, r, dtype, block, bias, analysed in (
     assert analysed == ("in one" if one else "by rows" if into.columns else "elsewhere"), (features, analysed)
     error = float((y.double() - exact).norm() / exact.norm())
     assert error <= 2 * float((torchs - exact).norm() / exact.norm()), (code, features, error)
+    if analysed == "in one" and block == 32:  # brought in pieces of 16 bytes, wherever it begins
+        torch.testing.assert_close(layer(torch.cat((x[:, :1], x), 1)[:, 1:]), y)
     nothing = layer(torch.zeros_like(x)).float()
     expected = torch.zeros_like(nothing) + (0 if layer.bias is None else layer.bias)
     torch.testing.assert_close(nothing, expected, rtol=0.02, atol=0)
@@ -183,6 +187,39 @@ assert after.count("mma.sync.aligned.m16n8k16") == 64
 text = ptx(column_analysis, TYPES, {"F0": 43, "GATED": True, "EACH": 18, "COUNT": 3112, "CODES": 4, "PDL": True}, 8)
 assert ".local" not in text
 """
+
+
+NINTHS = """
+import torch
+import triton
+import triton.language as tl
+from framequant.frames.fusion_frame import shared_block
+from framequant.kernels.lane_analysis_triton import ninths
+@triton.jit
+def kernel(x_ptr, y_ptr):
+    lane, x = tl.arange(0, 32), ()
+    for i in tl.static_range(16):
+        x += (tl.load(x_ptr + lane * 16 + i),)
+    y = ninths(x)
+    for i in tl.static_range(18):
+        tl.store(y_ptr + lane * 18 + i, y[i])
+x, y = torch.randn(32, 16), torch.zeros(32, 18)
+kernel[(1,)](x, y)
+torch.testing.assert_close(y.double() / 3, x.double() @ shared_block(9, 8).T, rtol=0, atol=2e-6)
+"""
+
+
+def test_a_block_of_nine_is_a_fourier_transform(tmp_path: Path) -> None:
+    run(NINTHS, tmp_path, TRITON_INTERPRET="1")
+
+
+@pytest.mark.parametrize(("each", "codes"), [(16, 4), (18, 4), (20, 4), (24, 4), (18, 2), (20, 2)])
+def test_lanes_write_coefficients_to_different_banks(each: int, codes: int) -> None:
+    apart = lane_analysis.spread(each, codes)
+    for first in range(each):  # a byte for each coefficient, those of one code of a byte side by side
+        numbers = [lane * apart * each + first for lane in range(32)]
+        assert len({number % codes for number in numbers}) == 1
+        assert len({number // codes // 4 % 32 for number in numbers}) == 32
 
 
 def test_one_token_through_the_interpreter(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from framequant.frames import FrameOperator, build_frame, choose_frame
-from framequant.kernels.transform_plan import MAX_ELEMENTS, TransformPlan, transform_plan
+from framequant.kernels.transform_plan import MAX_ELEMENTS, TransformPlan, sign_words, transform_plan
 from framequant.model.allocation import FILL
 
 
@@ -52,3 +52,22 @@ def test_frames_that_use_up_a_budget(dim: int, least: int) -> None:
     """Groups of up to 128 coordinates where the dimension ends with powers of two; no banded frames."""
     covered = [check(build_frame(choose_frame(dim, redundancy, seed=1))) for redundancy in FILL]
     assert sum(covered) == least
+
+
+@pytest.mark.parametrize("count", [1, 16, 32])
+def test_signs_as_bits(count: int) -> None:
+    signs = torch.where(torch.rand(count * 256) < 0.5, -1, 1).to(torch.int8)
+    words = sign_words(signs, 256)
+    assert words.dtype == torch.int32
+    bits = (words.long()[None] >> torch.arange(count)[:, None]) & 1
+    assert torch.equal(1 - 2 * bits.reshape(-1), signs.long())
+
+
+def test_analyses_of_one_program_have_signs_as_bits() -> None:
+    for dim, bits in ((4096, True), (8192, True), (2048, False), (11008, False)):
+        plan = transform_plan(build_frame(choose_frame(dim, 1.125, seed=1)), True, "cpu")
+        assert plan is not None
+        if bits:
+            assert torch.equal(plan.lane_signs, sign_words(plan.signs, 256))
+        else:
+            assert plan.lane_signs is plan.signs or torch.equal(plan.lane_signs, plan.signs)

@@ -21,6 +21,8 @@ from torch.nn import functional
 from framequant.kernels import launches
 from framequant.kernels.transform_plan import in_one
 
+#: Python's own operators that change what they are given.
+_IN_PLACE = {"setitem", *(name for name in dir(operator) if name[0] == "i" and name[1:] in dir(operator))}
 #: Places of arguments of ``framequant::lane_linear`` and ``framequant::one_query``.
 X, COLUMNS, SIZES, BLOCK_IN, ROWS, BLOCK_OUT = 1, 4, 5, 6, 12, 13
 QUERY, KEY = 0, 1
@@ -53,10 +55,17 @@ def fuse_graph_(module: fx.GraphModule) -> int:
     made += sum(_take_sum(node) for node in linears)  # last: ``norms`` may name the sums
     for node in calls(graph, "one_query"):
         made += _take_angles(node)
-    graph.eliminate_dead_code()
+    graph.eliminate_dead_code(_writes)
     graph.lint()
     module.recompile()
     return made
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node does more than to make its result: in place, as fx itself does not ask, or to an ``out``."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+    return node.is_impure() or in_place or "out" in node.kwargs
 
 
 def calls(graph: fx.Graph, name: str) -> list[fx.Node]:

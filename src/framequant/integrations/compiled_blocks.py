@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from framequant.errors import ConfigError
 from framequant.integrations.block_graphs import compile_fused
+from framequant.kernels import launches
 
 #: Under which transformers knows our attention. No mask is made for a name that has none.
 ATTENTION = "framequant_one_query"
@@ -116,8 +118,22 @@ def attend(
     if asked or attention_mask is not None:
         raise ConfigError(f"attention of one query knows no {', '.join(asked) or 'mask'}.")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not launches.query_pays(query.shape[1] // key.kept.shape[1], key.kept.shape[2]):
+        return _attend_apart(query, key, value, scale), None
     found = torch.ops.framequant.one_query(query, key.new, value.new, key.kept, value.kept, key.length, scale)
     return found, None
+
+
+def _attend_apart(query: Tensor, key: Waiting, value: Waiting, scale: float) -> Tensor:
+    """The same by torch's attention: writes to the cache, a mask, and the sum."""
+    place = key.length.reshape(1)
+    key.kept.index_copy_(2, place, key.new)
+    value.kept.index_copy_(2, place, value.new)
+    there = torch.arange(key.kept.shape[2], device=place.device) <= place
+    found = functional.scaled_dot_product_attention(
+        query, key.kept, value.kept, attn_mask=there[None, None, None], scale=scale, enable_gqa=True
+    )
+    return found.transpose(1, 2).contiguous()
 
 
 def _text_config(model: nn.Module) -> Any:

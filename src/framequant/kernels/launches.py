@@ -262,6 +262,20 @@ def lane_launch_of(
 QUERY_POSITIONS, QUERY_NUMBERS = 256, 1 << 14
 
 
+#: Positions up to which our attention is the faster where query heads share keys, which it reads again for each.
+SHARED_POSITIONS = 2048
+
+
+def query_pays(shared: int, longest: int) -> bool:
+    """Whether our attention of one query is faster than torch's: where lines through what was measured meet.
+
+    Args:
+        shared: query heads that share a head of the cache.
+        longest: positions of the cache.
+    """
+    return shared == 1 or longest <= SHARED_POSITIONS
+
+
 def query_tile(dim: int) -> int:
     """Positions that a program with one query takes at a time."""
     return min(128, QUERY_NUMBERS // dim)
