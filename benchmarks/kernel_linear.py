@@ -133,6 +133,12 @@ def local_prompt(code: str) -> list[Found]:
 def lanes() -> list[Found]:
     """Other warps, chunks on their way and programs of a product through registers, and the kernels before it."""
     found: list[Found] = [("no lanes", {(launches, "LANE_TOKENS"): 0})]
+    for ahead in (0, 1):
+
+        def look(rows: int, size: int, processors: int, turns: int = ahead) -> launches.LaneLaunch:
+            return launches.usual_lane_launch(rows, size, processors)._replace(ahead=turns)
+
+        found.append((f"{ahead} turns ahead", {(launches, "lane_launch"): look}))
     for warps, groups, most, programs in LANES:
 
         def how(rows: int, size: int, processors: int, w: int = warps, g: int = groups, m: int = most,

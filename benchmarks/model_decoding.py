@@ -113,11 +113,8 @@ def frame_linear(name: str, linear: nn.Linear, kind: str) -> nn.Module:
 
 
 def gemlite_linear(name: str, linear: nn.Linear, kind: str) -> nn.Module:
-    from gemlite import core
     from gemlite.helper import A16W2_HQQ_INT
 
-    if core.selected_tag is None:  # for an H200 it ships no launches, for an H100 it does
-        core.GemLiteLinear.load_config(str(Path(core.__file__).parent / "configs/h100.json"))
     shape = linear.weight.shape
     codes = torch.randint(0, 4, shape, dtype=torch.uint8, device=DEVICE)
     scales = torch.full((shape[0], shape[1] // 128), 0.018, dtype=DTYPE, device=DEVICE)
@@ -249,12 +246,16 @@ def compile_ahead(jobs: list[tuple[str, str]]) -> None:
     """Fill Triton's and inductor's caches from one process for each row, with models of one block."""
     start = time.perf_counter()
     environment = {**os.environ, "FRAMEQUANT_TUNING": "0"}  # nothing is measured side by side
+    todo = [job for job in jobs if job[1] not in ONCE]
+    for shape in (shape for shape, kind in jobs if kind == "gemlite"):
+        hidden, intermediate = SHAPES[shape][:2]
+        sizes = ((hidden, hidden), (intermediate, hidden), (hidden, intermediate))
+        todo += [(shape, f"gemlite {rows} {columns} {n}") for rows, columns in sizes for n in (1, PROMPT)]
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, "--worker", *job], stderr=subprocess.PIPE, text=True, env=environment
         )
-        for job in jobs
-        if job[1] not in ONCE
+        for job in todo
     ]
     for worker in workers:
         try:
@@ -290,6 +291,14 @@ def main() -> None:
     from framequant.evaluation.speed import copy_bandwidth, measure_speed
 
     torch.manual_seed(0)
+    if options.worker and options.worker[1].startswith(
+        "gemlite "
+    ):  # it tries a score of launches for each size
+        rows, columns, tokens = map(int, options.worker[1].split()[1:])
+        with torch.device(DEVICE):
+            linear = nn.Linear(columns, rows, bias=False, dtype=DTYPE)
+            gemlite_linear("", linear, "gemlite")(torch.ones(tokens, columns, dtype=DTYPE))
+        return
     if options.worker:
         model = build(*options.worker, layers=1)
         measure_speed(model, PROMPT, 2, repeats=1, compile_blocks=True, bandwidth=1.0)

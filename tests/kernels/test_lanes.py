@@ -171,7 +171,7 @@ for trellis in (False, True):
                  "COUNT": 4160 if trellis else 1168, "PARTS": 1, "BITS": 12 if trellis else 2,
                  "MULTIPLIER": book.multiplier, "ADDEND": book.addend, "TRELLIS": trellis, "ROW_SCALES": True,
                  "BLOCK": 32, "BIAS": False, "CHUNKS": how.chunks, "ROUNDS": how.rounds, "WARPS": how.warps,
-                 "WARPS_K": how.warps_k, "PDL": True}
+                 "WARPS_K": how.warps_k, "AHEAD": 0 if trellis else how.ahead, "PDL": True}
     text = ptx(lane_product, TYPES, constants, how.warps)
     order = ["ld.global.L1::no_allocate", "griddepcontrol.wait", "cp.async.cg", "mma.sync.aligned"]
     if not trellis:

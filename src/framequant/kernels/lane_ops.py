@@ -135,9 +135,8 @@ def linear(
     if weight is not None and not analysed:
         x, weight = functional.rms_norm(x, x.shape[-1:], weight, epsilon), None
     if analysed:
-        x = (
-            x if x.data_ptr() % 16 == 0 else x.clone()
-        )  # a view of an odd number: it is copied in pieces of 16 bytes
+        if x.data_ptr() % 16:  # programs copy it in pieces of 16 bytes
+            x = x.clone()
         unit = torch.empty(1, dtype=torch.float32, device=x.device)
         z, sums = x, unit
     else:
@@ -155,7 +154,7 @@ def linear(
         NORMED=weight is not None, ADDED=added is not None, OUTPUTS=x_block[0], WIDTH=x_block[1], COUNT=count,
         PARTS=sums.numel(), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, TRELLIS=bool(trellis),
         ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None, CHUNKS=how.chunks, ROUNDS=how.rounds,
-        WARPS=how.warps, WARPS_K=how.warps_k, PDL=early, num_warps=how.warps, launch_pdl=early,
+        WARPS=how.warps, WARPS_K=how.warps_k, AHEAD=how.ahead, PDL=early, num_warps=how.warps, launch_pdl=early,
     )  # fmt: skip
     return y, unit
 

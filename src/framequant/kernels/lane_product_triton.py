@@ -99,12 +99,15 @@ def row_addresses(codes_ptr, block, place, rows, stride, TRELLIS: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_turns(codes_ptr, thread, rows, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """Ask for codes of the next two turns for the L2 cache: memory need not wait for coefficients.
+def _prefetch_turns(codes_ptr, thread, rows, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, AHEAD: tl.constexpr,
+                    TRELLIS: tl.constexpr):  # fmt: skip
+    """Ask for codes of the next AHEAD turns for the L2 cache: memory need not wait for coefficients.
 
     A turn's codes, HEIGHT rows of WIDTH bytes or fewer, lie side by side.
     """
-    for turn in tl.static_range(1, 3):
+    if TRELLIS:
+        rows = (rows + 15) // 16 * 16
+    for turn in tl.static_range(1, AHEAD + 1):
         row = (tl.program_id(0) + turn * tl.num_programs(0)) * HEIGHT
         end = tl.minimum(HEIGHT, rows - row) * stride
         row_at = codes_ptr + row.to(tl.int64) * stride
@@ -240,7 +243,8 @@ def lane_product(
     ANALYSED: tl.constexpr, NORMED: tl.constexpr, ADDED: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
     COUNT: tl.constexpr, PARTS: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
     TRELLIS: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr,
-    CHUNKS: tl.constexpr, ROUNDS: tl.constexpr, WARPS: tl.constexpr, WARPS_K: tl.constexpr, PDL: tl.constexpr,
+    CHUNKS: tl.constexpr, ROUNDS: tl.constexpr, WARPS: tl.constexpr, WARPS_K: tl.constexpr, AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one token, or products in units of the token; see the module's text.
 
@@ -249,9 +253,10 @@ def lane_product(
 
     Args:
         codes_ptr: bytes (rows, stride), of a trellis words in as many rows (``words.to_words``).
-        x_ptr: (ANALYSED,) of any float dtype, on 16 bytes; ``x_signs_ptr``, ``transform_plan.sign_words``, and
-            ``x_norm`` then are those of a ``TransformPlan``, OUTPUTS and WIDTH the sizes of its frame's block. NORMED,
-            the token is the root-mean-square norm of these numbers, with ``weight_ptr`` (ANALYSED,) and ``epsilon``.
+        x_ptr: (ANALYSED,) float16, bfloat16 or float32, on 16 bytes; ``x_signs_ptr``, ``transform_plan.sign_words``,
+            and ``x_norm`` then are those of a ``TransformPlan``, OUTPUTS and WIDTH the sizes of its frame's block.
+            NORMED, the token is the root-mean-square norm of these numbers, with ``weight_ptr`` (ANALYSED,) and
+            ``epsilon``.
         z_ptr: if ANALYSED is 0, int8 planes of coefficients (1, 4, 8 / BITS, COUNT), of a trellis (1, 4, 1, COUNT):
             zeros behind the last coefficient, at least 16 bytes, of a trellis 64.
         sum_ptr: float32 (PARTS,): sums of z, in units of the token.
@@ -288,8 +293,7 @@ def lane_product(
     words = ()
     for c in tl.static_range(CHUNKS):
         words += first_words(row_at, byte + c * STEP, stride)
-    if not TRELLIS:  # whose decoding does not wait for memory
-        _prefetch_turns(codes_ptr, thread, rows, stride, 32 * GROUPS, CHUNKS * ROUNDS * STEP)
+    _prefetch_turns(codes_ptr, thread, rows, stride, 32 * GROUPS, CHUNKS * ROUNDS * STEP, AHEAD, TRELLIS)
     if ANALYSED:
         head = head_weight(thread, ANALYSED, OUTPUTS, WIDTH)
     tl.debug_barrier()  # or the compiler moves these loads behind the wait

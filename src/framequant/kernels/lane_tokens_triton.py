@@ -233,17 +233,8 @@ def lane_tokens(
     tl.debug_barrier()  # or the compiler moves these loads behind the wait
     wait_for_previous(PDL)
     for s in tl.static_range(2):
-        _begin_slice(
-            z_ptr,
-            shared + s * BYTES,
-            (s + begin) % SLICES,
-            thread,
-            count,
-            tokens,
-            PAIRS,
-            8 * TILES,
-            32 * WARPS,
-        )
+        _begin_slice(z_ptr, shared + s * BYTES, (s + begin) % SLICES, thread, count, tokens, PAIRS, 8 * TILES,
+                     32 * WARPS)  # fmt: skip
     none = thread * 0.0
     start = ()
     for _ in tl.static_range(8 * TILES):

@@ -217,6 +217,7 @@ class LaneLaunch(NamedTuple):
         chunks: of 64 bytes that a warp has on their way at a time.
         rounds: of so many chunks until a row is through.
         programs: how many.
+        ahead: of a program's turns whose codes it asks for while its input is analysed, after the first.
     """
 
     warps: int
@@ -224,6 +225,7 @@ class LaneLaunch(NamedTuple):
     chunks: int
     rounds: int
     programs: int
+    ahead: int = 0
 
 
 @tunable
@@ -237,8 +239,8 @@ def lane_launch(rows: int, row_bytes: int, multiprocessors: int) -> LaneLaunch:
 
 @tunable
 def trellis_launch(rows: int, row_bytes: int, multiprocessors: int) -> LaneLaunch:
-    """The same for a trellis, whose registers hold fewer codes."""
-    return usual_lane_launch(rows, row_bytes, multiprocessors)
+    """The same for a trellis, whose decoding does not wait for memory."""
+    return usual_lane_launch(rows, row_bytes, multiprocessors)._replace(ahead=0)
 
 
 def usual_lane_launch(rows: int, row_bytes: int, multiprocessors: int) -> LaneLaunch:
@@ -251,11 +253,16 @@ def usual_lane_launch(rows: int, row_bytes: int, multiprocessors: int) -> LaneLa
 def lane_launch_of(
     rows: int, row_bytes: int, programs: int, warps: int, warps_k: int, most: int
 ) -> LaneLaunch:
-    """A launch of so many programs, or as many as there are chunks of rows, with ``most`` chunks of bytes or fewer."""
+    """A launch of so many programs, or as many as there are chunks of rows, with ``most`` chunks of bytes or fewer.
+
+    Two turns are asked for ahead, if there are as many.
+    """
     total, groups, blocks = -(-row_bytes // LANE_CHUNK), warps // warps_k, -(-rows // LANE_ROWS)
     rounds = -(-total // (warps_k * most))
     chunks = -(-total // (warps_k * rounds))
-    return LaneLaunch(warps, warps_k, chunks, rounds, min(programs, -(-blocks // groups)))
+    shares = -(-blocks // groups)
+    programs = min(programs, shares)
+    return LaneLaunch(warps, warps_k, chunks, rounds, programs, min(2, -(-shares // programs) - 1))
 
 
 #: Positions of a cache that one program attends to before they are shared out, and numbers of a tile of keys.
@@ -304,8 +311,12 @@ def lane_tokens_pay(rows: int, columns: int, tokens: int, local: bool, multiproc
 
 
 def lane_alternatives(usual: LaneLaunch, rows: int, row_bytes: int, multiprocessors: int) -> list[LaneLaunch]:
-    """Other launches of ``lane_product``: warps that share a row, chunks on their way, two programs side by side."""
-    tried = [
+    """Other launches of ``lane_product``: warps that share a row, chunks on their way, two programs side by side.
+
+    And fewer turns that are asked for ahead.
+    """
+    tried = [usual._replace(ahead=turns) for turns in range(usual.ahead)]
+    tried += [
         lane_launch_of(rows, row_bytes, multiprocessors * programs, LANE_WARPS, LANE_WARPS // share, most)
         for share in (1, 2)
         for most in (3, 5, 7)
@@ -319,7 +330,9 @@ def trellis_alternatives(
 ) -> list[LaneLaunch]:
     """Two chunks on their way leave registers for two programs side by side: more warps, and each analyses."""
     tried = [
-        lane_launch_of(rows, row_bytes, multiprocessors * programs, LANE_WARPS, LANE_WARPS, 2)
+        lane_launch_of(rows, row_bytes, multiprocessors * programs, LANE_WARPS, LANE_WARPS, 2)._replace(
+            ahead=0
+        )
         for programs in (2, 1)
     ]
     return [launch for launch in dict.fromkeys(tried) if launch != usual]
