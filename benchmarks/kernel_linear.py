@@ -424,7 +424,14 @@ def lane_parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple
         else (None, None, None, rows, 0)
     )
     z, unit, sums = triton_ops.analysis(
-        x, into.signs, list(into.matrices), sizes, into.norm, *plan.lane_coefficients, True
+        x,
+        into.signs,
+        list(into.matrices),
+        sizes,
+        into.norm,
+        *plan.lane_coefficients,
+        True,
+        0 if plan.layout.trellis else plan.layout.bits,
     )
 
     def last(p: triton_linear.TritonPlan) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from framequant.kernels.lane_analysis_triton import pair_factor
 from framequant.kernels.lanes_triton import (
     lane_hadamard,
     load_shared,
@@ -67,6 +68,8 @@ def _block_row(block_ptr, number, EACH: tl.constexpr):
 @triton.jit
 def _keep_digits(planes, y, number, CODES: tl.constexpr, LENGTH: tl.constexpr):
     """Write coefficients in units of their last bit to three planes of shared memory, the i-th codes' together."""
+    if CODES > 0:
+        y *= tl.where(number % 2 == 1, pair_factor(CODES), 1.0)
     integer = (y + 12582912.0).to(tl.int32, bitcast=True)  # of a float32 in [2**23, 2**24), which is one
     digits = (integer - (0x4B400000 - 0x808080)) ^ 0x808080
     number = tl.minimum(number, 335)  # what is behind LENGTH is not looked at
@@ -112,7 +115,8 @@ def column_analysis(
         gate_ptr: (256 F0,); GATED, the token is ``silu(gate) x``.
         m_ptr: float32 (F0, F0).
         block_ptr: float32 (16, EACH), with EACH 16 not read.
-        z_ptr: int8 planes (4, CODES, COUNT), of a trellis (CODES 0) (4, COUNT); behind the last they are set to 0.
+        z_ptr: int8 planes (4, CODES, COUNT), of a trellis (CODES 0) (4, COUNT), as ``lane_product`` takes them; behind
+            the last they are set to 0.
         sum_ptr: (F0,), of coefficients, in units of the token.
     """
     let_next_start(PDL)

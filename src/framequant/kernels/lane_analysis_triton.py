@@ -348,6 +348,12 @@ def ninths(x):
     return found
 
 
+@triton.constexpr_function
+def pair_factor(codes):
+    """What coefficients of the second of each two codes of a byte are multiplied by; ``codes`` 0 for a trellis."""
+    return 2.0 ** -(8 // codes) if codes else 1.0
+
+
 @triton.jit
 def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
                   CODES: tl.constexpr, TILES: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
@@ -359,14 +365,15 @@ def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.co
     if EACH == 18 and WIDTH == 16:
         column = ninths(hadamard_registers(column, 16))
         scale *= 1.0 / 3.0
+    scales = (scale, scale * pair_factor(CODES))
     for c in tl.static_range(EACH):
         if WIDTH == 1 or (EACH == 18 and WIDTH == 16):
-            y = column[c] * scale
+            y = column[c] * scales[c % 2]
         else:
             y = column[0] * 0.0
             for k in tl.static_range(16):
                 y += column[k] * MATRIX[c][k]
-            y *= scale
+            y *= scales[c % 2]
         integer = (y + 12582912.0).to(tl.int32, bitcast=True)  # of a float32 in [2**23, 2**24), which is one
         digits = (integer - (0x4B400000 - 0x808080)) ^ 0x808080
         store_shared_planes(places[c % PERIOD], digits, plane_bytes(COUNT, CODES, TILES), c // PERIOD)

@@ -64,7 +64,8 @@ def analysis(
     """
     if not columns:
         x = x if gate is None else gated(gate, x)
-        return triton_ops.analysis(x, signs, matrices, sizes, norm, max(codes, 1), count, True)
+        bits = 8 // codes if codes else 0
+        return triton_ops.analysis(x, signs, matrices, sizes, norm, max(codes, 1), count, True, bits)
     head, block = columns
     early, rows = triton_ops.starts_early(x.device), len(head)
     z = torch.empty((1, 4, max(codes, 1), count), dtype=torch.int8, device=x.device)

@@ -131,18 +131,27 @@ def row_ends(scale_ptr, places_ptr, signs_ptr, row, rows, ROW_SCALES: tl.constex
     return scale, target, sign
 
 
+@triton.constexpr_function
+def _byte_mask(bits, place):
+    """An int32 with so many bits from a place on in each of its bytes."""
+    mask = (((1 << bits) - 1) << place) * 0x01010101
+    return mask - (mask >> 31 << 32)
+
+
 @triton.jit
 def _scalar_chunk(even, odd, words, z_at, COUNT: tl.constexpr, BITS: tl.constexpr):
-    """Add the products of a chunk of scalar codes to those of two times 16 rows."""
-    mask: tl.constexpr = ((1 << BITS) - 1) * 0x01010101
+    """Add the products of a chunk of scalar codes to those of two times 16 rows.
+
+    Two codes of a byte share a shift: the second is ``2**BITS`` times as large, its coefficients as much smaller.
+    """
     for i in tl.static_range(8 // BITS):
         b = load_shared_words(z_at + i * COUNT)
         for r in tl.static_range(2):
             a = ()
             for j in tl.static_range(8):
-                a += ((words[8 * r + j] >> (BITS * i)) & mask,)
-            even = replaced(even, mma_bytes(four(even, r), a[0], a[4], a[1], a[5], b[0], b[1], False), 4 * r)
-            odd = replaced(odd, mma_bytes(four(odd, r), a[2], a[6], a[3], a[7], b[2], b[3], False), 4 * r)
+                a += ((words[8 * r + j] >> (BITS * (i // 2 * 2))) & _byte_mask(BITS, BITS * (i % 2)),)
+            even = replaced(even, mma_bytes(four(even, r), a[0], a[4], a[1], a[5], b[0], b[1], True), 4 * r)
+            odd = replaced(odd, mma_bytes(four(odd, r), a[2], a[6], a[3], a[7], b[2], b[3], True), 4 * r)
     return even, odd
 
 
@@ -258,7 +267,8 @@ def lane_product(
             NORMED, the token is the root-mean-square norm of these numbers, with ``weight_ptr`` (ANALYSED,) and
             ``epsilon``.
         z_ptr: if ANALYSED is 0, int8 planes of coefficients (1, 4, 8 / BITS, COUNT), of a trellis (1, 4, 1, COUNT):
-            zeros behind the last coefficient, at least 16 bytes, of a trellis 64.
+            zeros behind the last coefficient, at least 16 bytes, of a trellis 64. In units of LAST_BIT, for the second
+            code of each two of a byte of ``2**BITS`` times that.
         sum_ptr: float32 (PARTS,): sums of z, in units of the token.
         unit_ptr: (1,), of the token; if ANALYSED, written, not read.
         scale_ptr: scales, (rows,) or one.
@@ -268,6 +278,7 @@ def lane_product(
         factor: value of a level times the last bit of a coefficient, in units of the token.
         zero: the level 0, in units of the product of a code with the last bit.
         norm: of the rotation of a block.
+        AHEAD: turns whose codes are asked for before the first begins.
     """
     let_next_start(PDL)
     thread = tl.arange(0, 32 * WARPS)

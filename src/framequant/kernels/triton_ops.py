@@ -65,7 +65,8 @@ def analysis(
     """Coefficients of tokens (tokens, dim), their units (tokens,) and sums (tokens, parts).
 
     Coefficients are halves (tokens, interleave, count), or with ``planes`` int8 (tokens, 4, interleave, count).
-    ``pair_bits`` (``transform_triton``) are for more than ``VECTOR_TOKENS`` tokens.
+    ``pair_bits`` are for products through registers alone: halves of more than ``VECTOR_TOKENS`` tokens
+    (``transform_triton``), planes of no more (``vector_triton``).
     """
     tokens, rows = x.shape[0], matrices[0].shape[0]
     full = interleave * count == sizes[0] * sizes[1] * sizes[3]

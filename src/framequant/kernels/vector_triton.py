@@ -40,6 +40,7 @@ def vector_transform(
     P0: tl.constexpr, P1: tl.constexpr, P2_IN: tl.constexpr, P2_OUT: tl.constexpr,
     PARTS: tl.constexpr, ANALYSIS: tl.constexpr, INTERLEAVE: tl.constexpr,
     PLANES: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr, TAIL: tl.constexpr = 16,
+    PAIR_BITS: tl.constexpr = 0,
 ):  # fmt: skip
     """Transform ``tokens`` vectors: the arguments and results of ``transform_triton.transform``.
 
@@ -103,7 +104,10 @@ def vector_transform(
         tail_place = (tail % INTERLEAVE) * words + tail // INTERLEAVE
         last = (tail < size) & (row == 0)
         if PLANES:
-            total = tl.sum(store_planes(out_ptr + token * (4 * size) + place, y, size, valid))
+            small = 1.0
+            if PAIR_BITS > 0:  # ``lane_product``: the second of each two codes is 2**PAIR_BITS times as large
+                small = tl.where(k % 2 == 1, 1.0 / (1 << PAIR_BITS), 1.0)
+            total = tl.sum(store_planes(out_ptr + token * (4 * size) + place, y * small, size, valid) / small)
             for plane in tl.static_range(3):
                 tl.store(
                     out_ptr + token * (4 * size) + plane * size + tail_place,
