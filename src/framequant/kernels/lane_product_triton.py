@@ -193,32 +193,55 @@ def step_pairs(bits):
 
 
 @triton.jit
-def _state_bytes(low, high, STEP: tl.constexpr, FROM: tl.constexpr, SPAN: tl.constexpr, BITS: tl.constexpr,
-                 MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr):  # fmt: skip
-    """The four bytes whose sum is the level of a step's state, out of SPAN bits from that of step FROM on."""
+def _state_bytes(low, high, one, STEP: tl.constexpr, FROM: tl.constexpr, BITS: tl.constexpr, MULTIPLIER: tl.constexpr,
+                 ADDEND: tl.constexpr):  # fmt: skip
+    """The four bytes whose sum is the level of a step's state, out of 32 bits from that of step FROM on.
+
+    A state at neither end is cut out by two shifts. The first is a multiplication, by ``one``, which the compiler does
+    not know to be 1: these have a pipe of their own, while masks and shifts share the one that all else waits for.
+    """
     place: tl.constexpr = offset(2, 16, FROM)
-    state = window((low, high), place, SPAN)
-    if FROM == STEP:
+    above: tl.constexpr = 32 - BITS - (offset(2, 16, STEP) - place)
+    state = window((low, high), place, 32)
+    if above == 32 - BITS:
         state = state & ((1 << BITS) - 1)
     else:
+        if above > 0:
+            state *= one << above
         state = (state.to(tl.uint32, bitcast=True) >> (32 - BITS)).to(tl.int32, bitcast=True)
     h = state.to(tl.uint32, bitcast=True) * MULTIPLIER + ADDEND
     return h.to(tl.int32, bitcast=True)
 
 
+@triton.constexpr_function
+def window_step(late, early, step, bits):
+    """The step whose state begins the 32 bits that a step of a pair is cut out of.
+
+    Of two that are so far apart the later one's; of any other the own word, which the last step's begins, or its own.
+    """
+    if late - early == (32 - bits) // 2:
+        return late
+    return 15 if offset(2, 16, step) + bits <= 32 else step
+
+
 @triton.jit
-def _two_steps(acc, low, lower, high, higher, z, LATE: tl.constexpr, EARLY: tl.constexpr, BITS: tl.constexpr,
+def _two_steps(acc, low, lower, high, higher, b0, b1, one, LATE: tl.constexpr, EARLY: tl.constexpr, BITS: tl.constexpr,
                MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr):  # fmt: skip
     """Add the products of two steps of sixteen rows of four tiles; steps so far apart share a window."""
-    together: tl.constexpr = LATE - EARLY == (32 - BITS) // 2
-    FROM: tl.constexpr = LATE if together else EARLY
-    SPAN: tl.constexpr = 32 if together else BITS
-    a0 = _state_bytes(low, high, LATE, LATE, SPAN, BITS, MULTIPLIER, ADDEND)
-    a1 = _state_bytes(lower, higher, LATE, LATE, SPAN, BITS, MULTIPLIER, ADDEND)
-    a2 = _state_bytes(low, high, EARLY, FROM, SPAN, BITS, MULTIPLIER, ADDEND)
-    a3 = _state_bytes(lower, higher, EARLY, FROM, SPAN, BITS, MULTIPLIER, ADDEND)
-    b0, b1 = byte_repeated(z[LATE // 4], LATE % 4), byte_repeated(z[EARLY // 4], EARLY % 4)
+    FIRST: tl.constexpr = window_step(LATE, EARLY, LATE, BITS)
+    OTHER: tl.constexpr = window_step(LATE, EARLY, EARLY, BITS)
+    a0 = _state_bytes(low, high, one, LATE, FIRST, BITS, MULTIPLIER, ADDEND)
+    a1 = _state_bytes(lower, higher, one, LATE, FIRST, BITS, MULTIPLIER, ADDEND)
+    a2 = _state_bytes(low, high, one, EARLY, OTHER, BITS, MULTIPLIER, ADDEND)
+    a3 = _state_bytes(lower, higher, one, EARLY, OTHER, BITS, MULTIPLIER, ADDEND)
     return mma_bytes(acc, a0, a1, a2, a3, b0, b1, True)
+
+
+@triton.jit
+def _older(low, lower, lane):
+    """The bits before those of rows of two tiles: the row above has them, around the tile."""
+    above, middle = from_lane(low, (lane + 28) % 32), from_lane(lower, (lane + 28) % 32)
+    return tl.where(lane < 4, middle, above), tl.where(lane < 4, above, middle)
 
 
 @triton.jit
@@ -226,22 +249,24 @@ def _trellis_chunk(even, odd, words, z_at, lane, BITS: tl.constexpr, MULTIPLIER:
                    ADDEND: tl.constexpr):  # fmt: skip
     """Add the products of a chunk of trellis codes to those of two times 16 rows."""
     pairs: tl.constexpr = step_pairs(BITS)
-    first, before = lane < 4, (lane + 28) % 32
+    one = tl.num_programs(1)  # as the compiler does not know
     for q in tl.static_range(4):
         z = load_shared_words(z_at + 16 * q)
+        rows = ()
         for r in tl.static_range(2):
             low, lower = words[8 * r + q], words[8 * r + 4 + q]
-            # older bits: the row above has them, around the tile
-            above, middle = from_lane(low, before), from_lane(lower, before)
-            high, higher = tl.where(first, middle, above), tl.where(first, above, middle)
-            for s in tl.static_range(4):
-                even = replaced(even, _two_steps(
-                    four(even, r), low, lower, high, higher, z, pairs[4 * s], pairs[4 * s + 1], BITS, MULTIPLIER, ADDEND
-                ), 4 * r)  # fmt: skip
-                odd = replaced(odd, _two_steps(
-                    four(odd, r), low, lower, high, higher, z, pairs[4 * s + 2], pairs[4 * s + 3], BITS, MULTIPLIER,
-                    ADDEND,
-                ), 4 * r)  # fmt: skip
+            rows += (low, lower) + _older(low, lower, lane)  # noqa: RUF005
+        for s in tl.static_range(8):
+            b0 = byte_repeated(z[pairs[2 * s] // 4], pairs[2 * s] % 4)
+            b1 = byte_repeated(z[pairs[2 * s + 1] // 4], pairs[2 * s + 1] % 4)
+            for r in tl.static_range(2):
+                acc = four(even if s % 2 == 0 else odd, r)
+                acc = _two_steps(acc, rows[4 * r], rows[4 * r + 1], rows[4 * r + 2], rows[4 * r + 3], b0, b1, one,
+                                 pairs[2 * s], pairs[2 * s + 1], BITS, MULTIPLIER, ADDEND)  # fmt: skip
+                if s % 2 == 0:
+                    even = replaced(even, acc, 4 * r)
+                else:
+                    odd = replaced(odd, acc, 4 * r)
     return even, odd
 
 
