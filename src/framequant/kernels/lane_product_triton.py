@@ -6,9 +6,10 @@ WARPS_K neighbours that take other bytes of the same 32 rows, and they meet once
 Programs stay: as many as multiprocessors hold, they go on to their next rows while codes of them are on their way.
 Coefficients lie in shared memory: loads come back in their order, so behind codes even the nearest cache is far.
 
-A *chunk* is 64 bytes of each of 32 rows. Scalar codes: coefficients as in ``product_bytes_triton``. A trellis of two
-bits: a state's value is the sum of the four bytes of a number (``codes/trellis_codebook.py``), so those bytes are the
-operand, each met by the same coefficient, and the tensor cores add them up. All sums are integers, exact.
+A *chunk* is 64 bytes of each of 32 rows. Scalar codes: coefficients as in ``product_bytes_triton``, but those of the
+second of each two codes of a byte over ``2**BITS``, as these codes are not shifted down. A trellis of two bits: a
+state's value is the sum of the four bytes of a number (``codes/trellis_codebook.py``), so those bytes are the operand,
+each met by the same coefficient, and the tensor cores add them up. All sums are integers, exact.
 
 Then a lane has a row: it adds up the warps' parts, rotates blocks of rows by shuffles and writes outputs, or, without
 blocks, coefficients in units of the token. Only ``lane_ops`` imports this module. Imports triton.

@@ -44,6 +44,7 @@ def vector_transform(
 ):  # fmt: skip
     """Transform ``tokens`` vectors: the arguments and results of ``transform_triton.transform``.
 
+    PLANES with PAIR_BITS: coefficients of odd numbers are divided by ``2**PAIR_BITS`` (``lane_product_triton``).
     ``sum`` is (tokens, F0). What lies behind the last coefficient in ``out``, at most TAIL, is set to 0. Halves, too,
     are in units that bound the norm, times 1024.
     """
