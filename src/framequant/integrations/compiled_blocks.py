@@ -75,13 +75,16 @@ def compiled_blocks(model: nn.Module, cache: Any, waits: bool = False, **options
     Args:
         model: its repeated blocks are found by the number of the cache's layers.
         cache: whose layers belong to the blocks, in order.
-        waits: blocks do not write to the cache; their attention is told what to write.
+        waits: blocks do not write to the cache; their attention is told what to write, and the last block counts.
         options: for ``torch.compile``.
     """
     blocks = repeated_blocks(model, len(cache.layers))
     for block, layer in zip(blocks, cache.layers, strict=False):
         run = torch.compile(type(block).forward, dynamic=False, **options)
-        object.__setattr__(block, "forward", partial(_run_block, run, block, _OneLayer(layer, waits)))
+        counted = cache if waits and block is blocks[-1] else None
+        object.__setattr__(
+            block, "forward", partial(_run_block, run, block, _OneLayer(layer, waits), counted)
+        )
     try:
         yield
     finally:
@@ -89,10 +92,21 @@ def compiled_blocks(model: nn.Module, cache: Any, waits: bool = False, **options
             object.__delattr__(block, "forward")
 
 
-def _run_block(run: Callable[..., Any], block: nn.Module, cache: _OneLayer, *args: Any, **kwargs: Any) -> Any:
+def _run_block(
+    run: Callable[..., Any],
+    block: nn.Module,
+    layer: _OneLayer,
+    counted: StaticCache | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """One block's step; after the last one, ``counted`` has a position more."""
     if kwargs.get("past_key_values") is not None:
-        kwargs["past_key_values"] = cache
-    return run(block, *args, **kwargs)
+        kwargs["past_key_values"] = layer
+    found = run(block, *args, **kwargs)
+    if counted is not None:
+        torch._foreach_add_([each.cumulative_length for each in counted.layers], 1)
+    return found
 
 
 def attend(
@@ -165,8 +179,6 @@ def can_fuse(model: nn.Module, cache: StaticCache) -> bool:
 def fused_blocks(model: nn.Module, cache: StaticCache, **options: Any) -> Iterator[None]:
     """``compiled_blocks`` with our attention and with what ``block_graphs`` moves; ``can_fuse`` holds.
 
-    Blocks then do not count the cache's positions: whoever runs a step calls ``count`` after it.
-
     Args:
         options: of inductor.
     """
@@ -179,8 +191,3 @@ def fused_blocks(model: nn.Module, cache: StaticCache, **options: Any) -> Iterat
             yield
     finally:
         config._attn_implementation = before
-
-
-def count(cache: StaticCache) -> None:
-    """Add the position of a step to all layers of a cache."""
-    torch._foreach_add_([layer.cumulative_length for layer in cache.layers], 1)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from framequant.errors import ConfigError
-from framequant.integrations.compiled_blocks import can_fuse, compiled_blocks, count, fused_blocks
+from framequant.integrations.compiled_blocks import can_fuse, compiled_blocks, fused_blocks
 
 #: Relative difference from eager logits above which a graph is not used.
 TOLERANCE = 0.05
@@ -79,7 +79,6 @@ class Decoder:
         self.cache = StaticCache(config=config, max_cache_len=max(max_length, _CHECKED_STEPS + 1))
         self.tokens = torch.zeros((batch, 1), dtype=torch.long, device=self.device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._counts = False  # whether a step's position is left to count after its blocks
         with torch.no_grad():
             self.logits = self._forward(self.tokens).clone()
             self._unmark()
@@ -180,8 +179,6 @@ class Decoder:
 
     def _advance(self) -> None:
         self._keep(self._forward(self.tokens))
-        if self._counts:
-            count(self.cache)
 
     def _unmark(self) -> None:
         """Give cache layers tensors without transformers' mark of a static address, which compiled code would guard."""
@@ -222,13 +219,10 @@ class Decoder:
         """Capture a step; what is wrong with it, or nothing."""
         try:
             with self._blocks(way):
-                self._counts = way == "fused "
                 self.graph = self._capture()
             error = float((self._first_logits() - expected).norm() / expected.norm().clamp(min=1e-30))
         except Exception as failure:  # whatever a model's code does that a capture forbids
             return f"failed: {type(failure).__name__}: {str(failure)[:200]}"
-        finally:
-            self._counts = False
         return "" if error <= TOLERANCE else f"differs from eager steps by {error:.2g}"
 
     def _blocks(self, way: str) -> AbstractContextManager[None]:
