@@ -291,9 +291,8 @@ def main() -> None:
     from framequant.evaluation.speed import copy_bandwidth, measure_speed
 
     torch.manual_seed(0)
-    if options.worker and options.worker[1].startswith(
-        "gemlite "
-    ):  # it tries a score of launches for each size
+    if options.worker and options.worker[1].startswith("gemlite "):
+        # it tries a score of launches for each size
         rows, columns, tokens = map(int, options.worker[1].split()[1:])
         with torch.device(DEVICE):
             linear = nn.Linear(columns, rows, bias=False, dtype=DTYPE)

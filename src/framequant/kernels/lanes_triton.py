@@ -102,18 +102,11 @@ def _halves(words):
 
 @triton.jit
 def mma_halves(acc, a0, a1, a2, a3, b0, b1):
-    """Add the product of 16 × 16 halves with 16 × 8 ones to four float32, PTX's registers of ``mma.m16n8k16``.
+    """Add the product of 16 × 16 halves with 16 × 8 ones to four float32, as PTX's ``mma.m16n8k16`` does.
 
-    As in ``mma_bytes``, with two halves of a row in place of four bytes.
+    As in ``mma_bytes``, with two halves of a row in place of four bytes. For the interpreter alone:
+    ``lane_tokens_triton`` writes these products as one piece of PTX.
     """
-    if COMPILED:
-        return tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
-            "{$10, $11, $12, $13};",
-            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-            [a0, a1, a2, a3, b0, b1, acc[0], acc[1], acc[2], acc[3]],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
-        )  # fmt: skip
     a, b = _operands(a0, a1, a2, a3, b0, b1)
     return _added(acc, _halves(a), _halves(b))
 
