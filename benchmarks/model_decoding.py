@@ -268,6 +268,19 @@ def compile_ahead(jobs: list[tuple[str, str]]) -> None:
     print(f"compiled in {time.perf_counter() - start:.0f} s", flush=True)
 
 
+def work(shape: str, kind: str) -> None:
+    """What a process of its own compiles for a row: one block, or one product of gemlite with its score of launches."""
+    if kind.startswith("gemlite "):
+        rows, columns, tokens = map(int, kind.split()[1:])
+        with torch.device(DEVICE):
+            linear = nn.Linear(columns, rows, bias=False, dtype=DTYPE)
+            gemlite_linear("", linear, "gemlite")(torch.ones(tokens, columns, dtype=DTYPE))
+        return
+    from framequant.evaluation.speed import measure_speed
+
+    measure_speed(build(shape, kind, layers=1), PROMPT, 2, repeats=1, compile_blocks=True, bandwidth=1.0)
+
+
 def rows(shapes: list[str], kinds: list[str]) -> list[tuple[str, str]]:
     """What is measured, what matters most first."""
     main = [
@@ -288,19 +301,11 @@ def main() -> None:
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--worker", nargs=2, metavar=("SHAPE", "KIND"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    from framequant.evaluation.speed import copy_bandwidth, measure_speed
+    from framequant.evaluation.speed import copy_bandwidth
 
     torch.manual_seed(0)
-    if options.worker and options.worker[1].startswith("gemlite "):
-        # it tries a score of launches for each size
-        rows, columns, tokens = map(int, options.worker[1].split()[1:])
-        with torch.device(DEVICE):
-            linear = nn.Linear(columns, rows, bias=False, dtype=DTYPE)
-            gemlite_linear("", linear, "gemlite")(torch.ones(tokens, columns, dtype=DTYPE))
-        return
     if options.worker:
-        model = build(*options.worker, layers=1)
-        measure_speed(model, PROMPT, 2, repeats=1, compile_blocks=True, bandwidth=1.0)
+        work(*options.worker)
         return
     begin, jobs = time.perf_counter(), rows(options.shapes, options.kinds)
     if DEVICE == "cuda":
