@@ -31,7 +31,7 @@ from framequant.codes.grid import GridSpec
 from framequant.codes.trellis import TrellisSpec, rate_pattern
 from framequant.kernels import block_ops, lane_ops, launches, prompt_ops, reference, triton_linear, triton_ops
 from framequant.kernels.block_plan import BlockPlan
-from framequant.kernels.launches import PanelTile, Tile
+from framequant.kernels.launches import FoldTile, PanelTile, Tile
 
 SHAPES = ((4096, 4096), (11008, 4096), (22016, 4096), (28672, 8192), (4096, 11008), (12288, 4096))
 BLOCK = 32  # rows of a local output frame
@@ -121,7 +121,19 @@ def prompt(tokens: int) -> list[Found]:
 
 
 def local_prompt(code: str) -> list[Found]:
-    """Several tiles of decoding with rotated rows."""
+    """Several tiles of decoding with rotated rows, and of panels that have the frame in them."""
+    if CODES[code][0] == SCALAR:
+        tiles = (
+            FoldTile(1, 4, 128),
+            FoldTile(2, 4, 168),
+            FoldTile(2, 2, 128),
+            FoldTile(4, 2, 128),
+            FoldTile(1, 2, 128),
+        )
+        sizes = ((1 << 24) * n for n in (1, 3, 4))
+        return [(f"panels {tile}", {(launches, "FOLD_TILE"): tile}) for tile in tiles] + [
+            (f"panels of {size >> 20} MiB", {(launches, "CACHED_BYTES"): size}) for size in sizes
+        ]
     found = (
         PanelTile(BLOCK, BLOCK, 32, 4),
         PanelTile(4 * BLOCK, BLOCK, 32, 4),
@@ -371,17 +383,17 @@ def prompt_parts(
 def local_prompt_parts(table: Table, plan: triton_linear.TritonPlan, out: BlockPlan, shape: tuple[int, int], code: str,
                        x: torch.Tensor) -> None:  # fmt: skip
     """The two operators of a prompt with a local output frame."""
-    into = plan.into
+    into, frame, columns = plan.prompt
 
     def first() -> tuple[torch.Tensor, torch.Tensor]:
         return block_ops.prompt_analysis(x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
-                                         plan.spec.coefficient_shape[1])  # fmt: skip
+                                         columns)  # fmt: skip
 
     z, unit = first()
 
     def middle() -> torch.Tensor:
         return block_ops.prompt_product(plan.words, z, unit, plan.scales, plan.top, out.places, out.signs, out.matrix,
-                                        None, list(out.ends), plan.code, plan.layout.factor)  # fmt: skip
+                                        None, frame, list(out.ends), plan.code, plan.layout.factor)  # fmt: skip
 
     a = table.add(shape, len(x), code, "analysis alone", lambda: graph_us([first] * 2))
     p = table.add(shape, len(x), code, "product alone", lambda: graph_us([middle] * 2))

@@ -73,6 +73,8 @@ launches.PANEL_BYTES = 2 * 64 * 224
 launches.FEW_TOKENS = 4
 cases = (
     (GridSpec("sigma_clip", 4, "symmetric"), (192, 192), (1.125, 1.0), torch.bfloat16, 32),
+    (GridSpec("sigma_clip", 4, "symmetric"), (256, 192), (1.125, 1.0), torch.float16, 32),  # the frame in the panels
+    (GridSpec("sigma_clip", 4, "symmetric", per_tensor=True), (1408, 96), (1.125, 1.0), torch.bfloat16, 32),
     (GridSpec("uniform", 16, "symmetric", per_tensor=True), (100, 64), (1.0, 1.0), torch.float16, 16),
     (GridSpec("sigma_clip", 4, "symmetric"), (1001, 64), (1.0, 1.0), torch.float16, 32),  # three factors
     (TrellisSpec(12, (2,)), (192, 96), (1.125, 1.0), torch.float16, 32),
@@ -99,15 +101,17 @@ for code, features, redundancy, dtype, block in cases:
         assert error <= times * allowed, (code, features, rows, float(error), float(allowed))
     assert torch.equal(layer(x.view(2, -1, features[0])), mine.view(2, -1, features[1]))
     assert torch.equal(layer(torch.stack([x, x], 1)[:, 1]), mine)  # rows apart
-    ops, into, out = torch.ops.framequant, plan.into, plan.out
-    columns = plan.spec.coefficient_shape[1]
+    fold = plan.fold
+    assert (fold is not None) == (features[0] % 128 == 0 and redundancy[0] > 1 and isinstance(code, GridSpec)), features
+    ops, into, out = torch.ops.framequant, fold.into if fold else plan.into, plan.out
+    columns = features[0] if fold else plan.spec.coefficient_shape[1]
     z, unit = torch.zeros(2, -(-columns // 16) * 16).to(dtype), torch.ones(2)
     for op, arguments in (
         (ops.block_prompt_analysis,
          (x[:2], into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, columns)),
         (ops.block_prompt_product,
-         (plan.words, z, unit, plan.scales, plan.top, out.places, out.signs, out.matrix, plan.bias, list(out.ends),
-          plan.code, plan.layout.factor)),
+         (plan.words, z, unit, plan.scales, plan.top, out.places, out.signs, out.matrix, plan.bias,
+          fold and fold.block, list(out.ends), plan.code, plan.layout.factor)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
     if layer.bias is None:  # weights that halves do not hold

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from framequant.kernels import launches, prompt_ops
+from framequant.kernels.block_plan import FOLD_BLOCK, FOLD_WIDTH
 from framequant.kernels.block_triton import finish_tokens
 from framequant.kernels.launches import Launch
+from framequant.kernels.panel_fold_triton import fold_bytes, fold_panel
 from framequant.kernels.product_bytes_triton import byte_product
 from framequant.kernels.product_triton import product as half_product
 from framequant.kernels.prompt_transform_triton import prompt_transform
@@ -131,6 +133,7 @@ def prompt_product(
     signs: Tensor,
     matrix: Tensor,
     bias: Tensor | None,
+    frame: Tensor | None,
     ends: list[int],
     layout: list[int],
     factor: float,
@@ -138,21 +141,25 @@ def prompt_product(
     """Outputs (tokens, rows) in the dtype of ``z``; no more than a panel of the weight is decoded at a time.
 
     ``layout`` holds: trellis or not, bits, multiplier, addend, pattern, levels; ``ends`` those of the chunks of a
-    ``BlockPlan``.
+    ``BlockPlan``; ``frame`` the block of a ``FoldPlan`` whose analysis made ``z``.
     """
     (tokens, wide), rows, block = z.shape, len(places), len(matrix)
     y = torch.empty((tokens, rows), dtype=z.dtype, device=z.device)
-    tile, gain = launches.block_panel_tile(block), prompt_ops.gain(bool(layout[0]), factor) * block**-0.5
+    gain = prompt_ops.gain(bool(layout[0]), factor) * block**-0.5
     panels = list(pairwise([0, *launches.panel_ends(ends, wide, tokens)]))
     most = max(end - start for start, end in panels)
     panel = torch.empty((most, wide), dtype=z.dtype, device=z.device)
     for start, end in panels:
         count = end - start
         row_scales = scales[start:end] if scales.numel() > 1 else scales
-        prompt_ops.decode(
-            words, start, row_scales, top, panel[:count], layout, tile, places_ptr=places[start:],
-            signs_ptr=signs[start:], matrix_ptr=matrix, gain=gain, first=start, BLOCK=block,
-        )  # fmt: skip
+        turned = places[start:], signs[start:]
+        if frame is None:
+            prompt_ops.decode(
+                words, start, row_scales, top, panel[:count], layout, launches.block_panel_tile(block),
+                places_ptr=turned[0], signs_ptr=turned[1], matrix_ptr=matrix, gain=gain, first=start, BLOCK=block,
+            )  # fmt: skip
+        else:
+            _fold(words[start:], row_scales, top, panel[:count], frame, *turned, gain, start)
         torch.mm(z, panel[:count].t(), out=y[:, start:end])
     half = z.dtype == torch.float16
     if half or bias is not None:
@@ -170,6 +177,28 @@ def prompt_product(
     return y
 
 
+def _fold(
+    words: Tensor,
+    scales: Tensor,
+    top: Tensor,
+    panel: Tensor,
+    frame: Tensor,
+    places: Tensor,
+    signs: Tensor,
+    gain: float,
+    first: int,
+) -> None:
+    """Decode as many rows as ``panel`` has of two-bit ``words``, with both frames multiplied in."""
+    count, wide = panel.shape
+    tile, units = launches.FOLD_TILE, wide // FOLD_WIDTH
+    memory = None if COMPILED else torch.empty(fold_bytes(tile.units, tile.warps) // 4, device=words.device)
+    fold_panel[(-(-units // (tile.units * tile.warps)), count // FOLD_BLOCK)](
+        words, scales, top, panel, frame, places, signs, memory, 2 * words.stride(0), units, wide, gain / 4, first,
+        ROW_SCALES=scales.numel() > 1, UNITS=tile.units, WARPS=tile.warps, num_warps=tile.warps,
+        maxnreg=tile.registers,
+    )  # fmt: skip
+
+
 @prompt_product.register_fake
-def _(words, z, unit, scales, top, places, signs, matrix, bias, ends, layout, factor):  # type: ignore[no-untyped-def]
+def _(words, z, unit, scales, top, places, signs, matrix, bias, frame, ends, layout, factor):  # type: ignore[no-untyped-def]
     return z.new_empty((z.shape[0], places.shape[0]))

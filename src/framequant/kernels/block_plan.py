@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float16, Int8, Int32
+from jaxtyping import Float16, Float32, Int8, Int32
 from torch import Tensor
 
-from framequant.frames import BlockHadamard, FrameOperator
+from framequant.frames import BlockHadamard, ComposedFrame, FrameOperator
 from framequant.frames.block_hadamard import chunk_size
+from framequant.kernels.transform_plan import TransformPlan, shared_block, transform_plan
 
 #: Sizes of a block that the kernels take: sides of a tensor-core tile, rows of a program.
 BLOCKS = (16, 32, 64, 128)
+FOLD_BLOCK, FOLD_WIDTH = 32, 128  # of panels with the frame in them: rows of a block, coordinates of a unit
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,32 @@ def joined_plan(plans: Sequence[BlockPlan]) -> BlockPlan:
         torch.cat([plan.signs for plan in plans]),
         plans[0].matrix,
     )
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """Constants of panels whose rows have the frame's block multiplied into them (``panel_fold_triton``).
+
+    Attributes:
+        into: analysis without the frame.
+        block: (19, 16): the frame's block, rounded to halves, and what codes of -1.5 make of it.
+    """
+
+    into: TransformPlan
+    block: Float32[Tensor, "19 16"]
+
+
+def fold_plan(frame: FrameOperator, device: torch.device | str) -> FoldPlan | None:
+    """Plan the fold of a frame after a Hadamard transform; None for other frames, and blocks that are not 18 by 16.
+
+    Rows must be whole units of eight groups of coefficients.
+    """
+    stages = getattr(frame, "stages", ())
+    block = shared_block(stages[1]) if len(stages) == 2 else None
+    if block is None or tuple(block.shape) != (18, 16) or frame.dim % FOLD_WIDTH:
+        return None
+    into = transform_plan(ComposedFrame(frame.spec, stages[:1]), True, device)
+    if into is None:
+        return None
+    rounded = block.half().double()
+    return FoldPlan(into, torch.cat([rounded, -1.5 * rounded.sum(0, keepdim=True)]).to(device, torch.float32))

@@ -104,11 +104,62 @@ def _halves(words):
 def mma_halves(acc, a0, a1, a2, a3, b0, b1):
     """Add the product of 16 × 16 halves with 16 × 8 ones to four float32, as PTX's ``mma.m16n8k16`` does.
 
-    As in ``mma_bytes``, with two halves of a row in place of four bytes. For the interpreter alone:
-    ``lane_tokens_triton`` writes these products as one piece of PTX.
+    As in ``mma_bytes``, with two halves of a row in place of four bytes.
     """
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+            "{$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [a0, a1, a2, a3, b0, b1, acc[0], acc[1], acc[2], acc[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
     a, b = _operands(a0, a1, a2, a3, b0, b1)
     return _added(acc, _halves(a), _halves(b))
+
+
+@triton.jit
+def mma_eight_halves(acc, a0, a1, b0):
+    """The same with eight columns and rows in place of sixteen: ``mma.m16n8k8``."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};",
+            "=f,=f,=f,=f,r,r,r,f,f,f,f", [a0, a1, b0, acc[0], acc[1], acc[2], acc[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    none = b0 * 0
+    return mma_halves(acc, a0, a1, none, none, b0, none)
+
+
+@triton.constexpr_function
+def _pack_text(dtype):
+    return f"cvt.rn.{'bf16x2' if dtype == tl.bfloat16 else 'f16x2'}.f32 $0, $2, $1;"
+
+
+@triton.jit
+def packed_pair(low, high, DTYPE: tl.constexpr):
+    """Two float32, rounded to a dtype of 16 bits, as a word."""
+    if COMPILED:
+        text: tl.constexpr = _pack_text(DTYPE)
+        return tl.inline_asm_elementwise(text, "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1)
+    first = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return first | (high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+
+
+@triton.jit
+def byte_of_two(low, high, selector, mask):
+    """A byte of eight, those of two words, in the lowest place of both halves of a word, and of that what is masked.
+
+    ``selector``: the byte's number, four times, as hexadecimal digits; ``mask``: of the lowest byte of each half.
+    """
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; prmt.b32 t, $1, $2, $3; and.b32 $0, t, $4; }", "=r,r,r,r,r", [low, high, selector, mask],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    number = selector & 7
+    byte = (tl.where(number < 4, low, high) >> (8 * (number % 4))) & 255
+    return (byte | (byte << 16)) & mask
 
 
 @triton.jit
@@ -124,6 +175,33 @@ def copy_to_shared(address, source, there):
         found = source.to(tl.pointer_type(tl.int32), bitcast=True)
         for i in tl.static_range(4):
             tl.store(at + i, tl.load(found + i, mask=there != 0, other=0))
+
+
+@triton.jit
+def copy_word_to_shared(address, source):
+    """Begin to bring an aligned word each to shared memory."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "cp.async.ca.shared.global [$1], [$2], 4; mov.b32 $0, 0;", "=r,r,l", [address, source], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
+        tl.store(at, tl.load(source.to(tl.pointer_type(tl.int32), bitcast=True)))
+
+
+@triton.jit
+def warp_barrier(thread):
+    """Wait for the other lanes of the warp; what they wrote to shared memory is there then."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "bar.warp.sync 0xffffffff; mov.b32 $0, 0;",
+            "=r,r",
+            [thread],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.constexpr_function
@@ -302,6 +380,46 @@ def store_shared_words(address, words, there):
         at = address.to(tl.pointer_type(tl.int32), bitcast=True)
         for i in tl.static_range(4):
             tl.store(at + i, words[i], mask=there != 0)
+
+
+@triton.jit
+def store_words(address, words):
+    """Write four int32 each to a 16-byte aligned address."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,l,r,r,r,r",
+            [address, words[0], words[1], words[2], words[3]], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
+        for i in tl.static_range(4):
+            tl.store(at + i, words[i])
+
+
+@triton.constexpr_function
+def _transposed_text(offset):
+    return f"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [$1+{offset}], {{$2, $3, $4, $5}}; mov.b32 $0, 0;"
+
+
+@triton.jit
+def store_shared_transposed(address, words, OFFSET: tl.constexpr = 0):
+    """Write four matrices of 8 × 8 numbers of 16 bits, transposed, OFFSET bytes on; for GPUs from sm_90 on.
+
+    With lane = 4 row + quarter a lane has two neighbours of a row, 2 quarter …, in a word of each. Lane 8 i + j has the
+    16-byte aligned address of column j of the i-th matrix.
+    """
+    if COMPILED:
+        text: tl.constexpr = _transposed_text(OFFSET)
+        tl.inline_asm_elementwise(
+            text, "=r,r,r,r,r,r", [address, words[0], words[1], words[2], words[3]], dtype=tl.int32, is_pure=False,
+            pack=1,
+        )  # fmt: skip
+    else:
+        lane = tl.arange(0, words[0].shape[0]) % 32
+        for i in tl.static_range(4):
+            for e in tl.static_range(2):
+                at = from_lane(address.to(tl.int64), 8 * i + lane % 4 * 2 + e) + (OFFSET + lane // 4 * 2)
+                tl.store(at.to(tl.pointer_type(tl.int16)), (words[i] >> (16 * e)).to(tl.int16))
 
 
 @triton.constexpr_function

@@ -383,6 +383,18 @@ def block_panel_tile(block: int) -> PanelTile:
     return PanelTile(2 * block, block, 32, 4 if block <= 32 else 8)
 
 
+class FoldTile(NamedTuple):
+    """Units of a block of rows that a warp of ``panel_fold_triton`` makes; warps of a program; a thread's registers."""
+
+    units: int
+    warps: int
+    registers: int
+
+
+#: A program each for four places of a multiprocessor: 4096 rows of 4096 coordinates are one round of them.
+FOLD_TILE = FoldTile(2, 4, 128)
+
+
 def panel_ends(ends: Sequence[int], width: int, tokens: int) -> list[int]:
     """One past the last row of each panel, for chunks of rows that stay together.
 

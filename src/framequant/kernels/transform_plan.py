@@ -75,7 +75,7 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
     shape: tuple[int, int] = (1, 1)
     block, whole = torch.ones(1, 1, dtype=torch.float64), list(factors)
     if len(stages) == 2:
-        block = _shared_block(stages[1])
+        block = shared_block(stages[1])
         if block is not None and len(factors[2]) % block.shape[1]:
             factors = _with_longer_last(factors, block.shape[1])
         if block is None or len(factors[2]) % block.shape[1]:
@@ -173,7 +173,7 @@ def _walsh(size: int) -> Tensor:
     return torch.from_numpy(sylvester(size) * math.sqrt(size)).round()
 
 
-def _shared_block(stage: object) -> Tensor | None:
+def shared_block(stage: object) -> Tensor | None:
     """The block of a block-diagonal fusion frame of even dimension."""
     form = getattr(stage, "_form", None)
     if not isinstance(stage, FusionFrame) or type(form).__name__ != "_BlockForm" or stage.dim % 2:

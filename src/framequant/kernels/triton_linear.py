@@ -22,7 +22,7 @@ from framequant.codes.trellis_storage import decode_factors
 from framequant.frames import FrameOperator
 from framequant.kernels import block_ops, lane_ops, launches, prompt_ops, reference, tuning
 from framequant.kernels import triton_ops as operators
-from framequant.kernels.block_plan import BlockPlan, block_plan
+from framequant.kernels.block_plan import FOLD_BLOCK, BlockPlan, FoldPlan, block_plan, fold_plan
 from framequant.kernels.transform_plan import TransformPlan, transform_plan
 from framequant.kernels.words import WordLayout, row_shifts, to_words, word_layout
 from framequant.spec import LinearSpec
@@ -32,6 +32,7 @@ TOLERANCE = 0.02
 
 #: Compute capability below which the tensor cores lack a dtype that the kernels use.
 OLDEST_GPU = (8, 0)
+FOLDING_GPU = (9, 0)  # the first with ``stmatrix``
 _verdicts: dict[tuple[object, ...], bool] = {}
 
 
@@ -48,6 +49,7 @@ class TritonPlan:
         into: plan of analysis.
         out: plan of synthesis; where it is local to blocks of rows, products end with it.
         bias: (out_features,) or None.
+        fold: how prompts have the frame in their panels, where it can be.
         shifts: ``words.row_shifts``.
         kept: stored tensors that ``words`` and ``scales`` do not give back, by name.
     """
@@ -60,6 +62,7 @@ class TritonPlan:
     into: TransformPlan
     out: TransformPlan | BlockPlan
     bias: Tensor | None
+    fold: FoldPlan | None = None
     shifts: Tensor | None = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -125,6 +128,13 @@ class TritonPlan:
         return 8 // bits, (-(-columns * bits // 128) + 1) * 16
 
     @property
+    def prompt(self) -> tuple[TransformPlan, Tensor | None, int]:
+        """The analysis of a prompt whose output frame is local, the block in its panels, and its coefficients."""
+        if self.fold is not None:
+            return self.fold.into, self.fold.block, self.spec.in_features
+        return self.into, None, self.spec.coefficient_shape[1]
+
+    @property
     def code(self) -> list[int]:
         """The ``layout`` of a prompt's product."""
         layout = self.layout
@@ -167,10 +177,17 @@ def triton_plan(
     if kept:
         scales = scales * decode_factors(tensors["row_factors"], scales.dtype)
     words = to_words(tensors["packed_codes"], spec, layout)
-    shifts = row_shifts(layout, device)
+    shifts, fold = row_shifts(layout, device), None
+    if isinstance(out, BlockPlan) and out.block == FOLD_BLOCK and layout.is_two_bits and folds(device):
+        fold = fold_plan(frames[0], device)
     return TritonPlan(
-        spec, layout, words, scales.contiguous(), power_above(scales), into, out, bias, shifts, kept
+        spec, layout, words, scales.contiguous(), power_above(scales), into, out, bias, fold, shifts, kept
     )
+
+
+def folds(device: torch.device) -> bool:
+    """Whether a device turns small matrices on their way to shared memory, as folded panels want it."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FOLDING_GPU
 
 
 def power_above(scales: Tensor) -> Tensor:
@@ -226,11 +243,20 @@ def _outputs(plan: TritonPlan, out: BlockPlan, x: Float[Tensor, "t n"]) -> Float
     into, sizes = plan.into, [*plan.into.sizes, *plan.into.padded]
     ends = out.places, out.signs, out.matrix, plan.bias
     if x.shape[0] > launches.FEW_TOKENS:
-        z, unit = block_ops.prompt_analysis(
-            x, into.signs, list(into.matrices), sizes, into.norm, plan.spec.coefficient_shape[1]
-        )
+        into, frame, columns = plan.prompt
+        sizes = [*into.sizes, *into.padded]
+        z, unit = block_ops.prompt_analysis(x, into.signs, list(into.matrices), sizes, into.norm, columns)
         return block_ops.prompt_product(
-            plan.words, z, unit, plan.scales, plan.top, *ends, list(out.ends), plan.code, plan.layout.factor
+            plan.words,
+            z,
+            unit,
+            plan.scales,
+            plan.top,
+            *ends,
+            frame,
+            list(out.ends),
+            plan.code,
+            plan.layout.factor,
         )
     if plan.takes_lanes(x.shape[0]):
         return _lanes(plan, x, len(out.places), out)[0]

@@ -56,6 +56,11 @@ class WordLayout:
     factor: float = 1.0
 
     @property
+    def is_two_bits(self) -> bool:
+        """Whether codes are scalar, of four levels."""
+        return not self.trellis and self.planes == 1 and self.levels == 4
+
+    @property
     def length(self) -> int:
         """Words of a row, or of a plane, that meet coefficients.
 
