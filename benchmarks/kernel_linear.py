@@ -212,9 +212,10 @@ def patched(how: Patch) -> Iterator[None]:
 def make(code: str, shape: tuple[int, int], cold: float) -> tuple[Case, list[triton_linear.TritonPlan]]:
     case = Case(shape, CODES[code][0], CODES[code][1], cold=cold, block=CODES[code][2])
     top = triton_linear.power_above(case.scales)
+    fold = triton_linear.folded(case.frames[0], case.layout, case.out, torch.device(DEVICE))
     plans = [
         triton_linear.TritonPlan(
-            case.spec, case.layout, words, case.scales, top, case.into, case.out, None, case.shifts
+            case.spec, case.layout, words, case.scales, top, case.into, case.out, None, case.shifts, fold=fold
         )
         for words in case.words
     ]

@@ -49,9 +49,9 @@ class TritonPlan:
         into: plan of analysis.
         out: plan of synthesis; where it is local to blocks of rows, products end with it.
         bias: (out_features,) or None.
-        fold: how prompts have the frame in their panels, where it can be.
         shifts: ``words.row_shifts``.
         kept: stored tensors that ``words`` and ``scales`` do not give back, by name.
+        fold: how prompts have the frame in their panels, where it can be.
     """
 
     spec: LinearSpec
@@ -62,9 +62,9 @@ class TritonPlan:
     into: TransformPlan
     out: TransformPlan | BlockPlan
     bias: Tensor | None
-    fold: FoldPlan | None = None
     shifts: Tensor | None = None
     kept: Mapping[str, Tensor] = field(default_factory=dict)
+    fold: FoldPlan | None = None
 
     @property
     def rows(self) -> int:
@@ -177,17 +177,19 @@ def triton_plan(
     if kept:
         scales = scales * decode_factors(tensors["row_factors"], scales.dtype)
     words = to_words(tensors["packed_codes"], spec, layout)
-    shifts, fold = row_shifts(layout, device), None
-    if isinstance(out, BlockPlan) and out.block == FOLD_BLOCK and layout.is_two_bits and folds(device):
-        fold = fold_plan(frames[0], device)
+    shifts, fold = row_shifts(layout, device), folded(frames[0], layout, out, device)
     return TritonPlan(
-        spec, layout, words, scales.contiguous(), power_above(scales), into, out, bias, fold, shifts, kept
+        spec, layout, words, scales.contiguous(), power_above(scales), into, out, bias, shifts, kept, fold
     )
 
 
-def folds(device: torch.device) -> bool:
-    """Whether a device turns small matrices on their way to shared memory, as folded panels want it."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FOLDING_GPU
+def folded(
+    frame: FrameOperator, layout: WordLayout, out: TransformPlan | BlockPlan, device: torch.device
+) -> FoldPlan | None:
+    """How prompts have the input frame in their panels: two-bit codes, blocks of 32, a GPU that turns small matrices."""
+    known = isinstance(out, BlockPlan) and out.block == FOLD_BLOCK and layout.is_two_bits
+    able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= FOLDING_GPU
+    return fold_plan(frame, device) if known and able else None
 
 
 def power_above(scales: Tensor) -> Tensor:
