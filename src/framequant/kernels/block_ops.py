@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from framequant.kernels import launches, prompt_ops
-from framequant.kernels.block_plan import FOLD_BLOCK, FOLD_WIDTH
+from framequant.kernels.block_plan import FOLD_BLOCK, FOLD_WIDTH, fold_gain
 from framequant.kernels.block_triton import finish_tokens
 from framequant.kernels.launches import Launch
 from framequant.kernels.panel_fold_triton import fold_bytes, fold_panel
@@ -97,6 +97,10 @@ def _(words, z, sums, unit, scales, shifts, top, places, signs, matrix, bias, la
     return z.new_empty((z.shape[0], places.shape[0]), dtype=dtype)
 
 
+#: Tokens that a program of ``finish_tokens`` looks at where there is no bias: it rarely has anything to do.
+FINISHED = 16
+
+
 @torch.library.custom_op("framequant::block_prompt_analysis", mutates_args=())
 def prompt_analysis(
     x: Tensor, signs: Tensor, matrices: list[Tensor], sizes: list[int], norm: float, columns: int
@@ -159,21 +163,15 @@ def prompt_product(
                 places_ptr=turned[0], signs_ptr=turned[1], matrix_ptr=matrix, gain=gain, first=start, BLOCK=block,
             )  # fmt: skip
         else:
-            _fold(words[start:], row_scales, top, panel[:count], frame, *turned, gain, start)
+            _fold(words[start:], row_scales, top, panel[:count], frame, *turned, fold_gain(factor)[1], start)
         torch.mm(z, panel[:count].t(), out=y[:, start:end])
     half = z.dtype == torch.float16
     if half or bias is not None:
-        finish_tokens[(tokens,)](
-            y,
-            unit,
-            top,
-            unit if bias is None else bias,
-            rows,
-            HALF=half,
-            BIAS=bias is not None,
-            STEP=1024,
-            num_warps=4,
-        )
+        each = FINISHED if bias is None else 1
+        finish_tokens[(-(-tokens // each),)](
+            y, unit, top, unit if bias is None else bias, tokens, rows, HALF=half, BIAS=bias is not None,
+            TOKENS=each, STEP=1024, num_warps=4,
+        )  # fmt: skip
     return y
 
 
@@ -193,7 +191,7 @@ def _fold(
     tile, units = launches.FOLD_TILE, wide // FOLD_WIDTH
     memory = None if COMPILED else torch.empty(fold_bytes(tile.units, tile.warps) // 4, device=words.device)
     fold_panel[(-(-units // (tile.units * tile.warps)), count // FOLD_BLOCK)](
-        words, scales, top, panel, frame, places, signs, memory, 2 * words.stride(0), units, wide, gain / 4, first,
+        words, scales, top, panel, frame, places, signs, memory, 2 * words.stride(0), units, wide, gain, first,
         ROW_SCALES=scales.numel() > 1, UNITS=tile.units, WARPS=tile.warps, num_warps=tile.warps,
         maxnreg=tile.registers,
     )  # fmt: skip

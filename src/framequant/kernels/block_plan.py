@@ -82,17 +82,28 @@ class FoldPlan:
 
     Attributes:
         into: analysis without the frame.
-        block: (19, 16): the frame's block, rounded to halves, and what codes of -1.5 make of it.
+        block: (20, 16): the frame's block times the first of ``fold_gain``, halves, and twice what codes of -1.5 make.
     """
 
     into: TransformPlan
-    block: Float32[Tensor, "19 16"]
+    block: Float32[Tensor, "20 16"]
 
 
-def fold_plan(frame: FrameOperator, device: torch.device | str) -> FoldPlan | None:
+def fold_gain(factor: float) -> tuple[float, float]:
+    """What levels of two-bit codes are multiplied by in a fold: a number from 1/2 to 1, and a power of two."""
+    fraction, exponent = math.frexp(factor / 4 / math.sqrt(FOLD_BLOCK))
+    return fraction, math.ldexp(1.0, exponent)
+
+
+def fold_plan(frame: FrameOperator, factor: float, device: torch.device | str) -> FoldPlan | None:
     """Plan the fold of a frame after a Hadamard transform; None for other frames, and blocks that are not 18 by 16.
 
     Rows must be whole units of eight groups of coefficients.
+
+    Args:
+        frame: of the inputs.
+        factor: of the codes' ``WordLayout``.
+        device: of the constants.
     """
     stages = getattr(frame, "stages", ())
     block = shared_block(stages[1]) if len(stages) == 2 else None
@@ -101,5 +112,6 @@ def fold_plan(frame: FrameOperator, device: torch.device | str) -> FoldPlan | No
     into = transform_plan(ComposedFrame(frame.spec, stages[:1]), True, device)
     if into is None:
         return None
-    rounded = block.half().double()
-    return FoldPlan(into, torch.cat([rounded, -1.5 * rounded.sum(0, keepdim=True)]).to(device, torch.float32))
+    rounded = (block * fold_gain(factor)[0]).half().double()
+    constants = torch.cat([rounded, -1.5 * rounded.sum(0).expand(2, -1)])
+    return FoldPlan(into, constants.to(device, torch.float32))

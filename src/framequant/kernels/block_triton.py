@@ -93,15 +93,20 @@ def panel_unit(top, HALF: tl.constexpr):
 
 @triton.jit
 def finish_tokens(
-    y_ptr, unit_ptr, top_ptr, bias_ptr, rows, HALF: tl.constexpr, BIAS: tl.constexpr, STEP: tl.constexpr
-):
-    """Undo the units of one token's outputs and add the bias, in place; most tokens need neither."""
-    token = tl.program_id(0).to(tl.int64)
-    unit = tl.load(unit_ptr + token) * panel_unit(tl.load(top_ptr), HALF)
-    if (unit != 1.0) | BIAS:
-        for start in tl.range(0, rows, STEP):
-            r = start + tl.arange(0, STEP)
-            y = tl.load(y_ptr + token * rows + r, mask=r < rows, other=0.0).to(tl.float32) * unit
-            if BIAS:
-                y += tl.load(bias_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
-            tl.store(y_ptr + token * rows + r, y.to(y_ptr.dtype.element_ty), mask=r < rows)
+    y_ptr, unit_ptr, top_ptr, bias_ptr, tokens, rows, HALF: tl.constexpr, BIAS: tl.constexpr, TOKENS: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    """Undo the units of some tokens' outputs and add the bias, in place; most tokens need neither."""
+    first, panel = tl.program_id(0) * TOKENS, panel_unit(tl.load(top_ptr), HALF)
+    mine = first + tl.arange(0, TOKENS)
+    units = tl.load(unit_ptr + mine, mask=mine < tokens, other=1.0) * panel
+    if BIAS | (tl.max((units != 1.0).to(tl.int32), 0) > 0):
+        for i in tl.range(0, tl.minimum(TOKENS, tokens - first)):
+            token = first + i
+            unit, line = tl.load(unit_ptr + token) * panel, y_ptr + token.to(tl.int64) * rows
+            for start in tl.range(0, rows, STEP):
+                r = start + tl.arange(0, STEP)
+                y = tl.load(line + r, mask=r < rows, other=0.0).to(tl.float32) * unit
+                if BIAS:
+                    y += tl.load(bias_ptr + r, mask=r < rows, other=0.0).to(tl.float32)
+                tl.store(line + r, y.to(y_ptr.dtype.element_ty), mask=r < rows)

@@ -37,6 +37,16 @@ def load_words(address, there):
     )
 
 
+@triton.jit
+def load_early(address):
+    """An int32 from each address, here and not where it is used."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "ld.global.b32 $0, [$1];", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+        )
+    return tl.load(address)
+
+
 @triton.constexpr_function
 def _mma_text(unsigned):
     kind = "u8" if unsigned else "s8"
@@ -116,6 +126,20 @@ def mma_halves(acc, a0, a1, a2, a3, b0, b1):
         )  # fmt: skip
     a, b = _operands(a0, a1, a2, a3, b0, b1)
     return _added(acc, _halves(a), _halves(b))
+
+
+@triton.jit
+def first_mma_halves(a0, a1, a2, a3, b0, b1):
+    """The product alone, whose sums begin with zeros that need no registers."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 z; mov.f32 z, 0f00000000; mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {z, z, z, z}; }",
+            "=f,=f,=f,=f,r,r,r,r,r,r", [a0, a1, a2, a3, b0, b1],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+        )  # fmt: skip
+    zero = a0 * 0.0
+    return mma_halves((zero, zero, zero, zero), a0, a1, a2, a3, b0, b1)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ FEW_TOKENS = 64
 #: scalar codes and a trellis.
 LOOPED = {False: (24e6, 43e6, 75e6), True: (88e6,)}
 #: Bytes of a panel, at most, and of one that an H100's L2 cache (50 MB) mostly holds until it is multiplied.
-PANEL_BYTES, CACHED_BYTES = 64 << 20, 40 << 20
+PANEL_BYTES, CACHED_BYTES = 64 << 20, 48 << 20
 #: With as many tokens, rows that make 128 of cuBLAS' tiles (128 by 256): a full round of 132 multiprocessors.
 ROUND_ROWS = 2048
 #: Most splits: synthesis reads every part again in each of its programs.

@@ -27,7 +27,9 @@ from framequant.kernels.lanes_triton import (
     byte_of_two,
     copy_word_to_shared,
     end_of_copies,
+    first_mma_halves,
     from_lane,
+    load_early,
     load_shared,
     load_shared_words,
     mma_eight_halves,
@@ -124,27 +126,17 @@ def _last_codes(words, quarter, selector, mask):
 
 
 @triton.jit
-def _group(
-    words,
-    last,
-    frame,
-    ends,
-    start,
-    rotation,
-    selector,
-    mask,
-    lift,
-    gain,
-    GROUP: tl.constexpr,
-    DTYPE: tl.constexpr,
-):
-    """Outputs of a group: for each two of eight columns of rows, words of coordinates 0 … 7 and 8 …."""
-    zero = lift * 0.0
+def _group(words, last, frame, ends, start, rotation, selector, mask, lift, gain, GROUP: tl.constexpr,
+           DTYPE: tl.constexpr):  # fmt: skip
+    """Outputs of a group: for each two of eight columns of rows, words of coordinates 0 … 7 and 8 ….
+
+    ``lift``: what sums are multiplied by before they are halves; ``gain``: and outputs, if these are not.
+    """
     operands = ()
     for j in tl.static_range(4):
         low, high = words[5 * j + GROUP], words[5 * j + GROUP + 1]
         acc = mma_halves(
-            (start[0], start[0], start[1], start[1]), frame[0], frame[1], frame[2], frame[3],
+            start, frame[0], frame[1], frame[2], frame[3],
             byte_of_two(low, high, selector, mask), byte_of_two(low, high, selector + 0x2222, mask),
         )  # fmt: skip
         acc = mma_eight_halves(acc, ends[0], ends[1], last[j])
@@ -152,16 +144,15 @@ def _group(
         operands += (packed_pair(acc[2] * lift, acc[3] * lift, tl.float16),)
     found = ()
     for n in tl.static_range(4):
-        acc = (zero, zero, zero, zero)
-        for k in tl.static_range(2):
-            acc = mma_halves(
-                acc, operands[4 * k], operands[4 * k + 1], operands[4 * k + 2], operands[4 * k + 3],
-                rotation[4 * n + 2 * k], rotation[4 * n + 2 * k + 1],
-            )  # fmt: skip
-        found += (
-            packed_pair(acc[0] * gain, acc[1] * gain, DTYPE),
-            packed_pair(acc[2] * gain, acc[3] * gain, DTYPE),
+        acc = first_mma_halves(
+            operands[0], operands[1], operands[2], operands[3], rotation[4 * n], rotation[4 * n + 1]
         )
+        acc = mma_halves(
+            acc, operands[4], operands[5], operands[6], operands[7], rotation[4 * n + 2], rotation[4 * n + 3]
+        )
+        if tl.bfloat16 == DTYPE:
+            acc = (acc[0] * gain, acc[1] * gain, acc[2] * gain, acc[3] * gain)
+        found += (packed_pair(acc[0], acc[1], DTYPE), packed_pair(acc[2], acc[3], DTYPE))
     return found
 
 
@@ -177,10 +168,10 @@ def fold_panel(
         scale_ptr: scales, (rows,) or one.
         top_ptr: a power of two above all scales, float32.
         panel_ptr: 16-bit floats (rows, width).
-        frame_ptr: float32 (19, 16): the frame's block, entries that are halves, and what codes of -1.5 make.
+        frame_ptr: float32 (20, 16), as in ``FoldPlan``.
         places_ptr, signs_ptr: of rows, as in ``BlockPlan``.
         units: of a row; ``width`` is 128 times as many.
-        gain: of levels whose step is 1, rotated by entries +1 and -1.
+        gain: a power of two, of rotated rows (``block_plan.fold_gain``).
     """
     thread = tl.arange(0, 32 * WARPS)
     lane, warp = thread % 32, thread // 32
@@ -209,16 +200,19 @@ def fold_panel(
         _frame_pair(frame_ptr, row * 0 + 16, row, odd),
         _frame_pair(frame_ptr, row * 0 + 16, row + 8, odd),
     )
-    start = (
-        tl.load(frame_ptr + 288 + row) * 0.00006103515625,
-        tl.load(frame_ptr + 288 + row + 8) * 0.00006103515625,
-    )
+    start = ()
+    for i in tl.static_range(
+        4
+    ):  # from places of their own, or four registers would be filled anew for each product
+        start += (tl.load(frame_ptr + (288 + 16 * (i % 2) + 8 * (i // 2)) + row) * 0.00006103515625,)
     masks = (tl.where(odd, 0x00C00030, 0x000C0003), tl.where(odd, 0x000C0003, 0x00C00030))
     selectors = (quarter // 2 * 0x1111, (quarter + 1) // 2 * 0x1111)
     last_selector = (quarter % 2 * 4 + quarter // 2) * 0x1111
-    lift = quarter * 0.0 + 16384.0
+    lift = quarter * 0.0 + 16384.0  # a tensor, as all that goes through PTX
+    if panel_ptr.dtype.element_ty == tl.float16:
+        lift *= gain  # at most 2**6, at least 2**-12
     column = turned + (lane // 16 * 8 + lane % 8) * PITCH + lane // 8 % 2 * 16
-    place = tl.load(places_ptr + base + lane) - first
+    place = load_early(places_ptr + base + lane) - first
     wait_for_copies(thread)
     warp_barrier(thread)
     for u in tl.range(0, UNITS):

@@ -186,10 +186,10 @@ def triton_plan(
 def folded(
     frame: FrameOperator, layout: WordLayout, out: TransformPlan | BlockPlan, device: torch.device
 ) -> FoldPlan | None:
-    """How prompts have the input frame in their panels: two-bit codes, blocks of 32, a GPU that turns small matrices."""
+    """How prompts have the frame in their panels: two-bit codes, blocks of 32, a GPU that turns small matrices."""
     known = isinstance(out, BlockPlan) and out.block == FOLD_BLOCK and layout.is_two_bits
     able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= FOLDING_GPU
-    return fold_plan(frame, device) if known and able else None
+    return fold_plan(frame, layout.factor, device) if known and able else None
 
 
 def power_above(scales: Tensor) -> Tensor:
