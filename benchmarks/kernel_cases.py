@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -171,7 +172,7 @@ class Case:
 
 
 def graph_us(launches: list[Callable[[], object]], budget: float = 0.015) -> float:
-    """Median microseconds of one launch, from replays of a graph of all of them."""
+    """Median microseconds of one launch, from replays of a graph of all of them, after as many to settle the clocks."""
     for launch in launches[:2]:
         launch()
     torch.cuda.synchronize()
@@ -179,8 +180,11 @@ def graph_us(launches: list[Callable[[], object]], budget: float = 0.015) -> flo
     with torch.cuda.graph(graph):
         for launch in launches:
             launch()
+    begin_time = time.perf_counter()
+    while time.perf_counter() - begin_time < budget:
+        graph.replay()
+        torch.cuda.synchronize()
     times, spent = [], 0.0
-    graph.replay()
     while len(times) < 5 or (spent < budget and len(times) < 200):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

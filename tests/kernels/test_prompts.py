@@ -147,7 +147,7 @@ for sizes in ([64, 1, 64, 72, 64, 1, 64, 128], [43, 16, 16, 16, 64, 16, 16, 16])
     for analysis in (True, False):
         constants |= {"ANALYSIS": analysis, "BIAS": not analysis, "PLAIN": False}
         text = ptx(prompt_transform_triton.prompt_transform, types, constants,
-                   num_warps=launches.prompt_warps(sizes), maxnreg=launches.PROMPT_REGISTERS)
+                   num_warps=launches.prompt_warps(sizes), maxnreg=launches.prompt_registers(sizes))
         assert "st.global.v4.b32" in text or "st.global.v2.b32" in text
 """
 

@@ -115,7 +115,7 @@ def prompt_analysis(
     unit = torch.empty(tokens, dtype=torch.float32, device=x.device)
     prompt_transform[(tokens,)](
         x, signs, *matrices, x, unit, z, unit, x.stride(0), wide, norm, *sizes, ANALYSIS=True, BIAS=False, PLAIN=True,
-        num_warps=launches.prompt_warps(sizes), maxnreg=launches.PROMPT_REGISTERS,
+        num_warps=launches.prompt_warps(sizes), maxnreg=launches.prompt_registers(sizes),
     )  # fmt: skip
     return z, unit
 

@@ -37,16 +37,6 @@ def load_words(address, there):
     )
 
 
-@triton.jit
-def load_early(address):
-    """An int32 from each address, here and not where it is used."""
-    if COMPILED:
-        return tl.inline_asm_elementwise(
-            "ld.global.b32 $0, [$1];", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-        )
-    return tl.load(address)
-
-
 @triton.constexpr_function
 def _mma_text(unsigned):
     kind = "u8" if unsigned else "s8"

@@ -422,10 +422,6 @@ def panel_rows(rows: int, width: int, tokens: int) -> int:
     return min(rows, max(16, most // 256 * 256))
 
 
-#: Registers of a thread of a prompt's transforms: two programs of eight warps share a multiprocessor.
-PROMPT_REGISTERS = 128
-
-
 def power_of_two(size: int) -> int:
     """The smallest power of two that is no smaller, from 1 on."""
     return 1 << max(0, size - 1).bit_length()
@@ -440,7 +436,17 @@ def vector_warps(sizes: list[int]) -> int:
 def prompt_warps(sizes: list[int]) -> int:
     """Warps of a program that makes a whole token: 64 float32 registers of each thread for the padded vector.
 
-    And no more than 64 for the last matrix, as halves.
+    And no more than 64 for the last matrix, as halves. Where no frame makes the last axis longer 128, but four warps at
+    least: faster at all three sizes that were measured (``benchmarks/README.md``).
     """
     first, second, third_in, third_out = sizes[4:]
+    if third_in == third_out:
+        return min(16, max(4, first * second * third_in // 4096))
     return min(16, max(2, first * second * max(third_in, third_out) // 2048, third_in * third_out // 4096))
+
+
+def prompt_registers(sizes: list[int]) -> int:
+    """Registers of a thread of a prompt's transform: two programs of eight warps, or more, share a multiprocessor."""
+    first, second, third_in, third_out = sizes[4:]
+    long = first * second * third_in >= 1 << 14
+    return 168 if long and third_in == third_out else 128

@@ -12,8 +12,8 @@ matrices on tensor cores whose operands stay in registers (``lanes_triton``):
    rows, each with its scale and sign.
 3. The result is turned to rows in shared memory and written 16 bytes a lane.
 
-A warp makes a *unit* of eight groups at a time, 36 bytes of codes of each row. Only ``framequant.kernels.prompt_ops``
-imports this module. Imports triton.
+A warp makes half a *unit* at a time, four of eight groups, 36 bytes of codes of each row. Only
+``framequant.kernels.block_ops`` imports this module. Imports triton.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ from framequant.kernels.lanes_triton import (
     copy_word_to_shared,
     end_of_copies,
     first_mma_halves,
-    from_lane,
-    load_early,
     load_shared,
     load_shared_words,
     mma_eight_halves,
     mma_halves,
     packed_pair,
     shared_memory,
+    store_shared,
     store_shared_transposed,
     store_words,
     wait_for_copies,
@@ -45,8 +44,8 @@ from framequant.kernels.triton_support import over
 
 #: Bytes of a unit's codes of a row.
 UNIT_BYTES = tl.constexpr(36)
-#: Bytes of a row of outputs of a unit in shared memory: 16 more than there are, so that rows begin in other banks.
-PITCH = tl.constexpr(2 * 16 * 8 + 16)
+#: Bytes of a row of half a unit's outputs in shared memory, and 16 for its place: so rows begin in other banks.
+PITCH = tl.constexpr(2 * 16 * 4 + 16)
 #: Masked codes are subnormal halves: 2**-24 times a power of four; the block's entries are 2**10 times over that power.
 LIFT = tl.constexpr(1024.0)
 #: The signs of both halves of a word.
@@ -55,7 +54,7 @@ BOTH_SIGNS = tl.constexpr(0x80008000 - (1 << 32))
 
 @triton.constexpr_function
 def fold_bytes(units, warps):
-    """Shared memory of a program: codes of the units of its warps, and outputs of one of each."""
+    """Shared memory of a program: codes of the units of its warps, and outputs of half a unit of each."""
     return 32 * (units * UNIT_BYTES + PITCH) * warps
 
 
@@ -201,9 +200,7 @@ def fold_panel(
         _frame_pair(frame_ptr, row * 0 + 16, row + 8, odd),
     )
     start = ()
-    for i in tl.static_range(
-        4
-    ):  # from places of their own, or four registers would be filled anew for each product
+    for i in tl.static_range(4):  # each from a place of its own, or they would be made anew for each product
         start += (tl.load(frame_ptr + (288 + 16 * (i % 2) + 8 * (i // 2)) + row) * 0.00006103515625,)
     masks = (tl.where(odd, 0x00C00030, 0x000C0003), tl.where(odd, 0x000C0003, 0x00C00030))
     selectors = (quarter // 2 * 0x1111, (quarter + 1) // 2 * 0x1111)
@@ -212,33 +209,32 @@ def fold_panel(
     if panel_ptr.dtype.element_ty == tl.float16:
         lift *= gain  # at most 2**6, at least 2**-12
     column = turned + (lane // 16 * 8 + lane % 8) * PITCH + lane // 8 % 2 * 16
-    place = load_early(places_ptr + base + lane) - first
+    place = (tl.load(places_ptr + base + lane) - first) * (2 * width)
+    store_shared(turned + lane * PITCH, place.to(tl.float32, bitcast=True), PITCH - 16)
     wait_for_copies(thread)
     warp_barrier(thread)
-    for u in tl.range(0, UNITS):
-        for half in tl.static_range(2):
-            words = ()
-            for j in tl.static_range(4):
-                at = codes + u * (32 * UNIT_BYTES) + (8 * j + row) * UNIT_BYTES
-                for i in tl.static_range(5):
-                    words += (load_shared(at, (4 * half + i) * 4).to(tl.int32, bitcast=True),)
-            last = _last_codes(words, quarter, last_selector + half * 0x2222, masks[0])
-            for group in tl.static_range(4):
-                mine = quarter == group
-                found = _group(
-                    words, last, four(frames, group % 2), (tl.where(mine, ends[0], 0), tl.where(mine, ends[1], 0)),
-                    start, rotation, selectors[group % 2] + (2 * half + group // 2) * 0x1111, masks[group % 2], lift,
-                    gain, group, panel_ptr.dtype.element_ty,
-                )  # fmt: skip
-                for n in tl.static_range(2):
-                    store_shared_transposed(
-                        column, four(found, n),
-                        n * 16 * PITCH + (4 * half + group) * 32,
-                    )  # fmt: skip
+    for step in tl.range(0, 2 * UNITS):
+        half, later = step % 2, step // 2
+        words = ()
+        for j in tl.static_range(4):
+            line = codes + later * (32 * UNIT_BYTES) + half * 16 + (8 * j + row) * UNIT_BYTES
+            for i in tl.static_range(5):
+                words += (load_shared(line, i * 4).to(tl.int32, bitcast=True),)
+        last = _last_codes(words, quarter, last_selector + half * 0x2222, masks[0])
+        for group in tl.static_range(4):
+            mine = quarter == group
+            found = _group(
+                words, last, four(frames, group % 2), (tl.where(mine, ends[0], 0), tl.where(mine, ends[1], 0)), start,
+                rotation, selectors[group % 2] + (2 * half + group // 2) * 0x1111, masks[group % 2], lift, gain, group,
+                panel_ptr.dtype.element_ty,
+            )  # fmt: skip
+            for n in tl.static_range(2):
+                store_shared_transposed(column, four(found, n), n * 16 * PITCH + group * 32)
         warp_barrier(thread)
-        to = panel_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
-        to += tl.minimum(unit + u, units - 1) * 256 + lane % 16 * 16
-        for turn in tl.static_range(16):
-            found = load_shared_words(turned + lane // 16 * PITCH + lane % 16 * 16, turn * 2 * PITCH)
-            store_words(to + from_lane(place, 2 * turn + lane // 16).to(tl.int64) * (2 * width), found)
+        to = panel_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + lane % 8 * 16
+        to += tl.minimum(unit + later, units - 1) * 256 + half * 128
+        for turn in tl.static_range(8):
+            found = load_shared_words(turned + lane // 8 * PITCH + lane % 8 * 16, turn * 4 * PITCH)
+            begin = load_shared(turned + lane // 8 * PITCH, turn * 4 * PITCH + PITCH - 16)
+            store_words(to + begin.to(tl.int32, bitcast=True), found)
         warp_barrier(thread)

@@ -38,7 +38,7 @@ def analysis(
     unit = torch.empty(tokens, dtype=torch.float32, device=x.device)
     prompt_transform[(tokens,)](
         x, signs, *matrices, x, unit, z, unit, x.stride(0), wide, norm, *sizes, ANALYSIS=True, BIAS=False,
-        num_warps=launches.prompt_warps(sizes), maxnreg=launches.PROMPT_REGISTERS,
+        num_warps=launches.prompt_warps(sizes), maxnreg=launches.prompt_registers(sizes),
     )  # fmt: skip
     return z, unit
 
@@ -133,7 +133,7 @@ def synthesis(
     prompt_transform[(tokens,)](
         u, signs, *matrices, unit if bias is None else bias, top, y, unit, u.stride(0), dim, norm, *sizes,
         ANALYSIS=False, BIAS=bias is not None, num_warps=launches.prompt_warps(sizes),
-        maxnreg=launches.PROMPT_REGISTERS,
+        maxnreg=launches.prompt_registers(sizes),
     )  # fmt: skip
     return y
 
