@@ -171,8 +171,7 @@ class Case:
         return float((self.u.double().sum(0) - exact).norm() / exact.norm())
 
 
-def graph_us(launches: list[Callable[[], object]], budget: float = 0.015) -> float:
-    """Median microseconds of one launch, from replays of a graph of all of them, after as many to settle the clocks."""
+def captured(launches: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     for launch in launches[:2]:
         launch()
     torch.cuda.synchronize()
@@ -180,17 +179,32 @@ def graph_us(launches: list[Callable[[], object]], budget: float = 0.015) -> flo
     with torch.cuda.graph(graph):
         for launch in launches:
             launch()
+    return graph
+
+
+def graphs_us(several: list[list[Callable[[], object]]], budget: float = 0.015) -> list[float]:
+    """Median microseconds of one launch of each list, from replays of graphs of them, in turns.
+
+    As many replays before settle the clocks; in turns they are the same for all.
+    """
+    graphs, times, spent = [captured(launches) for launches in several], [[] for _ in several], 0.0
     begin_time = time.perf_counter()
     while time.perf_counter() - begin_time < budget:
-        graph.replay()
+        for graph in graphs:
+            graph.replay()
         torch.cuda.synchronize()
-    times, spent = [], 0.0
-    while len(times) < 5 or (spent < budget and len(times) < 200):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(launches))
-        spent += times[-1] * len(launches) / 1e6
-    return sorted(times)[len(times) // 2]
+    while len(times[0]) < 5 or (spent < budget and len(times[0]) < 200):
+        for graph, launches, found in zip(graphs, several, times, strict=True):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            found.append(begin.elapsed_time(end) * 1e3 / len(launches))
+            spent += found[-1] * len(launches) / 1e6
+    return [sorted(found)[len(found) // 2] for found in times]
+
+
+def graph_us(launches: list[Callable[[], object]], budget: float = 0.015) -> float:
+    """Median microseconds of one launch, from replays of a graph of all of them."""
+    return graphs_us([launches], budget)[0]
