@@ -283,25 +283,16 @@ def query_pays(shared: int, longest: int) -> bool:
     return shared == 1 or longest <= SHARED_POSITIONS
 
 
-def query_group(shared: int, longest: int) -> int:
-    """How many query heads a program has: of a long cache all that share a head, if they are few."""
-    return shared if longest > SHARED_POSITIONS and shared <= 8 else 1
+def query_tile(dim: int) -> int:
+    """Positions that a program with one query takes at a time."""
+    return min(128, QUERY_NUMBERS // dim)
 
 
-def query_tile(dim: int, group: int = 1) -> int:
-    """Positions that a program with so many queries takes at a time; with several half, for their registers."""
-    return min(128, QUERY_NUMBERS // dim) // (1 if group == 1 else 2)
-
-
-def query_splits(programs: int, longest: int, group: int = 1) -> int:
-    """Into how many parts positions are cut where there are so many programs without: about two a multiprocessor.
-
-    Or one, where a program has several queries, and all registers.
-    """
+def query_splits(programs: int, longest: int) -> int:
+    """Into how many parts positions are cut where there are so many programs without: about two a multiprocessor."""
     if longest <= QUERY_POSITIONS:
         return 1
-    most = 264 if group == 1 else 132
-    return max(1, min(-(-longest // QUERY_POSITIONS), most // programs))
+    return max(1, min(-(-longest // QUERY_POSITIONS), 264 // programs))
 
 
 @tunable

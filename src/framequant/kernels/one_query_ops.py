@@ -53,16 +53,14 @@ def attention(
     q, k, v = (_rows(x) for x in (q, k, v))
     angles = None if cos is None or sin is None else (_rows(cos), _rows(sin))
     early = triton_ops.starts_early(q.device)
-    group = launches.query_group(heads // shared, longest)
-    programs = batch * heads // group
-    splits = launches.query_splits(programs, longest, group)
+    splits = launches.query_splits(batch * heads, longest)
     out = q.new_empty((batch, 1, heads, dim))
     parts = q.new_empty((batch * heads, splits, dim + 2) if splits > 1 else 1, dtype=torch.float32)
-    one_query[(programs, splits)](
+    one_query[(batch * heads, splits)](
         q, k, v, *(angles or (q, q)), keys, values, length, out, parts,
         q.stride(0), k.stride(0), v.stride(0),
         angles[0].stride(0) if angles and angles[0].shape[0] > 1 else 0, longest, scale * math.log2(math.e),
-        HEADS=heads, SHARED=heads // shared, GROUP=group, DIM=dim, TILE=launches.query_tile(dim, group), SPLITS=splits,
+        HEADS=heads, SHARED=heads // shared, DIM=dim, TILE=launches.query_tile(dim), SPLITS=splits,
         ROTATED=angles is not None, PDL=early, num_warps=8, launch_pdl=early,
     )  # fmt: skip
     if splits > 1:

@@ -1,9 +1,8 @@
 """Attention of one query a sequence over a static cache: rotation, the cache's new entry and the sum, in one launch.
 
-A program has one query head, or all that share a head of a long cache, and a share of the cache's positions. What the
-cache held before this step is on its way to registers while the kernel before still runs; only the queries, and the
-keys and values that the step adds, wait for it. Sums of exponentials are kept with their largest exponent, in float32.
-Imports triton.
+A program has one query head and a share of the cache's positions. What the cache held before this step is on its way
+to registers while the kernel before still runs; only the query, and the keys and values that the step adds, wait for
+it. Sums of exponentials are kept with their largest exponent, in float32. Imports triton.
 """
 
 from __future__ import annotations
@@ -35,32 +34,27 @@ def _entries(keys_ptr, values_ptr, begin, end, n, d, DIM: tl.constexpr):
 
 
 @triton.jit
-def _attend(queries, keys, values, there, sums):
-    """Add positions to the running sums of each query: the highest exponent, the sum of weights and that of values."""
-    keys, values = keys.to(tl.float32), values.to(tl.float32)
-    found = ()
-    for g in tl.static_range(len(queries)):
-        highest, weights, total = sums[3 * g], sums[3 * g + 1], sums[3 * g + 2]
-        exponents = tl.sum(keys * queries[g][None, :], axis=1)
-        exponents = tl.where(there, exponents, _LEAST)
-        new = tl.maximum(highest, tl.max(exponents, axis=0))
-        shrink = tl.exp2(highest - new)
-        weight = tl.where(there, tl.exp2(exponents - new), 0.0)
-        total = total * shrink + tl.sum(values * weight[:, None], axis=0)
-        found += (new, weights * shrink + tl.sum(weight, axis=0), total)
-    return found
+def _attend(query, keys, values, there, highest, weights, total):
+    """Add positions to a running sum: the highest exponent, the sum of weights and that of values."""
+    exponents = tl.sum(keys.to(tl.float32) * query[None, :], axis=1)
+    exponents = tl.where(there, exponents, _LEAST)
+    new = tl.maximum(highest, tl.max(exponents, axis=0))
+    shrink = tl.exp2(highest - new)
+    weight = tl.where(there, tl.exp2(exponents - new), 0.0)
+    total = total * shrink + tl.sum(values.to(tl.float32) * weight[:, None], axis=0)
+    return new, weights * shrink + tl.sum(weight, axis=0), total
 
 
 @triton.jit
 def one_query(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, length_ptr, out_ptr, part_ptr,
     q_stride, k_stride, v_stride, angle_stride, longest, scale,
-    HEADS: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr,
-    SPLITS: tl.constexpr, ROTATED: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, SHARED: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, SPLITS: tl.constexpr,
+    ROTATED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of GROUP query heads, one or SHARED, or by SPLITS > 1 partial sums of a share of positions; see ``join``.
+    """Outputs of one query head and, by SPLITS > 1, partial sums of a share of positions; see ``join``.
 
-    The grid is (batch × HEADS / GROUP, SPLITS).
+    The grid is (batch × HEADS, SPLITS).
 
     Args:
         q_ptr: (batch, HEADS, DIM), the latter two contiguous; k and v (batch, HEADS / SHARED, DIM) likewise.
@@ -72,7 +66,7 @@ def one_query(
         scale: of products, times the logarithm of e to base 2.
     """
     let_next_start(PDL)
-    head, split = tl.program_id(0) * GROUP, tl.program_id(1)
+    head, split = tl.program_id(0), tl.program_id(1)
     batch = head // HEADS
     d, n = tl.arange(0, DIM), tl.arange(0, TILE)
     length = tl.load(length_ptr).to(tl.int32)
@@ -90,10 +84,7 @@ def one_query(
         cos = tl.load(cos_ptr + batch * angle_stride + d).to(tl.float32)
         sin = tl.load(sin_ptr + batch * angle_stride + d).to(tl.float32)
     own = head % HEADS
-    queries = ()
-    for g in tl.static_range(GROUP):
-        at = q_ptr + batch * q_stride + (own + g) * DIM
-        queries += (_rotated(at, cos, sin, d, DIM, ROTATED) * scale,)
+    query = _rotated(q_ptr + batch * q_stride + own * DIM, cos, sin, d, DIM, ROTATED) * scale
     new_key = _rotated(k_ptr + batch * k_stride + own // SHARED * DIM, cos, sin, d, DIM, ROTATED).to(
         keys.dtype
     )
@@ -102,24 +93,21 @@ def one_query(
         writes = (d >= 0) & (own % SHARED == 0) & (length < longest)
         tl.store(keys_at + length * DIM + d, new_key, mask=writes)
         tl.store(values_at + length * DIM + d, new_value, mask=writes)
-    sums = ()
-    for g in tl.static_range(GROUP):
-        exponent = tl.sum(queries[g] * new_key.to(tl.float32), axis=0)
-        weights = tl.where(split == 0, 1.0, 0.0)
-        sums += (tl.where(split == 0, exponent, _LEAST), weights, new_value.to(tl.float32) * weights)
-    sums = _attend(queries, keys, values, begin + n < end, sums)
+    exponent = tl.sum(query * new_key.to(tl.float32), axis=0)
+    highest = tl.where(split == 0, exponent, _LEAST)
+    weights = tl.where(split == 0, 1.0, 0.0)
+    total = new_value.to(tl.float32) * weights
+    highest, weights, total = _attend(query, keys, values, begin + n < end, highest, weights, total)
     for start in tl.range(begin + TILE, end, TILE):
         keys, values = _entries(keys_at, values_at, start, end, n, d, DIM)
-        sums = _attend(queries, keys, values, start + n < end, sums)
-    for g in tl.static_range(GROUP):
-        highest, weights, total = sums[3 * g], sums[3 * g + 1], sums[3 * g + 2]
-        if SPLITS == 1:
-            tl.store(out_ptr + (head + g) * DIM + d, (total / weights).to(out_ptr.dtype.element_ty))
-        else:
-            part = part_ptr + ((head + g) * SPLITS + split) * (DIM + 2)
-            tl.store(part + d, total)
-            tl.store(part + DIM, highest)
-            tl.store(part + DIM + 1, weights)
+        highest, weights, total = _attend(query, keys, values, start + n < end, highest, weights, total)
+    if SPLITS == 1:
+        tl.store(out_ptr + head * DIM + d, (total / weights).to(out_ptr.dtype.element_ty))
+    else:
+        part = part_ptr + (head * SPLITS + split) * (DIM + 2)
+        tl.store(part + d, total)
+        tl.store(part + DIM, highest)
+        tl.store(part + DIM + 1, weights)
 
 
 @triton.jit
