@@ -149,7 +149,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton
 from framequant.codes.trellis_codebook import codebook
-from framequant.kernels import launches, panel_triton, product_bytes_triton, product_triton
+from framequant.kernels import launches, panel_fold_triton, panel_triton, product_bytes_triton, product_triton
 POINTERS = {"unit_ptr": "*fp32", "top_ptr": "*fp32", "places_ptr": "*i32", "signs_ptr": "*i8", "matrix_ptr": "*fp16",
             "bias_ptr": "*bf16", "shift_ptr": "*i32",
             "sum_ptr": "*fp32", "z_ptr": "*i8", "u_ptr": "*bf16", "panel_ptr": "*bf16"}
@@ -181,6 +181,13 @@ text = ptx(panel_triton.decode_panel, "*i32", "*fp32", shared | {
     "TRELLIS": True, "BITS": 12, "ROW_SCALES": False, "BR": tile.step, "BK": tile.words,
     "STEPS": tile.rows // tile.step}, tile.warps)
 assert "st.global.v4.b32" in text and "mma" in text
+tile = launches.FOLD_TILE
+for panel in ("*fp16", "*bf16"):
+    POINTERS |= {"panel_ptr": panel, "frame_ptr": "*fp32"}
+    text = ptx(panel_fold_triton.fold_panel, "*i16", "*fp16", {
+        "memory_ptr": None, "ROW_SCALES": True, "UNITS": tile.units, "WARPS": tile.warps}, tile.warps)
+    for part in ("stmatrix", "mma.sync.aligned.m16n8k8", "mma.sync.aligned.m16n8k16", "st.global.v4.b32"):
+        assert part in text, part
 """
 
 
