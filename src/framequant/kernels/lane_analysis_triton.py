@@ -209,8 +209,8 @@ def copy_numbers(x_ptr, shared, thread, SIZE: tl.constexpr, THREADS: tl.constexp
 
 
 @triton.jit
-def _first_axis(cube, loaded, head, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
-                DTYPE: tl.constexpr):  # fmt: skip
+def _first_axis(token, cube, loaded, head, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
+                DTYPE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
     """Butterflies along the first axis; of each thread's numbers the sum of squares and, not of halves, the largest.
 
     And, NORMED, the sum of squares of what was read; and the sum of all coefficients before norms.
@@ -219,7 +219,7 @@ def _first_axis(cube, loaded, head, thread, SIZE: tl.constexpr, THREADS: tl.cons
     column = ()
     squares, largest, energy = thread * 0.0, thread * 0.0, thread * 0.0
     for i in tl.static_range(SIZE // THREADS):
-        value = load_shared_number(cube + thread * BYTES, DTYPE, i * THREADS * BYTES)
+        value = load_shared_number(token + thread * BYTES, DTYPE, i * THREADS * BYTES)
         if NORMED:
             energy += value * value
             value *= loaded[3 + i].to(tl.float32)
@@ -228,9 +228,10 @@ def _first_axis(cube, loaded, head, thread, SIZE: tl.constexpr, THREADS: tl.cons
             largest = tl.maximum(largest, tl.abs(value))
         squares += value * value
         column += (_signed(value, loaded[0], i),)
-    total = _sum_of_all(cube, loaded, head, thread, NORMED, DTYPE)
+    total = _sum_of_all(token, loaded, head, thread, NORMED, DTYPE)
     column = hadamard_registers(column, SIZE // THREADS)
-    tl.debug_barrier()  # the cube takes the place of what was read
+    if not APART:
+        tl.debug_barrier()  # the cube takes the place of what was read
     for i in tl.static_range(SIZE // THREADS):
         store_shared(cube + cube_place(thread), column[i], cube_bytes(i * THREADS))
     return squares, largest, energy, total
@@ -271,12 +272,12 @@ def column_sums(outputs, width):
 
 
 @triton.jit
-def _sum_of_all(cube, loaded, head, thread, NORMED: tl.constexpr, DTYPE: tl.constexpr):
+def _sum_of_all(token, loaded, head, thread, NORMED: tl.constexpr, DTYPE: tl.constexpr):
     """The sum of all coefficients before norms: butterflies add up to the first of their numbers times how many.
 
     So sixteen numbers tell, those of the last butterflies, which the frame's block follows.
     """
-    number = load_shared_number(cube + thread % 16 * (DTYPE.primitive_bitwidth // 8), DTYPE) * shrink(DTYPE)
+    number = load_shared_number(token + thread % 16 * (DTYPE.primitive_bitwidth // 8), DTYPE) * shrink(DTYPE)
     if NORMED:
         number *= loaded[2].to(tl.float32)
     return lane_sum(_signed(number, loaded[1], 0) * head)
@@ -355,15 +356,24 @@ def pair_factor(codes):
 
 
 @triton.jit
+def _times(column, factor):
+    """Sixteen numbers times a factor."""
+    found = ()
+    for k in tl.static_range(16):
+        found += (column[k] * factor,)
+    return found
+
+
+@triton.jit
 def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
                   CODES: tl.constexpr, TILES: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
-    """Coefficients of sixteen coordinates, from the first-th on, to planes."""
+    """Coefficients of sixteen coordinates, from the first-th on, to planes; of eighteen the butterflies are made."""
     PERIOD: tl.constexpr = period(EACH, CODES)
     places = ()
     for c in tl.static_range(PERIOD):
         places += (shared + place_of(first + c, COUNT, CODES, TILES),)
     if EACH == 18 and WIDTH == 16:
-        column = ninths(hadamard_registers(column, 16))
+        column = ninths(column)
         scale *= 1.0 / 3.0
     scales = (scale, scale * pair_factor(CODES))
     for c in tl.static_range(EACH):
@@ -389,15 +399,17 @@ def period(each, codes):
 
 @triton.jit
 def analyse(
-    loaded, head, cube, shared, sums, thread, norm, epsilon, DTYPE: tl.constexpr,
+    loaded, head, token, cube, shared, sums, thread, norm, epsilon, DTYPE: tl.constexpr,
     SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
-    CODES: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
+    CODES: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Write the coefficients of a token of SIZE numbers to planes; NORMED, of their root-mean-square norm.
 
     Args:
         loaded: by ``load_signs``, and ``head_weight``; ``epsilon`` is what the norm adds to the mean of squares.
-        cube: ``cube_bytes(SIZE)`` of shared memory, which may hold the planes. ``copy_numbers`` brings the token to it.
+        token: shared memory that ``copy_numbers`` brings the token to; the planes may lie there, too.
+        cube: ``cube_bytes(SIZE)`` of shared memory, APART from all else; or beginning at ``token`` and with the planes
+            in it, for two barriers more.
         shared: the planes.
         sums: twelve bytes of shared memory for each warp, not in the cube.
         norm: of the transform without the frame.
@@ -411,28 +423,35 @@ def analyse(
     matrix: tl.constexpr = last_matrix(OUTPUTS, WIDTH) if WIDTH > 1 else ()
     wait_for_copies(thread)
     tl.debug_barrier()
-    squares, largest, energy, total = _first_axis(cube, loaded, head, thread, SIZE, THREADS, NORMED, DTYPE)
+    squares, largest, energy, total = _first_axis(
+        token, cube, loaded, head, thread, SIZE, THREADS, NORMED, DTYPE, APART
+    )
     tl.debug_barrier()
+    _second_axis(cube, thread, SIZE, THREADS)
+    # behind the second axis, whose loads would wait for these shuffles
     store_shared(sums + thread // 32 * 8, lane_sum(squares))
     if tl.float16 != DTYPE:
         largest = lane_largest(largest)
     store_shared(sums + thread // 32 * 8 + 4, largest)
     if NORMED:
         store_shared(sums + THREADS // 4 + thread // 32 * 4, lane_sum(energy))
-    _second_axis(cube, thread, SIZE, THREADS)
     tl.debug_barrier()
     sixteen = _sixteen(thread, spread(EACH, CODES))
     columns = _third_axis(cube, sixteen, THREADS, TURNS)
     bits, finite = _unit(sums, thread, SIZE, THREADS)
-    tl.debug_barrier()
+    if not APART:
+        tl.debug_barrier()
     zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
-    down = (0x7F000000 - bits).to(tl.float32, bitcast=True)  # the first of all factors: the largest, too
+    down = (0x7F000000 - bits).to(tl.float32, bitcast=True)  # before other factors: it may be the largest
     for turn in tl.static_range(TURNS):
         column = ()
         for k in tl.static_range(16):
-            column += (columns[16 * turn + k] * down,)
-        if WIDTH == 1:
+            column += (columns[16 * turn + k],)
+        if WIDTH == 1 or (
+            OUTPUTS == 18 and WIDTH == 16
+        ):  # other blocks have these butterflies in their matrix
             column = hadamard_registers(column, 16)
+        column = _times(column, down)
         first = (sixteen + turn * THREADS) * EACH
         _store_column(column, norm * 4194304.0, first, shared, WIDTH, EACH, COUNT, CODES, TILES, matrix)
     power = tl.where(finite, bits.to(tl.float32, bitcast=True), float("nan"))

@@ -42,6 +42,7 @@ from framequant.kernels.lanes_triton import (
     shared_memory,
     store_shared,
 )
+from framequant.kernels.launches import LANE_SHARED
 from framequant.kernels.trellis_triton import offset, window
 from framequant.kernels.triton_support import let_next_start, wait_for_previous
 
@@ -61,10 +62,24 @@ def sum_bytes(warps, analysed):
 
 
 @triton.constexpr_function
+def cube_begin(warps, count, codes, analysed):
+    """Bytes of shared memory before the cube of ``analysed`` numbers: all the other ones, or sums alone.
+
+    In the latter case the parts and planes take its place.
+    """
+    end = sum_bytes(warps, analysed) + 2 * part_bytes(warps) + 3 * plane_bytes(count, codes, 80)
+    return end if end + cube_bytes(analysed) <= LANE_SHARED else sum_bytes(warps, analysed)
+
+
+@triton.constexpr_function
 def shared_bytes(warps, count, codes, analysed):
-    """Bytes of shared memory: sums, two turns' parts and three planes; before these ``analysed`` numbers."""
-    planes = 3 * plane_bytes(count, codes, 80 if analysed else 64)
-    return sum_bytes(warps, analysed) + max(2 * part_bytes(warps) + planes, cube_bytes(analysed))
+    """Bytes of shared memory: sums, two turns' parts and three planes; and before these ``analysed`` numbers."""
+    rest = (
+        sum_bytes(warps, analysed)
+        + 2 * part_bytes(warps)
+        + 3 * plane_bytes(count, codes, 80 if analysed else 64)
+    )
+    return max(rest, cube_begin(warps, count, codes, analysed) + cube_bytes(analysed)) if analysed else rest
 
 
 @triton.jit
@@ -317,6 +332,7 @@ def lane_product(
     CODES: tl.constexpr = 0 if TRELLIS else 8 // BITS
     TILES: tl.constexpr = 80 if ANALYSED else 64
     PLANE: tl.constexpr = plane_bytes(COUNT, CODES, TILES)
+    BEGIN: tl.constexpr = cube_begin(WARPS, COUNT, CODES, ANALYSED)
     base = shared_memory(shared_bytes(WARPS, COUNT, CODES, ANALYSED), memory_ptr)
     parts = base + sum_bytes(WARPS, ANALYSED)
     shared = parts + 2 * HALF
@@ -338,8 +354,8 @@ def lane_product(
     if ANALYSED:
         copy_numbers(x_ptr, parts, thread, ANALYSED, 32 * WARPS)
         unit, total = analyse(
-            loaded, head, parts, shared, base, thread, x_norm, epsilon, x_ptr.dtype.element_ty, ANALYSED, OUTPUTS,
-            WIDTH, COUNT, CODES, TILES, 32 * WARPS, NORMED,
+            loaded, head, parts, base + BEGIN, shared, base, thread, x_norm, epsilon, x_ptr.dtype.element_ty, ANALYSED,
+            OUTPUTS, WIDTH, COUNT, CODES, TILES, 32 * WARPS, NORMED, sum_bytes(WARPS, ANALYSED) < BEGIN,
         )  # fmt: skip
         tl.store(unit_ptr + thread * 0, unit, mask=(thread == 0) & (tl.program_id(0) == 0))
         total = total * zero
