@@ -30,7 +30,7 @@ FEW_TOKENS = 64
 #: D̃ is decoded in panels: where lines through what was measured meet (``benchmarks/kernel_tokens_h100.csv``), for
 #: scalar codes and a trellis.
 LOOPED = {False: (24e6, 43e6, 75e6), True: (88e6,)}
-#: Bytes of a panel, at most, and of one that an H100's L2 cache (50 MB) mostly holds until it is multiplied.
+#: Bytes of a panel, at most, and of one that an L2 cache of 50 MB mostly holds until it is multiplied.
 PANEL_BYTES, CACHED_BYTES = 64 << 20, 48 << 20
 #: With as many tokens, rows that make 128 of cuBLAS' tiles (128 by 256): a full round of 132 multiprocessors.
 ROUND_ROWS = 2048

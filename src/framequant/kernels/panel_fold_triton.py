@@ -70,7 +70,7 @@ def _frame_pair(frame_ptr, coefficient, coordinate, odd):
 
 @triton.jit
 def _frame_operands(frame_ptr, row, quarter, odd):
-    """The block's transpose (16, 18) as left operands: of 16 coefficients, and of the last two."""
+    """The block's transpose as left operand of 16 coefficients, whose codes begin in an even or odd half of a byte."""
     found = ()
     for k in tl.static_range(2):
         for m in tl.static_range(2):
@@ -199,7 +199,7 @@ def fold_panel(
         _frame_pair(frame_ptr, row * 0 + 16, row, odd),
         _frame_pair(frame_ptr, row * 0 + 16, row + 8, odd),
     )
-    start = ()
+    start = ()  # what codes of -1.5 make, in units of what masked codes make of lifted entries
     for i in tl.static_range(4):  # each from a place of its own, or they would be made anew for each product
         start += (tl.load(frame_ptr + (288 + 16 * (i % 2) + 8 * (i // 2)) + row) * 0.00006103515625,)
     masks = (tl.where(odd, 0x00C00030, 0x000C0003), tl.where(odd, 0x000C0003, 0x00C00030))

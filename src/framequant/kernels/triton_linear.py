@@ -242,7 +242,6 @@ def products(
 
 def _outputs(plan: TritonPlan, out: BlockPlan, x: Float[Tensor, "t n"]) -> Float[Tensor, "t rows"]:
     """Analysis, and a product that ends with the outputs of all rows."""
-    into, sizes = plan.into, [*plan.into.sizes, *plan.into.padded]
     ends = out.places, out.signs, out.matrix, plan.bias
     if x.shape[0] > launches.FEW_TOKENS:
         into, frame, columns = plan.prompt
