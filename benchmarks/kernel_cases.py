@@ -172,6 +172,7 @@ class Case:
 
 
 def captured(launches: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A graph of launches, the first two of which are run before."""
     for launch in launches[:2]:
         launch()
     torch.cuda.synchronize()
@@ -185,7 +186,7 @@ def captured(launches: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
 def graphs_us(several: list[list[Callable[[], object]]], budget: float = 0.015) -> list[float]:
     """Median microseconds of one launch of each list, from replays of graphs of them, in turns.
 
-    As many replays before settle the clocks; in turns they are the same for all.
+    Replays for as long before settle the clocks; in turns they are the same for all.
     """
     graphs, times, spent = [captured(launches) for launches in several], [[] for _ in several], 0.0
     begin_time = time.perf_counter()

@@ -130,7 +130,7 @@ def local_prompt(code: str) -> list[Found]:
             FoldTile(4, 2, 128),
             FoldTile(1, 2, 128),
         )
-        sizes = ((1 << 24) * n for n in (1, 3, 4))
+        sizes = ((1 << 24) * n for n in (1, 2, 4))
         return [(f"panels {tile}", {(launches, "FOLD_TILE"): tile}) for tile in tiles] + [
             (f"panels of {size >> 20} MiB", {(launches, "CACHED_BYTES"): size}) for size in sizes
         ]
