@@ -1,6 +1,7 @@
 """Search multipliers for the trellis codebook, or print its Gaussian errors beside a random table's.
 
     python benchmarks/codebook.py --state-bits 12 --search     # prints the best (multiplier, upper)
+    python benchmarks/codebook.py --state-bits 16 --search --per-state 2 --candidates 200   # of two weights a state
     python benchmarks/codebook.py --csv benchmarks/codebook.csv    # errors for every L and rate
     python benchmarks/codebook.py --em 12 --state-bits 8 10 12 --csv benchmarks/codebook_em.csv  # of a trained table
 
@@ -22,12 +23,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from framequant.codes.trellis_codebook import Codebook, codebook, symmetric_codebook
+from framequant.codes.trellis_codebook import PER_STATE, Codebook, codebook, symmetric_codebook
 from framequant.kernels.viterbi_cpu import search
 
 THREADS = int(os.environ.get("THREADS", "2"))
-RATES = ((1,), (1, 2), (2,), (2, 2, 2, 3), (2, 3), (3,), (4,))
-WEIGHT = {(1,): 1.0, (2,): 2.0, (3,): 1.0, (4,): 0.5}  # of the logarithm of the error in the search
+# New bits of the steps, by weights of a state.
+RATES = {
+    1: ((1,), (1, 2), (2,), (2, 2, 2, 3), (2, 3), (3,), (4,)),
+    2: ((2,), (3,), (4,), (4, 5), (5,), (6,)),
+}
+# Weights of the logarithms of errors in the search, and in its first two rounds.
+WEIGHT = {1: {(1,): 1.0, (2,): 2.0, (3,): 1.0, (4,): 0.5}, 2: {(2,): 1.0, (3,): 1.0, (4,): 2.0}}
+EARLY = {1: ([(2,)], [(1,), (2,), (3,)]), 2: ([(4,)], [(2,), (4,)])}
 
 
 def gaussian(tiles: int, seed: int = 0) -> np.ndarray:
@@ -36,6 +43,7 @@ def gaussian(tiles: int, seed: int = 0) -> np.ndarray:
 
 
 def normalised(table: np.ndarray) -> np.ndarray:
+    """Values of states, (states, weights of a state), with mean 0 and variance 1."""
     table = table.astype(np.float64) - table.mean()
     return (table / table.std()).astype(np.float32)
 
@@ -48,7 +56,7 @@ def chosen(table: np.ndarray, rates: tuple[int, ...], values: np.ndarray) -> np.
 
 def gaussian_error(table: np.ndarray, rates: tuple[int, ...], values: np.ndarray) -> float:
     states = chosen(table, rates, values)
-    return float(((values.astype(np.float64) - table[states]) ** 2).mean())
+    return float(((values.astype(np.float64) - table[states].reshape(values.shape)) ** 2).mean())
 
 
 def trained(table: np.ndarray, rates: tuple[int, ...], tiles: int, rounds: int) -> np.ndarray:
@@ -58,7 +66,8 @@ def trained(table: np.ndarray, rates: tuple[int, ...], tiles: int, rounds: int) 
         states = chosen(table, rates, values).ravel()
         counts = np.bincount(states, minlength=len(table))
         sums = np.bincount(states, weights=values.ravel(), minlength=len(table))
-        table = np.where(counts > 0, sums / np.maximum(counts, 1), table).astype(np.float32)
+        means = (sums / np.maximum(counts, 1))[:, None]
+        table = np.where(counts[:, None] > 0, means, table).astype(np.float32)
     return table
 
 
@@ -66,25 +75,28 @@ def table_of(book: Codebook, state_bits: int) -> np.ndarray:
     return normalised(book.levels(torch.arange(1 << state_bits)).numpy())
 
 
-def candidate(state_bits: int, multiplier: int, upper: bool) -> np.ndarray:
-    return table_of(symmetric_codebook(state_bits, multiplier, upper), state_bits)
-
-
 def score(
-    state_bits: int, constants: tuple[int, bool], rates: list[tuple[int, ...]], values: np.ndarray
+    state_bits: int,
+    per_state: int,
+    constants: tuple[int, bool],
+    rates: list[tuple[int, ...]],
+    values: np.ndarray,
 ) -> float:
-    table = candidate(state_bits, *constants)
-    return sum(WEIGHT[r] * np.log(gaussian_error(table, r, values)) for r in rates)
+    table = table_of(symmetric_codebook(state_bits, *constants, per_state), state_bits)
+    return sum(WEIGHT[per_state][r] * np.log(gaussian_error(table, r, values)) for r in rates)
 
 
-def search_constants(state_bits: int, candidates: int, seed: int, work: float) -> None:
+def search_constants(state_bits: int, per_state: int, candidates: int, seed: int, work: float) -> None:
     generator = np.random.default_rng(seed)
     pool = [(int(generator.integers(1 << 31)) * 2 + 1, bool(i % 2)) for i in range(candidates)]
-    rounds = (([(2,)], 48, 32), ([(1,), (2,), (3,)], 256, 6), (list(WEIGHT), 2048, 1))
+    one, some = EARLY[per_state]
+    rounds = ((one, 48, 32), (some, 256, 6), (list(WEIGHT[per_state]), 2048, 1))
     for rates, tiles, survivors in rounds:
         values = gaussian(max(32, int(tiles * work)), seed=len(rates))
         start = time.time()
-        scored = sorted((score(state_bits, constants, rates, values), constants) for constants in pool)
+        scored = sorted(
+            (score(state_bits, per_state, constants, rates, values), constants) for constants in pool
+        )
         pool = [constants for _, constants in scored[:survivors]]
         print(f"# L={state_bits} {rates} {time.time() - start:.0f}s best {scored[0]}", flush=True)
     print(f"    {state_bits}: {pool[0]},", flush=True)
@@ -98,18 +110,21 @@ def write(path: Path | None, head: list[str], rows: list[tuple[float, ...]]) -> 
             writer.writerows(rows)
 
 
-def report(state_bits: list[int], tiles: int, draws: int, path: Path | None) -> None:
+def report(state_bits: list[int], per_state: int, tiles: int, draws: int, path: Path | None) -> None:
     rows = []
+    identifier = next(name for name, each in PER_STATE.items() if each == per_state)
     for bits in state_bits:
-        table = table_of(codebook(bits), bits)
+        table = table_of(codebook(bits, identifier), bits)
         values = gaussian(max(64, int(tiles * min(1.0, 2.0 ** (13 - bits)))), seed=99)
-        for rates in RATES:
+        for rates in RATES[per_state]:
             computed = gaussian_error(table, rates, values)
             random = [
-                gaussian_error(normalised(np.random.default_rng(i).standard_normal(1 << bits)), rates, values)
+                gaussian_error(
+                    normalised(np.random.default_rng(i).standard_normal(table.shape)), rates, values
+                )
                 for i in range(draws if bits < 14 else 2)
             ]
-            rate = sum(rates) / len(rates)
+            rate = sum(rates) / (len(rates) * per_state)
             row = (
                 bits,
                 rate,
@@ -141,6 +156,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--state-bits", type=int, nargs="*", default=list(range(8, 17)))
+    parser.add_argument("--per-state", type=int, choices=(1, 2), default=1, help="weights of a state")
     parser.add_argument("--search", action="store_true")
     parser.add_argument("--candidates", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
@@ -151,11 +167,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.search:
         for bits in args.state_bits:
-            search_constants(bits, args.candidates, args.seed, work=min(1.0, 2.0 ** (14 - bits)))
+            work = min(1.0, 2.0 ** (14 - bits))
+            search_constants(bits, args.per_state, args.candidates, args.seed, work)
     elif args.em:
         report_trained(args.state_bits, args.tiles, args.em, args.csv)
     else:
-        report(args.state_bits, args.tiles, args.draws, args.csv)
+        report(args.state_bits, args.per_state, args.tiles, args.draws, args.csv)
 
 
 if __name__ == "__main__":

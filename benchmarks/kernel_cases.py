@@ -10,7 +10,7 @@ import torch
 from framequant import storage
 from framequant.codes.grid import GridSpec
 from framequant.codes.packing import pack_codes
-from framequant.codes.trellis import TrellisSpec
+from framequant.codes.trellis import PAIR_ID, TrellisSpec
 from framequant.frames import block_frame, build_frame, choose_frame
 from framequant.kernels.block_plan import block_plan
 from framequant.kernels.product_bytes_triton import byte_product
@@ -23,6 +23,7 @@ from framequant.spec import LinearSpec
 
 SCALAR = GridSpec("sigma_clip", 4, "symmetric")
 TRELLIS = TrellisSpec(12, (2,))
+PAIRS = TrellisSpec(16, (4,), codebook=PAIR_ID)  # two weights a state
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COLD = 160e6  # bytes of codes to run through: more than twice the L2 cache of an H100
 MULTIPROCESSORS = 132

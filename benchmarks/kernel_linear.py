@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_cases import COLD, DEVICE, SCALAR, TRELLIS, Case, graph_us, graphs_us
+from kernel_cases import COLD, DEVICE, PAIRS, SCALAR, TRELLIS, Case, graph_us, graphs_us
 from measure import commit
 
 from framequant.codes.grid import GridSpec
@@ -41,6 +41,7 @@ CODES: dict[str, tuple[GridSpec | TrellisSpec, float, int]] = {
     "trellis": (TRELLIS, 1.0, 0),
     "scalar local": (SCALAR, 1.125, BLOCK),
     "trellis local": (TRELLIS, 1.0, BLOCK),
+    "pairs local": (PAIRS, 1.0, BLOCK),
     "trellis2.25 local": (TrellisSpec(12, rate_pattern(2.25)), 1.0, BLOCK),
 }
 CODES |= {f"levels{n}": (GridSpec("uniform", n, "symmetric"), 1.125, 0) for n in (5, 8)}

@@ -49,6 +49,7 @@ OURS = (
     "trellis apart",
     "scalar local",
     "trellis local",
+    "pairs local",
 )  # apart: linears that read one input, each for itself; local: output frames in blocks of rows
 ONCE = ("loading", "gemlite", "dense unpack", "hqq")  # for the first shape only
 KINDS = ("fp16", *OURS, *ONCE)
@@ -80,7 +81,7 @@ def frame_linear(name: str, linear: nn.Linear, kind: str) -> nn.Module:
     """A quantized linear with random codes of the kind: scalar with r = 1.125, or a trellis of two bits."""
     from framequant import FrameLinear, storage
     from framequant.codes.grid import GridSpec
-    from framequant.codes.trellis import TrellisSpec
+    from framequant.codes.trellis import PAIR_ID, TrellisSpec
     from framequant.frames import block_frame, choose_frame
     from framequant.frames.signs import derive_seed
     from framequant.spec import LinearSpec
@@ -88,6 +89,8 @@ def frame_linear(name: str, linear: nn.Linear, kind: str) -> nn.Module:
     code, redundancy = GridSpec("sigma_clip", 4, "symmetric"), 1.125
     if kind.startswith("trellis"):
         code, redundancy = TrellisSpec(12, (2,)), 1.0
+    elif kind.startswith("pairs"):
+        code, redundancy = TrellisSpec(16, (4,), codebook=PAIR_ID), 1.0
     block, _, last = name.rpartition(".")
     group = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "up", "up_proj": "up"}.get(
         last, last

@@ -16,11 +16,12 @@ import torch
 from tests.kernels.test_cpu import CODES, make_layer
 
 from framequant.codes.grid import GridSpec
-from framequant.codes.trellis import TrellisSpec, rate_pattern
+from framequant.codes.trellis import PAIR_ID, TrellisSpec, rate_pattern
 
 os.environ.setdefault("FRAMEQUANT_TUNING", "0")  # parts run side by side
 
 SHAPES = ((576, 192), (4096, 4096), (4096, 11008), (11008, 4096))
+PAIRS = TrellisSpec(16, (4,), codebook=PAIR_ID)
 RATE_SHAPES = ((576, 200), (4096, 11008))  # 200 rows end within a tile
 
 
@@ -36,7 +37,9 @@ def check(code: object, shape: tuple[int, int], tokens: int, dtype: torch.dtype,
     error = float((layer(x).double() - exact).norm() / exact.norm())
     used = isinstance(layer._prepared[2], triton_linear.TritonPlan) and all(triton_linear._verdicts.values())
     mark = "" if used and error <= 2 * torchs else " !!"
-    name = f"trellis {code.rate:g}" if isinstance(code, TrellisSpec) else f"scalar {code.num_levels}"
+    name = f"scalar {code.num_levels}"
+    if isinstance(code, TrellisSpec):
+        name = f"trellis {code.rate:g}" if code.per_state == 1 else f"pairs {code.rate:g}"
     print(
         f"{shape} {name} {tokens} {dtype} block {block}: {error:.2e}, torch {torchs:.2e}, used {used}{mark}"
     )
@@ -91,7 +94,7 @@ def jobs(tokens: list[int], blocks: list[int], rates: list[float], levels: list[
         codes: list[TrellisSpec | GridSpec] = [GridSpec("uniform", count, "symmetric") for count in levels]
         codes += [TrellisSpec(12, rate_pattern(rate), row_factors=i % 2 == 0) for i, rate in enumerate(rates)]
         return list(product(codes, RATE_SHAPES, tokens, (torch.float16,), blocks))
-    return list(product((CODES[0], CODES[5]), SHAPES, tokens, (torch.bfloat16, torch.float16), blocks))
+    return list(product((CODES[0], CODES[5], PAIRS), SHAPES, tokens, (torch.bfloat16, torch.float16), blocks))
 
 
 def main() -> None:

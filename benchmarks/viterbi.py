@@ -64,10 +64,10 @@ def gpu_rows(state_bits: int, bits: float, tiles: int, repeats: int) -> list[tup
         except Exception as error:  # a variant that does not fit the device is a row, not the end
             print(f"!! {name} L={state_bits} {rates}: {type(error).__name__}: {str(error)[:200]}")
             continue
-        found, least = (((targets[:2] - levels[s[:2].long()]) ** 2).sum() for s in (states, oracle))
+        found, least = (((targets[:2] - levels[s[:2].long(), 0]) ** 2).sum() for s in (states, oracle))
         if abs(found - least) > 1e-3 * least:
             print(f"!! {name} L={state_bits} {rates}: cost {found:.5f}, oracle {least:.5f}")
-        mse = ((values - levels[states.long()] * constants.scale) ** 2).mean().item()
+        mse = ((values - levels[states.long(), 0] * constants.scale) ** 2).mean().item()
         rows += [("search", state_bits, bits, name, n, n * 256 / s, mse) for n, s in seconds.items()]
     return rows
 
@@ -88,7 +88,7 @@ def cpu_rows(state_bits: int, bits: float, tiles: int, repeats: int) -> list[tup
     for backend in ("cpu", "torch"):
         part = values if backend == "cpu" else values[: max(1, tiles // 64)]
         states = search(part, table, rates, backend=backend)
-        mse = ((part - table[states.long()]) ** 2).mean().item()
+        mse = ((part - table[states.long(), 0]) ** 2).mean().item()
         run = lambda b=backend, p=part: search(p, table, rates, backend=b)  # noqa: E731
         seconds = best_seconds(run, False, repeats)
         rows.append(("search", state_bits, bits, backend, len(part), part.numel() / seconds, mse))

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 import framequant as fq
 from framequant.cli.options import choose_device
-from framequant.codes.trellis import codebook_values, matrix_from_tiles, tiles_from_matrix
+from framequant.codes.trellis import decode_states, matrix_from_tiles, tiles_from_matrix
 from framequant.evaluation.perplexity import perplexity
 from framequant.evaluation.text import read_text
 from framequant.integrations.sources import open_model
@@ -80,9 +80,8 @@ class Student(nn.Module):
     @torch.no_grad()
     def encode(self) -> None:
         tiles = tiles_from_matrix(self.shadow, self.spec)
-        values = codebook_values(self.spec.state_bits, device=tiles.device)[
-            encode_tiles(tiles, self.spec, check=False)
-        ]
+        states = encode_tiles(tiles, self.spec, check=False)
+        values = decode_states(states, self.spec.state_bits, identifier=self.spec.codebook)
         self.codes = matrix_from_tiles(values, *self.shadow.shape, self.spec) * self.scale
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -83,13 +83,13 @@ def test_golden_bytes() -> None:
 
 def test_golden_levels() -> None:
     """The meaning of stored codes: constants must never change under the same identifier."""
-    digests = {bits: _digest(bits) for bits in range(8, 17)}
-    assert digests == GOLDEN_LEVELS
+    assert {bits: _digest(bits, "bytesum-1") for bits in range(8, 17)} == GOLDEN_LEVELS
+    assert {bits: _digest(bits, "bytepair-1") for bits in range(8, 17)} == GOLDEN_PAIRS
 
 
-def _digest(bits: int) -> int:
-    levels = codebook(bits).levels(torch.arange(1 << bits)).to(torch.int64)
-    return int((levels * (torch.arange(1 << bits) % 1009 + 1)).sum())
+def _digest(bits: int, identifier: str) -> int:
+    levels = codebook(bits, identifier).levels(torch.arange(1 << bits)).to(torch.int64).flatten()
+    return int((levels * (torch.arange(len(levels)) % 1009 + 1)).sum())
 
 
 GOLDEN_LEVELS = {
@@ -105,13 +105,42 @@ GOLDEN_LEVELS = {
 }
 
 
+@pytest.mark.parametrize(("identifier", "reach"), [("bytesum-1", 510), ("bytepair-1", 255)])
 @pytest.mark.parametrize("state_bits", range(8, 17))
-def test_codebook_is_odd_and_normalised(state_bits: int) -> None:
-    values = codebook_values(state_bits).double()
+def test_codebook_is_odd_and_normalised(state_bits: int, identifier: str, reach: int) -> None:
+    values = codebook_values(state_bits, identifier=identifier).double()
+    assert values.shape == (1 << state_bits, 510 // reach)
     assert torch.equal(values, -values.flip(0))
     assert abs(values.square().mean().item() - 1) < 1e-6
-    assert values.abs().max() > 2.5
-    assert codebook(state_bits).levels(torch.arange(1 << state_bits)).abs().max() <= 510
+    assert values.abs().max() > 2.2
+    assert codebook(state_bits, identifier).levels(torch.arange(1 << state_bits)).abs().max() <= reach
+
+
+def test_pairs_by_hand() -> None:
+    book = codebook(16, "bytepair-1")
+    state = 0xA51C
+    word = ((state * book.multiplier + book.addend) % 2**32).to_bytes(4, "little")
+    levels = [word[0] + word[1] - 255, word[2] + word[3] - 255]
+    assert book.levels(torch.tensor([state])).tolist() == [levels]
+    values = decode_states(torch.tensor([state]), 16, identifier="bytepair-1")
+    assert values.tolist() == (torch.tensor(levels) * torch.tensor(book.scale)).tolist()
+
+
+def test_a_tile_of_pairs_has_its_bytes_and_its_order() -> None:
+    spec = TrellisSpec(12, (4, 5), 4, 8, "bytepair-1")
+    assert (spec.weights, spec.steps, spec.rate, spec.bits_per_tile) == (32, 16, 2.25, 72)
+    states = random_path(spec, 3)
+    packed = pack_states(states, spec)
+    assert packed.numel() == 3 * 9
+    tiles = decode_tiles(packed, spec, 3)
+    table = codebook_values(12, identifier="bytepair-1")
+    assert torch.equal(tiles[:, 0::2], table[states.long(), 0])
+    assert torch.equal(tiles[:, 1::2], table[states.long(), 1])
+    assert torch.equal(tiles_from_matrix(matrix_from_tiles(tiles, 4, 24, spec), spec), tiles)
+    with pytest.raises(ConfigError, match="two adjacent weights"):
+        TrellisSpec(12, (4,), 4, 3, "bytepair-1")
+    with pytest.raises(ConfigError, match="from 1 to 4, with two weights a state"):
+        rate_pattern(4.5, 2)
 
 
 def test_codebook_by_hand() -> None:
@@ -119,7 +148,7 @@ def test_codebook_by_hand() -> None:
     state = 1234
     word = (state * book.multiplier + book.addend) % 2**32
     level = sum(word.to_bytes(4, "little")) - 510
-    assert book.levels(torch.tensor([state, state + 4096])).tolist() == [level, level]
+    assert book.levels(torch.tensor([state, state + 4096])).tolist() == [[level], [level]]
     assert decode_states(torch.tensor([state]), 12).item() == torch.tensor(level * book.scale).item()
 
 

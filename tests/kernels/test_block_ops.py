@@ -79,6 +79,7 @@ cases = (
     (GridSpec("sigma_clip", 4, "symmetric"), (1001, 64), (1.0, 1.0), torch.float16, 32),  # three factors
     (TrellisSpec(12, (2,)), (192, 96), (1.125, 1.0), torch.float16, 32),
     (TrellisSpec(16, (2,)), (64, 128), (1.0, 1.0), torch.bfloat16, 64),
+    (TrellisSpec(16, (4,), codebook="bytepair-1"), (64, 64), (1.0, 1.0), torch.float16, 32),
 )
 for code, features, redundancy, dtype, block in cases:
     layer = make_layer(code, features, redundancy, block=block, bias=features[1] != 96)

@@ -32,6 +32,8 @@ CODES = [
     TrellisSpec(12, rate_pattern(2.25)),
     TrellisSpec(16, (4,)),
     TrellisSpec(12, (2,), row_factors=True),
+    TrellisSpec(16, (4,), codebook="bytepair-1"),
+    TrellisSpec(12, (4, 5), codebook="bytepair-1"),
 ]
 
 
@@ -66,6 +68,9 @@ def make_layer(
     )
 
 
+DRAWS = 4
+
+
 def errors(layer, x):
     """Relative errors of the kernel and of plain torch in the dtype of ``x``, against float64."""
     exact_layer = copy.deepcopy(layer)
@@ -85,8 +90,10 @@ def errors(layer, x):
 def test_error_is_at_most_twice_that_of_torch(code, tokens, dtype):
     layer = make_layer(code)
     assert layer._plan() is not None
-    x = torch.randn(tokens, 100, generator=torch.Generator().manual_seed(tokens)).to(dtype)
-    mine, torchs = errors(layer, x)
+    generator = torch.Generator().manual_seed(tokens)
+    # several inputs: how far torch is off with one token is luck, and another's on another machine
+    found = [errors(layer, torch.randn(tokens, 100, generator=generator).to(dtype)) for _ in range(DRAWS)]
+    mine, torchs = torch.tensor(found).square().mean(0).sqrt().tolist()
     assert mine <= 2 * torchs
 
 

@@ -29,6 +29,8 @@ for code, features, r, dtype, block, bias, analysed in (
     (CODES[0], (4096, 48), 1.25, torch.bfloat16, None, True, "in one"),
     (TrellisSpec(12, (2,)), (4096, 64), 1.0, torch.float16, 16, False, "in one"),
     (TrellisSpec(16, (2,)), (8192, 40), 1.125, torch.bfloat16, None, False, "in one"),
+    (TrellisSpec(16, (4,), codebook="bytepair-1"), (4096, 64), 1.0, torch.float16, 32, True, "in one"),
+    (TrellisSpec(16, (4,), codebook="bytepair-1"), (192, 40), 1.125, torch.bfloat16, None, False, "elsewhere"),
     (CODES[0], (5888, 32), 1.125, torch.float16, 32, False, "by rows"),
     (TrellisSpec(12, (2,)), (5120, 32), 1.0, torch.bfloat16, 32, True, "by rows"),
     (uniform[0], (512, 32), 1.0, torch.float16, 32, False, "by rows"),
@@ -163,18 +165,18 @@ TYPES = {"codes_ptr": "*u8", "z_ptr": "*i8", "signs_ptr": "*i8", "x_signs_ptr": 
          "x_ptr": "*fp16", "y_ptr": "*fp16", "bias_ptr": "*fp16", "weight_ptr": "*fp16", "added_ptr": "*fp16",
          "gate_ptr": "*fp16", "scale_ptr": "*bf16"}
 TYPES |= dict.fromkeys(("factor", "zero", "norm", "x_norm", "epsilon"), "fp32")
-book = codebook(12)
-for trellis in (False, True):
+for trellis in (0, 1, 2):
+    book = codebook(16, "bytepair-1") if trellis == 2 else codebook(12)
     how = launches.lane_launch(22016, 1152, 132)
     constants = {"ANALYSED": 4096, "OUTPUTS": 1 if trellis else 18, "WIDTH": 1 if trellis else 16,
                  "NORMED": not trellis, "ADDED": not trellis,
-                 "COUNT": 4160 if trellis else 1168, "PARTS": 1, "BITS": 12 if trellis else 2,
+                 "COUNT": 4160 if trellis else 1168, "PARTS": 1, "BITS": (2, 12, 16)[trellis],
                  "MULTIPLIER": book.multiplier, "ADDEND": book.addend, "TRELLIS": trellis, "ROW_SCALES": True,
                  "BLOCK": 32, "BIAS": False, "CHUNKS": how.chunks, "ROUNDS": how.rounds, "WARPS": how.warps,
-                 "WARPS_K": how.warps_k, "AHEAD": 0 if trellis else how.ahead, "PDL": True}
+                 "WARPS_K": how.warps_k, "AHEAD": 0 if trellis == 1 else how.ahead, "PDL": True}
     text = ptx(lane_product, TYPES, constants, how.warps)
     order = ["ld.global.L1::no_allocate", "griddepcontrol.wait", "cp.async.cg", "mma.sync.aligned"]
-    if not trellis:
+    if trellis != 1:
         order.insert(1, "prefetch.global.L2")
     places = [text.index(what) for what in order]
     assert places == sorted(places) and ".local" not in text

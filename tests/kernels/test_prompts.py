@@ -31,6 +31,7 @@ cases = (
     (GridSpec("sigma_clip", 4, "symmetric"), (20, 1001), (1.0, 1.0), torch.float16),
     (TrellisSpec(12, (2,)), (192, 48), (1.125, 1.0), torch.float16),
     (TrellisSpec(16, (2,)), (64, 40), (1.0, 1.0), torch.bfloat16),
+    (TrellisSpec(16, (4,), codebook="bytepair-1"), (96, 40), (1.0, 1.0), torch.float16),
 )
 for code, features, redundancy, dtype in cases:
     layer = make_layer(code, features, redundancy)

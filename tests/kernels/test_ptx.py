@@ -10,22 +10,28 @@ from framequant.codes.packing import pack_codes
 from framequant.codes.trellis import TrellisSpec, rate_pattern, unpack_states
 from framequant.codes.trellis_codebook import codebook
 from framequant.kernels.packed_words import to_planes
+from framequant.kernels.words import digits
 from tests.kernels.ptx import halves, interpret
 
 pytest.importorskip("triton")
 
 
 @pytest.mark.parametrize("bits", [8, 12, 16])
-@pytest.mark.parametrize("rate", [1, 1.5, 2, 2.25, 3, 3.875, 8])
-def test_trellis_states_and_levels(bits: int, rate: float) -> None:
+@pytest.mark.parametrize(
+    ("rate", "each"), [(rate, 1) for rate in (1, 1.5, 2, 2.25, 3, 3.875, 8)] + [(2, 2), (2.25, 2), (1.125, 2)]
+)
+def test_trellis_states_and_levels(bits: int, rate: float, each: int) -> None:
     from framequant.kernels import trellis_triton as kernel
 
-    code, book = TrellisSpec(bits, rate_pattern(rate)), codebook(bits)
-    pattern = sum(k << 4 * i for i, k in enumerate(code.rates))
+    name = {1: "bytesum-1", 2: "bytepair-1"}[each]
+    code, book = TrellisSpec(bits, rate_pattern(rate, each), codebook=name), codebook(bits, name)
+    pattern = digits(code)
+    assert (kernel.per_state(pattern), kernel.centre(pattern)) == (each, book.centre)
     tiles = torch.randint(0, 256, (2, code.bytes_per_tile), dtype=torch.uint8)
-    expected = book.levels(unpack_states(tiles.flatten(), code, 2)).view(2, 16, 16)
+    expected = book.levels(unpack_states(tiles.flatten(), code, 2)).reshape(2, 16, 16)
     words = tiles.view(torch.int32).numpy().view(np.uint32).astype(object)
     count, size = kernel.moved_words(pattern, 16, bits), kernel.tile_words(pattern)
+    seen = set()
     for row in range(16):
         lowest = 2 * size * (15 - row)
         loaded = [
@@ -45,9 +51,24 @@ def test_trellis_states_and_levels(bits: int, rate: float) -> None:
             text = kernel._window_text(shift, bits if top < 0 else 32) if shift else "mov.b32 $0, $1;"
             windows = [interpret(text, *[*place, 0][first : first + 2]) for place in places]
             for found, at_top in ((step, False), (top, True)) if top >= 0 else ((step, False),):
-                piece = kernel._level_text(kernel._take(bits, at_top), book.multiplier, book.addend)
-                level = halves(interpret(piece, *windows)) - 1534
-                assert level.tolist() == expected[:, row, found].tolist(), (row, step, at_top)
+                for weight in range(each):
+                    chosen = kernel.byte_places(each, weight)
+                    piece = kernel._level_text(
+                        kernel._take(bits, at_top), book.multiplier, book.addend, chosen
+                    )
+                    level = halves(interpret(piece, *windows)) - 1024 - book.centre
+                    assert level.tolist() == expected[:, row, found + weight].tolist(), (row, step, at_top)
+                    seen.add((row, found + weight))
+    assert len(seen) == 256
+
+
+def test_bytes_of_states_and_their_coefficients() -> None:
+    from framequant.kernels import lanes_triton as kernel
+
+    word = 0x44332211
+    halves_of = [interpret(kernel._half_text(byte), word) for byte in range(3)]
+    assert halves_of == [0x2211, 0x3322, 0x4433]
+    assert [interpret(kernel._doubled_text(upper), word) for upper in (0, 1)] == [0x22221111, 0x44443333]
 
 
 @pytest.mark.parametrize(("levels", "bits"), [(8, 3), (32, 5), (64, 6), (128, 7), (256, 8), (5, 7), (3, 8)])

@@ -19,6 +19,7 @@ from tests.kernels.test_prompts import run
 
 pytest.importorskip("triton")
 
+NAMES = {1: "bytesum-1", 2: "bytepair-1"}
 RATES = [step / 8 for step in range(8, 65)]
 
 
@@ -30,9 +31,10 @@ def linear_spec(code: TrellisSpec, rows: int, cols: int) -> LinearSpec:
 
 @st.composite
 def codes(draw: st.DrawFn) -> TrellisSpec:
-    length = draw(st.sampled_from([1, 2, 4, 8]))
+    codebook, longest = draw(st.sampled_from([("bytesum-1", 8), ("bytepair-1", 4)]))
+    length = draw(st.sampled_from([length for length in (1, 2, 4, 8) if length <= longest]))
     rates = draw(st.lists(st.integers(1, 8), min_size=length, max_size=length))
-    return TrellisSpec(draw(st.integers(8, 16)), tuple(rates))
+    return TrellisSpec(draw(st.integers(8, 16)), tuple(rates), codebook=codebook)
 
 
 @settings(max_examples=60, deadline=None)
@@ -57,7 +59,8 @@ def test_states_lie_where_the_kernels_cut_them_out(run_steps: int, bits: int) ->
     from framequant.kernels import trellis_triton as kernel
 
     for rate in RATES:
-        code = TrellisSpec(bits, rate_pattern(rate))
+        each = 2 if rate <= 4 and bits > 8 else 1  # all rates of one, some of two weights a state
+        code = TrellisSpec(bits, rate_pattern(rate, each), codebook=NAMES[each])
         pattern = word_layout(linear_spec(code, 16, 16)).pattern
         size, loaded = code.bits_per_tile, kernel.loaded_words(pattern, run_steps, bits)
         assert kernel.tile_words(pattern) * 32 == size
@@ -70,7 +73,7 @@ def test_states_lie_where_the_kernels_cut_them_out(run_steps: int, bits: int) ->
             assert not kernel.is_aligned(pattern, run_steps) or lowest % 32 == 0
             for step in range(run_steps):
                 state = moved >> kernel.offset(pattern, run_steps, step) & (1 << bits) - 1
-                place = code.offsets[index * run_steps + step]
+                place = code.offsets[(index * run_steps + step) // each]
                 assert state == around >> place & (1 << bits) - 1
 
 
@@ -86,6 +89,11 @@ def test_partners_share_a_window(bits: int) -> None:
             assert kernel.offset(pattern, 16, top) - kernel.offset(pattern, 16, low) == 32 - bits
         assert sorted(top for _, top in pairs) == [step for step, top in enumerate(tops) if top == -2]
     assert [kernel.partner(0x2, 16, 12, step) for step in (15, 14, 5, 4, 9)] == [5, 4, -2, -2, -1]
+
+
+def test_patterns_that_no_kernel_takes_have_no_layout() -> None:
+    code = TrellisSpec(12, (4, 4, 4, 4, 4, 4, 4, 5), codebook="bytepair-1")  # a tile of 528 bits
+    assert word_layout(linear_spec(code, 16, 16)) is None
 
 
 def test_rows_begin_where_their_shift_says() -> None:
@@ -119,9 +127,12 @@ cases = (
     (9, rate_pattern(1), False, (64, 40), (1.0, 1.0), 70, half),
     (14, rate_pattern(5.125), True, (64, 40), (1.0, 1.0), 1, half),
     (16, (8,), True, (64, 40), (1.0, 1.0), 70, half),
+    (16, (4,), True, (64, 40), (1.0, 1.0), 5, half, "bytepair-1"),
+    (12, (4, 5), False, (64, 40), (1.0, 1.0), 70, half, "bytepair-1"),
+    (14, (3,), False, (64, 40), (1.0, 1.0), 1, short, "bytepair-1"),
 )
-for bits, rates, factors, features, redundancy, tokens, dtype in cases:
-    layer = make_layer(TrellisSpec(bits, rates, row_factors=factors), features, redundancy)
+for bits, rates, factors, features, redundancy, tokens, dtype, *codebook in cases:
+    layer = make_layer(TrellisSpec(bits, rates, 16, 16, *codebook, row_factors=factors), features, redundancy)
     x = torch.randn(tokens, features[0]).to(dtype)
     layer.backend = "reference"
     exact, torchs = layer(x.double()), layer(x).double()

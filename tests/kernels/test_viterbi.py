@@ -20,17 +20,20 @@ PATTERNS = [(1,), (2,), (3,), (4,), (1, 2), (2, 1), (2, 2, 2, 3), (2, 3), (3, 4)
 ODD_PATTERNS = [(1, 3), (5,), (1, 6, 2), (8,), (6, 1)]
 
 
-def problem(tiles: int, steps: int, state_bits: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def problem(
+    tiles: int, steps: int, state_bits: int, seed: int = 0, each: int = 1
+) -> tuple[torch.Tensor, ...]:
+    """Values and weights of paths, and a table of ``each`` values a state."""
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(tiles, steps, generator=generator)
-    weights = torch.rand(tiles, steps, generator=generator) + 0.1
-    return values, weights, torch.randn(1 << state_bits, generator=generator)
+    values = torch.randn(tiles, steps * each, generator=generator)
+    weights = torch.rand(tiles, steps * each, generator=generator) + 0.1
+    return values, weights, torch.randn(1 << state_bits, each, generator=generator)
 
 
 def cost(
     values: torch.Tensor, weights: torch.Tensor, table: torch.Tensor, states: torch.Tensor
 ) -> torch.Tensor:
-    return (weights.double() * (values.double() - table.double()[states.long()]) ** 2).sum(1)
+    return (weights.double() * (values.double() - table.double()[states.long()].flatten(1)) ** 2).sum(1)
 
 
 def is_path(states: torch.Tensor, rates: tuple[int, ...], state_bits: int, ring: bool) -> bool:
@@ -45,7 +48,7 @@ def exhaustive(
 ) -> torch.Tensor:
     """The least cost of each sequence over every string of bits, by trying all of them."""
     state_bits = len(table).bit_length() - 1
-    pattern = rates * (values.shape[1] // len(rates))
+    pattern = rates * (values.shape[1] // (len(rates) * table.shape[1]))
     choices = [range(1 << k) for k in pattern]
     starts = [None] if ring else range(1 << (state_bits - pattern[0]))
     best = torch.full((len(values),), torch.inf, dtype=torch.float64)
@@ -65,9 +68,12 @@ def exhaustive(
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("each", [1, 2])
 @pytest.mark.parametrize(("rates", "steps", "state_bits"), [((2,), 5, 4), ((1, 2), 6, 5), ((1,), 8, 4)])
-def test_free_ends_are_optimal(backend: str, rates: tuple[int, ...], steps: int, state_bits: int) -> None:
-    values, weights, table = problem(2, steps, state_bits)
+def test_free_ends_are_optimal(
+    backend: str, each: int, rates: tuple[int, ...], steps: int, state_bits: int
+) -> None:
+    values, weights, table = problem(2, steps, state_bits, each=each)
     states = search(values, table, rates, weights=weights, backend=backend)
     assert is_path(states, rates, state_bits, ring=False)
     best = exhaustive(values, weights, table, rates, ring=False)
@@ -75,9 +81,12 @@ def test_free_ends_are_optimal(backend: str, rates: tuple[int, ...], steps: int,
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("each", [1, 2])
 @pytest.mark.parametrize(("rates", "steps", "state_bits"), [((2,), 6, 4), ((1, 2), 8, 5), ((1,), 10, 4)])
-def test_rings_are_optimal(backend: str, rates: tuple[int, ...], steps: int, state_bits: int) -> None:
-    values, weights, table = problem(2, steps, state_bits)
+def test_rings_are_optimal(
+    backend: str, each: int, rates: tuple[int, ...], steps: int, state_bits: int
+) -> None:
+    values, weights, table = problem(2, steps, state_bits, each=each)
     costs = []
     for overlap in range(1 << (state_bits - rates[0])):
         ends = torch.full((2,), overlap)
@@ -90,10 +99,13 @@ def test_rings_are_optimal(backend: str, rates: tuple[int, ...], steps: int, sta
 
 
 @pytest.mark.parametrize("ring", [False, True])
-@pytest.mark.parametrize(("rates", "state_bits"), [(r, 8) for r in PATTERNS + ODD_PATTERNS] + [((2,), 11)])
-def test_cpu_agrees_with_torch(rates: tuple[int, ...], state_bits: int, ring: bool) -> None:
-    values, weights, table = problem(5, 24, state_bits)
-    values, weights = values[:, : 24 // len(rates) * len(rates)], weights[:, : 24 // len(rates) * len(rates)]
+@pytest.mark.parametrize(
+    ("rates", "state_bits", "each"),
+    [(r, 8, 1) for r in PATTERNS + ODD_PATTERNS]
+    + [((2,), 11, 1), ((4,), 11, 2), ((3, 4), 10, 2), ((4, 5), 10, 2), ((2,), 8, 2)],
+)
+def test_cpu_agrees_with_torch(rates: tuple[int, ...], state_bits: int, each: int, ring: bool) -> None:
+    values, weights, table = problem(5, 24 // len(rates) * len(rates), state_bits, each=each)
     overlap = torch.arange(5) % (1 << (state_bits - rates[0])) if ring else None
     costs = []
     for backend in ("torch", "cpu"):
@@ -103,15 +115,20 @@ def test_cpu_agrees_with_torch(rates: tuple[int, ...], state_bits: int, ring: bo
     torch.testing.assert_close(*costs, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("bits", "state_bits"), [(2, 8), (2.25, 10), (1.5, 9), (4, 10), (3, 9)])
-def test_encode_pack_decode(bits: float, state_bits: int) -> None:
-    spec = TrellisSpec(state_bits, rate_pattern(bits), 8, 8)
+@pytest.mark.parametrize(
+    ("bits", "state_bits", "codebook"),
+    [(bits, state_bits, "bytesum-1") for bits, state_bits in ((2, 8), (2.25, 10), (1.5, 9), (4, 10), (3, 9))]
+    + [(bits, state_bits, "bytepair-1") for bits, state_bits in ((2, 10), (2.25, 12), (1.5, 9), (3, 12))],
+)
+def test_encode_pack_decode(bits: float, state_bits: int, codebook: str) -> None:
+    per_state = 2 if codebook == "bytepair-1" else 1
+    spec = TrellisSpec(state_bits, rate_pattern(bits, per_state), 8, 8, codebook)
     values = problem(6, 64, 2)[0]
     states = encode_tiles(values, spec)
     assert states.dtype == torch.int32
     packed = pack_states(states, spec)  # refuses anything but a ring
     decoded = decode_tiles(packed, spec, 6)
-    assert torch.equal(decoded, decode_states(states, state_bits))
+    assert torch.equal(decoded, decode_states(states, state_bits, identifier=codebook))
     assert ((values - decoded) ** 2).mean() < 3 * 4.0**-bits
 
 

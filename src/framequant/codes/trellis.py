@@ -1,14 +1,14 @@
 """Trellis codes: what the bits of a tile mean, at any multiple of 1/8 bit per weight.
 
-A tile of ``T = tile_rows * tile_cols`` weights (row-major) is coded by a path through a bit-shift trellis
-with ``2**L`` states: step t appends ``k_t`` new bits, ``s_t = ((s_{t-1} << k_t) | b_t) mod 2**L``, and its
-weight is the computed codebook's value of ``s_t``. The rates ``k_t`` repeat a pattern. The path is a ring
-(tail-biting): the bits before the first step are the last ones of the tile, so a tile takes exactly
-``sum(k_t)`` bits.
+A tile of ``tile_rows * tile_cols`` weights (row-major) is coded by a path through a bit-shift trellis with ``2**L``
+states: step t appends ``k_t`` new bits, ``s_t = ((s_{t-1} << k_t) | b_t) mod 2**L``, and its weight, or its two
+adjacent ones, are the computed codebook's values of ``s_t``: there are as many steps as weights, or half as many. The
+rates ``k_t`` repeat a pattern. The path is a ring (tail-biting): the bits before the first step are the last ones of
+the tile, so a tile takes exactly ``sum(k_t)`` bits.
 
 **Byte layout.** The n bits of a tile form one integer ``N``, oldest bits highest: ``N = sum_t b_t <<
 offset_t`` with ``offset_t = n - (k_0 + ... + k_t)``. It is stored little-endian in ``ceil(n / 8)`` bytes,
-unused top bits zero; tiles follow one another, row-major over the grid of tiles. The state of weight t is the
+unused top bits zero; tiles follow one another, row-major over the grid of tiles. The state of step t is the
 low L bits of ``N`` rotated right by ``offset_t``: a window at a place fixed by the pattern, read by one
 funnel shift of two neighbouring words. For T a multiple of 256 a tile is a whole number of 32-bit words at
 every rate, and the rotation is by words.
@@ -28,10 +28,19 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from framequant.codes.trellis_codebook import CODEBOOK_ID, codebook_values, decode_states
+from framequant.codes.trellis_codebook import (
+    CODEBOOK_ID,
+    PAIR_ID,
+    PER_STATE,
+    Codebook,
+    codebook,
+    codebook_values,
+    decode_states,
+)
 from framequant.errors import ConfigError, nearest
 
 __all__ = [
+    "PAIR_ID",
     "TrellisSpec",
     "codebook_values",
     "decode_states",
@@ -43,15 +52,11 @@ __all__ = [
     "unpack_states",
 ]
 
-_GAINS = (
-    (1.0, 0.88),
-    (1.5, 0.98),
-    (2.0, 1.03),
-    (2.5, 1.05),
-    (3.0, 1.07),
-    (4.0, 1.12),
-    (8.0, 1.2),
-)  # (bits, gain)
+# Weights of a state: (bits, gain).
+_GAINS = {
+    1: ((1.0, 0.88), (1.5, 0.98), (2.0, 1.03), (2.5, 1.05), (3.0, 1.07), (4.0, 1.12), (8.0, 1.2)),
+    2: ((1.0, 0.88), (1.5, 0.98), (2.0, 1.03), (2.5, 1.05), (3.0, 1.07), (4.0, 1.12)),
+}
 
 #: Mean squared error of a unit Gaussian times 4**bits, tail-biting tiles of 256, L = 12 (benchmarks/codebook.py).
 _EXCESS = (
@@ -81,11 +86,12 @@ def gaussian_error(bits: float) -> float:
     return _interpolate(_EXCESS, bits) / 4**bits
 
 
-def rate_pattern(bits: float) -> tuple[int, ...]:
-    """Return the shortest pattern of step rates whose mean is ``bits``, the larger ones spread evenly.
+def rate_pattern(bits: float, per_state: int = 1) -> tuple[int, ...]:
+    """Return the shortest pattern of step rates whose mean is ``bits`` a weight, the larger ones spread evenly.
 
     Args:
-        bits: per weight, a multiple of 1/8 from 1 to 8.
+        bits: per weight, a multiple of 1/8 from 1 to 8, of two weights a state to 4.
+        per_state: weights of a state.
 
     Raises:
         ConfigError: for any other number.
@@ -93,10 +99,14 @@ def rate_pattern(bits: float) -> tuple[int, ...]:
     Examples:
         >>> rate_pattern(2.25), rate_pattern(1.5), rate_pattern(3)
         ((2, 2, 2, 3), (1, 2), (3,))
+        >>> rate_pattern(2.25, per_state=2)
+        (4, 5)
     """
-    exact = Fraction(bits)
-    if not 1 <= exact <= 8 or 8 % exact.denominator:
-        raise ConfigError(f"a trellis rate is a multiple of 1/8 bit from 1 to 8, not {bits}")
+    most, exact = 8 // per_state, Fraction(bits)
+    if not 1 <= exact <= most or 8 % exact.denominator:
+        states = ", with two weights a state" if per_state == 2 else ""
+        raise ConfigError(f"a trellis rate is a multiple of 1/8 bit from 1 to {most}{states}, not {bits}")
+    exact *= per_state
     sums = [int(exact * step) for step in range(exact.denominator + 1)]
     return tuple(after - before for before, after in pairwise(sums))
 
@@ -107,7 +117,8 @@ class TrellisSpec:
 
     Attributes:
         state_bits: L, 8 to 16; search costs ``2**L`` a weight, decoding does not depend on it.
-        rates: new bits of each step, repeated over the tile: up to eight integers 1..8, at most L.
+        rates: new bits of each step, repeated over the tile: up to eight integers 1..8, at most L. A step has two
+            weights where the codebook has.
         tile_rows: rows of a tile.
         tile_cols: columns of a tile.
         codebook: the identifier of the computed codebook, with its version.
@@ -132,8 +143,14 @@ class TrellisSpec:
             raise ConfigError(f"rates must be one to eight integers from 1 to 8, not {self.rates}")
         if min(self.tile_rows, self.tile_cols) < 1:
             raise ConfigError(f"a tile of {self.tile_rows} x {self.tile_cols} is empty")
+        if self.codebook not in PER_STATE:
+            raise ConfigError(f"unknown codebook {self.codebook!r}.{nearest(self.codebook, list(PER_STATE))}")
+        if self.tile_cols % self.per_state:
+            raise ConfigError(
+                f"tile_cols = {self.tile_cols}: a state of {self.codebook} has two adjacent weights"
+            )
         if self.steps % len(self.rates):
-            raise ConfigError(f"{self.steps} weights a tile is not a multiple of the pattern {self.rates}")
+            raise ConfigError(f"{self.steps} steps a tile are not a multiple of the pattern {self.rates}")
         if self.bits_per_tile < self.state_bits:
             raise ConfigError(
                 f"a tile of {self.bits_per_tile} bits is shorter than its state of {self.state_bits} bits: "
@@ -141,13 +158,26 @@ class TrellisSpec:
             )
         if not isinstance(self.row_factors, bool):
             raise ConfigError(f"row_factors must be true or false, not {self.row_factors!r}")
-        if self.codebook != CODEBOOK_ID:
-            raise ConfigError(f"unknown codebook {self.codebook!r}.{nearest(self.codebook, [CODEBOOK_ID])}")
+
+    @property
+    def book(self) -> Codebook:
+        """The constants of the codebook."""
+        return codebook(self.state_bits, self.codebook)
+
+    @property
+    def per_state(self) -> int:
+        """Weights of a state: 1 or 2."""
+        return PER_STATE[self.codebook]
+
+    @property
+    def weights(self) -> int:
+        """Weights of a tile."""
+        return self.tile_rows * self.tile_cols
 
     @property
     def steps(self) -> int:
-        """Weights of a tile, T."""
-        return self.tile_rows * self.tile_cols
+        """States of a tile, T."""
+        return self.weights // self.per_state
 
     @property
     def bits_per_tile(self) -> int:
@@ -162,7 +192,7 @@ class TrellisSpec:
     @property
     def bits_per_coefficient(self) -> float:
         """Stored bits per coefficient of a full tile, byte padding included."""
-        return 8 * self.bytes_per_tile / self.steps
+        return 8 * self.bytes_per_tile / self.weights
 
     @property
     def gain(self) -> float:
@@ -172,12 +202,12 @@ class TrellisSpec:
         bits on, where the codebook's short tails (3.45 deviations) matter. Measured at L = 12 and 16: it
         takes 2 % off the error at 1 and 3 bits, 5 % at 4, nothing at 2. Fold it into the row scales.
         """
-        return _interpolate(_GAINS, self.rate)
+        return _interpolate(_GAINS[self.per_state], self.rate)
 
     @property
     def rate(self) -> float:
         """Bits per coefficient, byte padding left out."""
-        return sum(self.rates) / len(self.rates)
+        return sum(self.rates) / (len(self.rates) * self.per_state)
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
@@ -237,7 +267,7 @@ def pack_states(states: Int[Tensor, "tiles steps"], spec: TrellisSpec) -> UInt8[
         ConfigError: if the shape does not fit, or the states are not a tail-biting path of this trellis.
     """
     if states.ndim != 2 or states.shape[1] != spec.steps:
-        raise ConfigError(f"states of shape {tuple(states.shape)} do not fit tiles of {spec.steps} weights")
+        raise ConfigError(f"states of shape {tuple(states.shape)} do not fit tiles of {spec.steps} steps")
     index, shift = _split(spec, states.device)
     rates = torch.tensor(spec.rates * (spec.steps // len(spec.rates)), device=states.device)
     fresh = (states & ((1 << rates) - 1)).to(torch.int64) << shift
@@ -278,16 +308,18 @@ def unpack_states(
 
 def decode_tiles(
     packed: UInt8[Tensor, " bytes"], spec: TrellisSpec, num_tiles: int, dtype: torch.dtype = torch.float32
-) -> Float[Tensor, "tiles steps"]:
+) -> Float[Tensor, "tiles weights"]:
     """Return the values of packed tiles: ``decode_states(unpack_states(...))``, bit for bit on every device.
 
     Raises:
         ConfigError: if the number of bytes does not fit.
     """
-    return decode_states(unpack_states(packed, spec, num_tiles), spec.state_bits, dtype)
+    return decode_states(unpack_states(packed, spec, num_tiles), spec.state_bits, dtype, spec.codebook)
 
 
-def tiles_from_matrix(matrix: Float[Tensor, "rows cols"], spec: TrellisSpec) -> Float[Tensor, "tiles steps"]:
+def tiles_from_matrix(
+    matrix: Float[Tensor, "rows cols"], spec: TrellisSpec
+) -> Float[Tensor, "tiles weights"]:
     """Cut a matrix into tiles, row-major over the grid and within a tile; pad the last ones with zeros.
 
     Raises:
@@ -299,11 +331,11 @@ def tiles_from_matrix(matrix: Float[Tensor, "rows cols"], spec: TrellisSpec) -> 
     padded = matrix.new_zeros((down * spec.tile_rows, across * spec.tile_cols))
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix
     blocks = padded.reshape(down, spec.tile_rows, across, spec.tile_cols).transpose(1, 2)
-    return blocks.reshape(down * across, spec.steps)
+    return blocks.reshape(down * across, spec.weights)
 
 
 def matrix_from_tiles(
-    tiles: Float[Tensor, "tiles steps"], rows: int, cols: int, spec: TrellisSpec
+    tiles: Float[Tensor, "tiles weights"], rows: int, cols: int, spec: TrellisSpec
 ) -> Float[Tensor, "rows cols"]:
     """Put tiles together again and drop the padding; the inverse of ``tiles_from_matrix``.
 
@@ -311,7 +343,7 @@ def matrix_from_tiles(
         ConfigError: if the tiles do not cover a ``rows x cols`` matrix.
     """
     down, across = spec.grid(rows, cols)
-    if tiles.shape != (down * across, spec.steps):
+    if tiles.shape != (down * across, spec.weights):
         raise ConfigError(f"tiles of shape {tuple(tiles.shape)} do not make a {rows} x {cols} matrix")
     blocks = tiles.reshape(down, across, spec.tile_rows, spec.tile_cols).transpose(1, 2)
     return blocks.reshape(down * spec.tile_rows, across * spec.tile_cols)[:rows, :cols]

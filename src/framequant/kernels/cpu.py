@@ -28,7 +28,6 @@ from torch import Tensor
 from framequant.codes.grid import GridSpec
 from framequant.codes.packing import bytes_per_row, pack_codes, unpack_codes
 from framequant.codes.trellis import TrellisSpec
-from framequant.codes.trellis_codebook import CENTRE, codebook
 from framequant.codes.trellis_storage import decode_factors
 from framequant.frames import BlockHadamard, FrameOperator, FusionFrame, RandomizedHadamard
 from framequant.kernels import openmp
@@ -156,10 +155,10 @@ def _trellis_product(spec: LinearSpec, code: TrellisSpec, tensors: Mapping[str, 
     places = [
         (offset // 32 * padded, (offset // 32 + 1) % words * padded, offset % 32) for offset in code.offsets
     ]
-    book = codebook(code.state_bits)
+    book = code.book
     numbers = np.array([(1 << code.state_bits) - 1, book.multiplier, book.addend], np.uint32)
-    sizes = [0, rows, cols, 4 * words * padded, 0, 0, 1, padded, words]
-    offsets = torch.full((1,), -float(CENTRE))
+    sizes = [0, rows, cols, 4 * words * padded, 0, 0, code.per_state, padded, words]
+    offsets = torch.full((1,), -float(book.centre))
     return codes, sizes, np.array(places, np.int64), numbers.view(np.int32), book.scale, offsets
 
 
@@ -312,13 +311,22 @@ def _decode(plan: CpuPlan, groups: int, tile: Tensor, first: int, start: int, st
     from framequant.kernels import dense_cpu as dense
 
     codes, sizes, places, book, scales, offsets = (plan.arrays[i] for i in (0, SIZES, 6, 7, 8, 9))
-    bits, stride, across, words = (int(sizes[i]) for i in (0, 3, 7, 8))
+    bits, stride, each, across, words = (int(sizes[i]) for i in (0, 3, 6, 7, 8))
     address = tile.data_ptr() + start * tile.element_size() * tile.shape[1]
     span = (first + start, first + stop)
     if across:
         numbers = book.view(np.uint32)
         dense.trellis_rows(
-            codes.ctypes.data, words, across, places, numbers, scales, address, _KINDS[tile.dtype], *span
+            codes.ctypes.data,
+            words,
+            across,
+            places,
+            numbers,
+            each,
+            scales,
+            address,
+            _KINDS[tile.dtype],
+            *span,
         )
     else:
         dense.scalar_rows(

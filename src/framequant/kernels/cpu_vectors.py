@@ -189,17 +189,17 @@ def _extract(builder: ir.IRBuilder, groups: list[Any], first: int, bits: int) ->
     return builder.and_(value, _constant(_V16, (1 << bits) - 1))
 
 
-def _trellis_dot(streams: int) -> Callable[..., Any]:
+def _trellis_dot(streams: int, each: int) -> Callable[..., Any]:
     """The intrinsic ``dot(words, places, rows, z, z_stride, chunks, book, sums, results)``, addresses as integers.
 
     Adds up some rows of one row of tiles, over ``TILES * chunks`` tiles side by side. ``words`` is the first tile's
-    32-bit word 0; ``places`` has for each of the row's 16 columns three int64: words from there to the one that holds a
-    state's lowest bit, to the one above it, and the bit. ``z`` holds, a chunk after the other, column by column the
-    activations of ``TILES`` tiles, each integer twice in a 32-bit lane. ``book`` are the int32 numbers mask,
-    multiplier, addend; ``sums`` is room for (rows, streams, TILES) int32, results (rows, streams) int64, added to.
-    They are sums of bytes as they are, without the centre.
+    32-bit word 0; ``places`` has for each of the states of a row of a tile, of ``each`` columns, three int64: words
+    from there to the one that holds its lowest bit, to the one above it, and the bit. ``z`` holds, a chunk after the
+    other, state by state the activations of ``TILES`` tiles: each integer twice in a 32-bit lane, or both of a state.
+    ``book`` are the int32 numbers mask, multiplier, addend; ``sums`` is room for (rows, streams, TILES) int32, results
+    (rows, streams) int64, added to. They are sums of bytes as they are, without the centre.
 
-    A row's columns are written out one after the other: loops over the few chunks of a short row would be left, and
+    A row's states are written out one after the other: loops over the few chunks of a short row would be left, and
     that mispredicted, eight times a row.
     """
 
@@ -221,13 +221,13 @@ def _trellis_dot(streams: int) -> Callable[..., Any]:
             _store(builder, _constant(_V32, 0), sums, place(loop.index))
         with cgutils.for_range(builder, chunks, intp=number) as chunk:
             tiles = builder.add(words, builder.mul(chunk.index, number(size)))
-            first = builder.add(z, builder.mul(chunk.index, number(16 * size)))
+            first = builder.add(z, builder.mul(chunk.index, number(16 // each * size)))
             with cgutils.for_range(builder, rows, intp=number) as row:
-                spots = builder.add(places, builder.mul(row.index, number(16 * 24)))
+                spots = builder.add(places, builder.mul(row.index, number(16 // each * 24)))
                 start = builder.mul(row.index, number(streams))
                 own = [place(builder.add(start, number(stream))) for stream in range(streams)]
                 held = [[_load(builder, sums, at, _V32), _constant(_V32, 0)] for at in own]
-                for column in range(16):
+                for column in range(16 // each):
                     state = _state(builder, tiles, builder.add(spots, number(24 * column)))
                     hashed = builder.mul(builder.and_(state, mask), multiplier)
                     levels = _byte_pairs(builder, builder.add(hashed, addend))
@@ -279,4 +279,5 @@ scalar_dot_1_1, scalar_dot_1_2, scalar_dot_1_4 = (_scalar_dot(1, streams) for st
 scalar_dot_2_1, scalar_dot_2_2, scalar_dot_2_4 = (_scalar_dot(2, streams) for streams in (1, 2, 4))
 scalar_dot_3_1, scalar_dot_3_2, scalar_dot_3_4 = (_scalar_dot(3, streams) for streams in (1, 2, 4))
 scalar_dot_4_1, scalar_dot_4_2, scalar_dot_4_4 = (_scalar_dot(4, streams) for streams in (1, 2, 4))
-trellis_dot_1, trellis_dot_2, trellis_dot_4 = (_trellis_dot(streams) for streams in (1, 2, 4))
+trellis_dot_1, trellis_dot_2, trellis_dot_4 = (_trellis_dot(streams, 1) for streams in (1, 2, 4))
+pair_dot_1, pair_dot_2, pair_dot_4 = (_trellis_dot(streams, 2) for streams in (1, 2, 4))

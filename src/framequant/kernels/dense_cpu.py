@@ -6,7 +6,7 @@ rising. ``framequant.kernels.cpu`` orders the activations to match. Values are t
 the last bit. Imports numba and numpy, no torch.
 """
 
-# Compiled in: e282ebe402d9 (tests/kernels/test_stamps.py says why)
+# Compiled in: a44c5ea89a71 (tests/kernels/test_stamps.py says why)
 from __future__ import annotations
 
 import numpy as np
@@ -66,16 +66,19 @@ def scalar_rows(codes, stride, bits, groups, scales, offsets, out, kind, start, 
 
 
 @njit(nogil=True, cache=True)
-def trellis_rows(codes, words, across, places, book, scales, out, kind, start, stop):
-    """Decode rows ``start … stop - 1`` to ``out`` (rows, 16, across); ``start`` is a multiple of 16."""
+def trellis_rows(codes, words, across, places, book, each, scales, out, kind, start, stop):
+    """Decode rows ``start … stop - 1`` to ``out`` (rows, 16, across); ``start`` is a multiple of 16.
+
+    ``each`` is the number of a state's weights: of two the first is made of the lower bytes.
+    """
     values = np.empty(16 * across, np.float32)
     mask, multiplier, addend = book[0], book[1], book[2]
-    element = 2 if kind == BFLOAT16 else 4
+    element, centre = 2 if kind == BFLOAT16 else 4, np.int32(510 // each)
     for r in range(start, stop):
         tiles = carray(_int_pointer(codes + r // 16 * words * across * 4), words * across)
         scale = scales[r]
         for c in range(16):
-            t = r % 16 * 16 + c
+            t = (r % 16 * 16 + c) // each
             low = tiles[places[t, 0] : places[t, 0] + across]
             high = tiles[places[t, 1] : places[t, 1] + across]
             shift = np.uint32(places[t, 2])
@@ -84,6 +87,6 @@ def trellis_rows(codes, words, across, places, book, scales, out, kind, start, s
                 above = (high[j] << np.uint32(1)) << (np.uint32(31) - shift)
                 h = ((low[j] >> shift | above) & mask) * multiplier + addend
                 pairs = (h & np.uint32(0x00FF00FF)) + ((h >> np.uint32(8)) & np.uint32(0x00FF00FF))
-                total = (pairs & np.uint32(0xFFFF)) + (pairs >> np.uint32(16))
-                part[j] = np.float32(np.int32(total) - np.int32(510)) * scale
+                total = pairs + (pairs >> np.uint32(16)) if each == 1 else pairs >> np.uint32(c % 2 * 16)
+                part[j] = np.float32(np.int32(total & np.uint32(0xFFFF)) - centre) * scale
         _store(values, out + (r - start) * values.size * element, kind)

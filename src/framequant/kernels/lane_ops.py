@@ -22,7 +22,7 @@ from framequant.kernels.transform_plan import in_one
 from framequant.kernels.transform_triton import LAST_BIT, first_factor
 from framequant.kernels.triton_support import COMPILED
 
-#: The level of a trellis' sum of bytes that is 0 (``codes/trellis_codebook.py``).
+#: Twice the sum of two bytes that is the level 0 of a trellis (``codes/trellis_codebook.py``).
 CENTRE = 510.0
 
 
@@ -117,8 +117,8 @@ def linear(
 ) -> tuple[Tensor, Tensor]:
     """Outputs (1, rows) of ``dtype``, or with ``block`` 0 ``D̃ z`` in units of the token, float32 (1, 1, rows); unit.
 
-    ``layout`` holds: trellis or not, bits, multiplier, addend, codes of a byte, bytes of a plane for each of them
-    (``TritonPlan.lane_coefficients``). ``x_signs`` (``lane_signs``), ``matrices``, ``columns``, ``sizes``,
+    ``layout`` holds: weights of a trellis' state or 0, bits, multiplier, addend, codes of a byte, bytes of a plane for
+    each of them (``TritonPlan.lane_coefficients``). ``x_signs`` (``lane_signs``), ``matrices``, ``columns``, ``sizes``,
     ``x_block`` and ``x_norm`` are those of the analysis' ``TransformPlan``, ``places`` and ``signs`` those of a
     ``BlockPlan``.
 
@@ -127,7 +127,7 @@ def linear(
     """
     trellis, bits, multiplier, addend, codes, count = layout
     early, stride = triton_ops.starts_early(x.device), words.stride(0) * words.element_size()
-    launch = launches.trellis_launch if trellis else launches.lane_launch
+    launch = launches.trellis_launch if trellis == 1 else launches.lane_launch
     how = launch(rows, stride, multiprocessors(x.device))
     y = _outputs(x, 1, rows, block, dtype)
     analysed = sizes[0] * sizes[1] * sizes[2] if in_one(sizes, x_block, 32 * how.warps) else 0
@@ -146,14 +146,14 @@ def linear(
         )
     size = shared_bytes(how.warps, count, 0 if trellis else codes, analysed)
     memory = unit if COMPILED else torch.empty(size // 4, device=x.device)
-    level, zero = (factor, CENTRE) if trellis else (1.0, (1 << bits) / 2 - 0.5)
+    level, zero = (factor, CENTRE / trellis) if trellis else (1.0, (1 << bits) / 2 - 0.5)
     kernel[(how.programs,)](
         words.view(torch.uint8), x, z, sums, unit, scales, y, unit if places is None else places,
         unit if signs is None else signs, unit if bias is None else bias, x_signs,
         x if weight is None else weight, x if added is None else added, memory,
         rows, stride, LAST_BIT * level, zero * level, max(block, 1) ** -0.5, x_norm, epsilon, ANALYSED=analysed,
         NORMED=weight is not None, ADDED=added is not None, OUTPUTS=x_block[0], WIDTH=x_block[1], COUNT=count,
-        PARTS=sums.numel(), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, TRELLIS=bool(trellis),
+        PARTS=sums.numel(), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, TRELLIS=trellis,
         ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None, CHUNKS=how.chunks, ROUNDS=how.rounds,
         WARPS=how.warps, WARPS_K=how.warps_k, AHEAD=how.ahead, PDL=early, num_warps=how.warps, launch_pdl=early,
     )  # fmt: skip

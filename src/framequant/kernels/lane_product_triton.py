@@ -9,7 +9,8 @@ Coefficients lie in shared memory: loads come back in their order, so behind cod
 A *chunk* is 64 bytes of each of 32 rows. Scalar codes: coefficients as in ``product_bytes_triton``, but those of the
 second of each two codes of a byte over ``2**BITS``, as these codes are not shifted down. A trellis of two bits: a
 state's value is the sum of the four bytes of a number (``codes/trellis_codebook.py``), so those bytes are the operand,
-each met by the same coefficient, and the tensor cores add them up. All sums are integers, exact.
+each met by the same coefficient, and the tensor cores add them up; of two weights a state two bytes meet the one
+coefficient and two the other. All sums are integers, exact.
 
 Then a lane has a row: it adds up the warps' parts, rotates blocks of rows by shuffles and writes outputs, or, without
 blocks, coefficients in units of the token. Only ``lane_ops`` imports this module. Imports triton.
@@ -31,7 +32,9 @@ from framequant.kernels.lane_analysis_triton import (
 )
 from framequant.kernels.lanes_triton import (
     byte_repeated,
+    bytes_doubled,
     from_lane,
+    half_word,
     lane_hadamard,
     lane_sum,
     load_shared,
@@ -261,6 +264,55 @@ def _older(low, lower, lane):
 
 
 @triton.jit
+def _pair_states(low, high):
+    """The eight states of sixteen bits of rows of a tile, four new bits each, the first step's first.
+
+    Every one but the two that reach into the row before is two bytes of the row or of the row moved by four bits.
+    """
+    moved = window((low, high), 4, 32)
+    return (
+        half_word(window((low, high), 28, 16), 0), half_word(window((low, high), 24, 16), 0), half_word(moved, 2),
+        half_word(low, 2), half_word(moved, 1), half_word(low, 1), half_word(moved, 0), half_word(low, 0),
+    )  # fmt: skip
+
+
+@triton.jit
+def _numbers(states, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr):
+    """The four bytes of each state of a tuple: two whose sum is the level of its first weight, two of its second."""
+    found = ()
+    for i in tl.static_range(len(states)):
+        h = states[i].to(tl.uint32, bitcast=True) * MULTIPLIER + ADDEND
+        found += (h.to(tl.int32, bitcast=True),)
+    return found
+
+
+@triton.jit
+def _pair_chunk(even, odd, words, z_at, lane, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr):
+    """Add the products of a chunk of trellis codes, two weights a state of 16 bits, to those of two times 16 rows."""
+    for q in tl.static_range(4):
+        z = load_shared_words(z_at + 16 * q)
+        a = ()
+        for r in tl.static_range(2):
+            low, lower = words[8 * r + q], words[8 * r + 4 + q]
+            high, higher = _older(low, lower, lane)
+            a += _numbers(_pair_states(low, high), MULTIPLIER, ADDEND)
+            a += _numbers(_pair_states(lower, higher), MULTIPLIER, ADDEND)
+        for s in tl.static_range(4):
+            b0, b1 = bytes_doubled(z[s], False), bytes_doubled(z[s], True)
+            for r in tl.static_range(2):
+                acc = four(even if s % 2 == 0 else odd, r)
+                acc = mma_bytes(
+                    acc, a[16 * r + 2 * s], a[16 * r + 8 + 2 * s], a[16 * r + 2 * s + 1], a[16 * r + 9 + 2 * s],
+                    b0, b1, True,
+                )  # fmt: skip
+                if s % 2 == 0:
+                    even = replaced(even, acc, 4 * r)
+                else:
+                    odd = replaced(odd, acc, 4 * r)
+    return even, odd
+
+
+@triton.jit
 def _trellis_chunk(even, odd, words, z_at, lane, BITS: tl.constexpr, MULTIPLIER: tl.constexpr,
                    ADDEND: tl.constexpr):  # fmt: skip
     """Add the products of a chunk of trellis codes to those of two times 16 rows."""
@@ -319,6 +371,7 @@ def lane_product(
         factor: value of a level times the last bit of a coefficient, in units of the token.
         zero: the level 0, in units of the product of a code with the last bit.
         norm: of the rotation of a block.
+        TRELLIS: weights of a state; 0 for scalar codes.
         AHEAD: turns whose codes are asked for before the first begins.
     """
     let_next_start(PDL)
@@ -391,7 +444,10 @@ def lane_product(
                 chunk += (words[16 * c + i],)
             if TRELLIS:  # a word of codes meets sixteen coefficients
                 z_at = z_first + tl.minimum((here + c * STEP) // 16, COUNT // 64 - 1) * TILES
-                even, odd = _trellis_chunk(even, odd, chunk, z_at, lane, BITS, MULTIPLIER, ADDEND)
+                if TRELLIS == 2:
+                    even, odd = _pair_chunk(even, odd, chunk, z_at, lane, MULTIPLIER, ADDEND)
+                else:
+                    even, odd = _trellis_chunk(even, odd, chunk, z_at, lane, BITS, MULTIPLIER, ADDEND)
             else:
                 z_at = z_first + tl.minimum(here + c * STEP, COUNT - 16)
                 even, odd = _scalar_chunk(even, odd, chunk, z_at, COUNT, BITS)

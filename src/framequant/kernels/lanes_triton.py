@@ -326,6 +326,35 @@ def byte_repeated(word, INDEX: tl.constexpr):
     return ((word >> (8 * INDEX)) & 255) * 0x01010101
 
 
+@triton.jit
+def bytes_doubled(word, UPPER: tl.constexpr):
+    """The two lower of a word's bytes, or the upper ones, each twice, side by side."""
+    if COMPILED:
+        text: tl.constexpr = _doubled_text(UPPER)
+        return tl.inline_asm_elementwise(text, "=r,r", [word], dtype=tl.int32, is_pure=False, pack=1)
+    first, second = (word >> (16 * UPPER)) & 255, (word >> (16 * UPPER + 8)) & 255
+    return first * 0x0101 + second * 0x01010000
+
+
+@triton.constexpr_function
+def _doubled_text(upper):
+    return f"prmt.b32 $0, $1, 0, {'0x3322' if upper else '0x1100'};"
+
+
+@triton.jit
+def half_word(word, BYTE: tl.constexpr):
+    """The sixteen bits of a word from its BYTE-th byte on, 0 to 2, as an int32."""
+    if COMPILED:
+        text: tl.constexpr = _half_text(BYTE)
+        return tl.inline_asm_elementwise(text, "=r,r", [word], dtype=tl.int32, is_pure=True, pack=1)
+    return (word >> (8 * BYTE)) & 0xFFFF
+
+
+@triton.constexpr_function
+def _half_text(byte):
+    return f"prmt.b32 $0, $1, 0, 0x44{byte + 1}{byte};"
+
+
 @triton.constexpr_function
 def _repeat_text(index):
     return f"prmt.b32 $0, $1, 0, 0x{index}{index}{index}{index};"

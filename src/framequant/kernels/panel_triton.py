@@ -23,11 +23,15 @@ import triton.language as tl
 from framequant.kernels.block_triton import block_matrix, panel_unit
 from framequant.kernels.packed_triton import is_plain, num_planes, packed_fields, unit_codes
 from framequant.kernels.trellis_triton import (
+    byte_places,
+    byte_sum,
+    centre,
     is_aligned,
     loaded_words,
     moved,
     moved_words,
     offset,
+    per_state,
     run_place,
     tile_words,
     window,
@@ -38,19 +42,25 @@ from framequant.kernels.triton_support import COMPILED, over
 #: Weights of a trellis that one thread makes: half a row of a tile.
 RUN = tl.constexpr(8)
 
-#: Value of a unit of a trellis level in a panel: levels are -510 ... 510.
+#: Value of a unit of a trellis level in a panel: levels are -510 ... 510 at most.
 TRELLIS_UNIT = 2.0**-10
 
 
+@triton.constexpr_function
+def _sum_text(places):
+    """PTX of ``_trellis_level``: onto the float32 2**23, whose last bit is 1."""
+    return f"dp4a.u32.u32 $0, $1, {places}, 0x4b000000;"
+
+
 @triton.jit
-def _trellis_level(h):
-    """The sum of the four bytes of uint32, less 510, as float32."""
-    if COMPILED:  # onto the float32 2**23, whose last bit is 1
-        text: tl.constexpr = "dp4a.u32.u32 $0, $1, 0x01010101, 0x4b000000;"
+def _trellis_level(h, PLACES: tl.constexpr, CENTRE: tl.constexpr):
+    """The sum of those bytes of uint32 that PLACES has a 1 for, less CENTRE, as float32."""
+    if COMPILED:
+        text: tl.constexpr = _sum_text(PLACES)
         bits = tl.inline_asm_elementwise(text, "=r,r", [h], dtype=tl.int32, is_pure=True, pack=1)
-        level = bits.to(tl.float32, bitcast=True) - 8389118.0
+        level = bits.to(tl.float32, bitcast=True) - (8388608.0 + CENTRE)
     else:
-        level = ((h & 255) + ((h >> 8) & 255) + ((h >> 16) & 255) + (h >> 24)).to(tl.float32) - 510.0
+        level = byte_sum(h.to(tl.uint64), PLACES).to(tl.float32) - CENTRE
     return level
 
 
@@ -61,7 +71,9 @@ def _trellis_values(
 ):  # fmt: skip
     """The INDEX-th levels of runs in place times their row's ratio, halves."""
     state = window(words, offset(PATTERN, RUN, INDEX), BITS).to(tl.uint32, bitcast=True) & ((1 << BITS) - 1)
-    return (_trellis_level(state * MULTIPLIER + ADDEND) * (ratio * 0.0009765625)).to(tl.float16)
+    places: tl.constexpr = byte_places(per_state(PATTERN), INDEX % per_state(PATTERN))
+    level = _trellis_level(state * MULTIPLIER + ADDEND, places, centre(PATTERN))
+    return (level * (ratio * 0.0009765625)).to(tl.float16)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ points, the centre of the codebook) act on the sum of q alone.
 Only ``framequant.kernels.cpu`` imports this module. Imports numba and numpy, no torch.
 """
 
-# Compiled in: 07a1f3c15707 (tests/kernels/test_stamps.py says why)
+# Compiled in: d143a7242b8f (tests/kernels/test_stamps.py says why)
 from __future__ import annotations
 
 import numpy as np
@@ -26,7 +26,7 @@ SEGMENT = 16  # chunks of tiles whose sum fits 32 bits: 8 columns * 16 chunks * 
 BLOCK = 64  # rows whose sums are turned into values together
 BFLOAT16 = 1  # how inputs and outputs are stored; else float32
 
-#: Places in the array of sizes of a product.
+#: Places in the array of sizes of a product; TRELLIS has the weights of a state, or 0.
 BITS, ROWS, COLS, STRIDE, CHUNKS, SPLIT, TRELLIS, ACROSS, WORDS = range(9)
 #: Places in a plan's header, each an address and a count: of bytes for the codes, else of elements.
 CODES, FRAME_IN, SIZES_IN, FRAME_OUT, SIZES_OUT, SIZES, PLACES, BOOK, SCALES, OFFSETS, BIAS = range(0, 22, 2)
@@ -119,13 +119,16 @@ def _arrange_scalar(q, place, codes):
 
 
 @njit(nogil=True, cache=True)
-def _arrange_trellis(q, place):
-    """Integers of a chunk of tiles column by column, each in both halves of a 32-bit lane."""
+def _arrange_trellis(q, place, each):
+    """Integers of a chunk of tiles state by state: each in both halves of a 32-bit lane, or the two of a state."""
     for k in range(q.size):
         tile = k // 16
-        at = 2 * ((tile // TILES * 16 + k % 16) * TILES + tile % TILES)
-        place[at] = q[k]
-        place[at + 1] = q[k]
+        at = 2 * ((tile // TILES * (16 // each) + k % 16 // each) * TILES + tile % TILES)
+        if each == 2:
+            place[at + k % 2] = q[k]
+        else:
+            place[at] = q[k]
+            place[at + 1] = q[k]
 
 
 @njit(nogil=True, cache=True)
@@ -137,7 +140,7 @@ def activations(x, tokens, kind, parts, constants, frame_sizes, sizes):
     """
     cols, dim = sizes[COLS], frame_sizes[6]
     if sizes[TRELLIS]:
-        length = 32 * sizes[ACROSS]
+        length = 32 // sizes[TRELLIS] * sizes[ACROSS]
     else:
         length = sizes[CHUNKS] * LANES * (16 // _gcd(sizes[BITS]))
     z = np.zeros((tokens * parts, length), np.int16)
@@ -153,7 +156,7 @@ def activations(x, tokens, kind, parts, constants, frame_sizes, sizes):
             for k in range(cols):
                 totals[stream] += integers[part, k]
             if sizes[TRELLIS]:
-                _arrange_trellis(integers[part], z[stream])
+                _arrange_trellis(integers[part], z[stream], sizes[TRELLIS])
             else:
                 _arrange_scalar(integers[part], z[stream], 16 // _gcd(sizes[BITS]))
     return z, totals, units
@@ -199,13 +202,19 @@ def _scalar_rows(bits, words, row_stride, rows, z, stride, chunks, split, result
 
 
 @njit(nogil=True, cache=True)
-def _trellis_rows(words, places, rows, z, stride, across, book, sums, results, streams):
-    """The same for rows of one row of tiles; see ``cpu_vectors`` for the arguments."""
+def _trellis_rows(words, places, rows, z, stride, across, each, book, sums, results, streams):
+    """The same for rows of one row of tiles, ``each`` weights a state; see ``cpu_vectors`` for the arguments."""
     chunks = across // TILES
     for start in range(0, chunks, SEGMENT):
         count = min(SEGMENT, chunks - start)
-        w, a = words + 4 * TILES * start, z + 16 * 4 * TILES * start
-        if streams == 1:
+        w, a = words + 4 * TILES * start, z + 16 // each * 4 * TILES * start
+        if each == 2 and streams == 1:
+            vectors.pair_dot_1(w, places, rows, a, stride, count, book, sums, results)
+        elif each == 2 and streams == 2:
+            vectors.pair_dot_2(w, places, rows, a, stride, count, book, sums, results)
+        elif each == 2:
+            vectors.pair_dot_4(w, places, rows, a, stride, count, book, sums, results)
+        elif streams == 1:
             vectors.trellis_dot_1(w, places, rows, a, stride, count, book, sums, results)
         elif streams == 2:
             vectors.trellis_dot_2(w, places, rows, a, stride, count, book, sums, results)
@@ -235,7 +244,7 @@ def product(codes, size, z, totals, units, parts, sizes, places, book, scales, o
         z: what ``activations`` returned, with ``totals`` and ``units``.
         parts: 1 or 2 streams a token.
         sizes: of the product.
-        places: address of the places of the states of a tile, (256, 3) int64.
+        places: address of the places of the states of a tile, (256 or 128, 3) int64.
         book: address of mask, multiplier and addend of the codebook, int32.
         scales: (rows,) value of one code step.
         offsets: (rows,) added to every code of a row, in code steps.
@@ -270,9 +279,20 @@ def product(codes, size, z, totals, units, parts, sizes, places, book, scales, o
             results[: rows * count] = 0
             at = z_start + stream * stride
             if sizes[TRELLIS]:
-                spots = places + first % 16 * 16 * 24
+                each = sizes[TRELLIS]
+                spots = places + first % 16 * (16 // each) * 24
                 _trellis_rows(
-                    words, spots, rows, at, stride, sizes[ACROSS], book, sums_start, results_start, count
+                    words,
+                    spots,
+                    rows,
+                    at,
+                    stride,
+                    sizes[ACROSS],
+                    each,
+                    book,
+                    sums_start,
+                    results_start,
+                    count,
                 )
             else:
                 _scalar_rows(bits, words, row_stride, rows, at, stride, chunks, split, results_start, count)

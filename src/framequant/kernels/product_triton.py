@@ -21,6 +21,8 @@ import triton.language as tl
 from framequant.kernels.block_triton import block_constants, rotated, store_outputs
 from framequant.kernels.packed_triton import is_plain, num_planes, packed_levels, unit_codes
 from framequant.kernels.trellis_triton import (
+    byte_places,
+    centre,
     is_aligned,
     levels,
     loaded_words,
@@ -28,6 +30,7 @@ from framequant.kernels.trellis_triton import (
     moved_words,
     offset,
     partner,
+    per_state,
     run_place,
     tile_words,
     window,
@@ -74,6 +77,24 @@ def scalar_levels(words, INDEX: tl.constexpr, BITS: tl.constexpr, CENTRED: tl.co
     if CENTRED:
         level -= 1.0 + ((1 << BITS) - 1) / (2 << BITS)
     return level.to(tl.float16)
+
+
+@triton.jit
+def _add_states(
+    piece, w, z_at, inside, words, STEP: tl.constexpr, TOP: tl.constexpr, STEPS: tl.constexpr, BITS: tl.constexpr,
+    MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr, PATTERN: tl.constexpr,
+):  # fmt: skip
+    """Add the products of the weights of a step's state and, where one lies at the TOP of its window, of another's."""
+    found = window(w, offset(PATTERN, STEPS, STEP), BITS if TOP < 0 else 32)
+    for j in tl.static_range(per_state(PATTERN)):
+        z = tl.load(z_at + (STEP + j) * words, mask=inside, other=0.0)
+        level = levels(found, BITS, False, MULTIPLIER, ADDEND, byte_places(per_state(PATTERN), j))
+        piece = tl.dot(level, z, piece)
+        if TOP >= 0:
+            z = tl.load(z_at + (TOP + j) * words, mask=inside, other=0.0)
+            level = levels(found, BITS, True, MULTIPLIER, ADDEND, byte_places(per_state(PATTERN), j))
+            piece = tl.dot(level, z, piece)
+    return piece
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -184,16 +205,8 @@ def product(
                 z = tl.load(z_at + (i * words + done), mask=inside, other=0.0)
                 piece = tl.dot(scalar_levels(w[0], i, BITS, CENTRED), z, piece)
             elif partner(PATTERN, codes, BITS, i) != -2:
-                z = tl.load(z_at + (i * words + done), mask=inside, other=0.0)
-                found = window(
-                    w, offset(PATTERN, codes, i), BITS if partner(PATTERN, codes, BITS, i) < 0 else 32
-                )
-                piece = tl.dot(levels(found, BITS, False, MULTIPLIER, ADDEND), z, piece)
-                if partner(PATTERN, codes, BITS, i) >= 0:
-                    z = tl.load(
-                        z_at + (partner(PATTERN, codes, BITS, i) * words + done), mask=inside, other=0.0
-                    )
-                    piece = tl.dot(levels(found, BITS, True, MULTIPLIER, ADDEND), z, piece)
+                piece = _add_states(piece, w, z_at + done, inside, words, i, partner(PATTERN, codes, BITS, i), codes,
+                                    BITS, MULTIPLIER, ADDEND, PATTERN)  # fmt: skip
         acc += piece
     if GROUPS > 1:
         acc = tl.sum(acc, axis=0)
@@ -201,8 +214,8 @@ def product(
         part = tl.arange(0, PADDED_PARTS)
         summed = (n < tokens)[:, None] & (part < PARTS)[None, :]
         totals = tl.load(sum_ptr + n[:, None] * PARTS + part[None, :], mask=summed, other=0.0)
-        centre: tl.constexpr = 1534.0 if TRELLIS else 1.0 + ((1 << BITS) - 1) / (2 << BITS)
-        acc -= (centre * tl.sum(totals, axis=1))[None, :]
+        zero: tl.constexpr = 1024.0 + centre(PATTERN) if TRELLIS else 1.0 + ((1 << BITS) - 1) / (2 << BITS)
+        acc -= (zero * tl.sum(totals, axis=1))[None, :]
     r = block * BR + tl.arange(0, BR)
     if ROW_SCALES:
         scale = tl.load(scale_ptr + r, mask=r < rows, other=0.0).to(tl.float32) * factor

@@ -7,9 +7,10 @@ and moves them down by a funnel shift, by an amount for each row; from there on 
 place that the pattern fixes at compile time. Runs of whole words, as at two or four bits, need no move.
 
 Two states that are ``32 - BITS`` bits apart come out of one window, the one by a mask, the other by a shift. Levels
-keep the constant 1534, which makes them halves in [1024, 2048) without a subtraction.
+keep the constant 1024 + ``centre``, which makes them halves in [1024, 2048) without a subtraction.
 
-PATTERN holds the rates as hexadecimal digits, the first step's lowest. Imports triton.
+A *step* here is a weight; the second of two weights of one state has no new bits. PATTERN holds the rates as
+hexadecimal digits, the first step's lowest (``words.digits``). Imports triton.
 """
 
 from __future__ import annotations
@@ -22,9 +23,27 @@ from framequant.kernels.triton_support import COMPILED
 
 @triton.constexpr_function
 def run_rates(pattern, steps):
-    """The rates of the steps of a run."""
-    digits = [int(digit, 16) for digit in reversed(f"{pattern:x}")]
+    """The rates of the steps of a run; the digit 9 stands for none."""
+    digits = [int(digit, 16) % 9 for digit in reversed(f"{pattern:x}")]
     return digits * (steps // len(digits))
+
+
+@triton.constexpr_function
+def per_state(pattern):
+    """Weights of a state."""
+    return 2 if "9" in f"{pattern:x}" else 1
+
+
+@triton.constexpr_function
+def centre(pattern):
+    """What is to be taken off the sum of a weight's bytes."""
+    return 510 // per_state(pattern)
+
+
+@triton.constexpr_function
+def byte_places(each, number):
+    """A byte 1 for each of the bytes of a state's number that make its NUMBER-th weight of ``each``."""
+    return 0x01010101 if each == 1 else 0x0101 << (16 * number)
 
 
 @triton.constexpr_function
@@ -61,10 +80,14 @@ def loaded_words(pattern, steps, bits):
 
 @triton.constexpr_function
 def partner(pattern, steps, bits, step):
-    """The step whose state lies at the top of the 32 bits that begin with this one's; -1: none; -2: this is one."""
+    """The step whose state lies at the top of the 32 bits that begin with this one's; -1: none; -2: this is one.
+
+    Of two steps of a state the first stands for both; the second is one that there is none for.
+    """
+    each = per_state(pattern)
     offsets = [offset(pattern, steps, i) for i in range(steps)]
-    found, taken = -1, set()
-    for low in reversed(range(steps)):
+    found, taken = -1 if step % each == 0 else -2, set()
+    for low in reversed(range(0, steps, each)):
         top = offsets.index(offsets[low] + 32 - bits) if offsets[low] + 32 - bits in offsets else -1
         if low in taken:
             top = -2
@@ -140,11 +163,11 @@ def window(words, OFFSET: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.constexpr_function
-def _level_text(take, multiplier, addend):
+def _level_text(take, multiplier, addend, places):
     """PTX from two windows to two packed halves: states, congruence, sum of bytes onto the half 1024."""
     one = [
         f"{take[0]} {t}, ${number}, {take[1]}; mad.lo.u32 {t}, {t}, {multiplier}, {addend}; "
-        f"dp4a.u32.u32 {t}, {t}, 0x01010101, 0x6400;"
+        f"dp4a.u32.u32 {t}, {t}, {places}, 0x6400;"
         for number, t in ((1, "a"), (2, "b"))
     ]
     return f"{{ .reg .b32 a, b; {one[0]} {one[1]} prmt.b32 $0, a, b, 0x5410; }}"
@@ -156,13 +179,26 @@ def _take(bits, top):
 
 
 @triton.jit
-def levels(window, BITS: tl.constexpr, TOP: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr):
-    """1534 and the level, -510 ... 510, of the states at the low end of windows or, with TOP, at their top; halves."""
+def byte_sum(h, PLACES: tl.constexpr):
+    """The sum of those bytes of uint64, below 2**32, that PLACES has a 1 for; for the interpreter."""
+    total = h * 0
+    for i in tl.static_range(4):
+        if (PLACES >> (8 * i)) & 1 == 1:
+            total += (h >> (8 * i)) & 255
+    return total
+
+
+@triton.jit
+def levels(window, BITS: tl.constexpr, TOP: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr,
+           PLACES: tl.constexpr):  # fmt: skip
+    """1024 and the sum of bytes of the states at the low end of windows or, with TOP, at their top; halves.
+
+    PLACES, from ``byte_places``, says which bytes.
+    """
     if COMPILED:
-        text: tl.constexpr = _level_text(_take(BITS, TOP), MULTIPLIER, ADDEND)
+        text: tl.constexpr = _level_text(_take(BITS, TOP), MULTIPLIER, ADDEND, PLACES)
         return tl.inline_asm_elementwise(text, "=r,r,r", [window], dtype=tl.float16, is_pure=True, pack=2)
     state = window.to(tl.uint32, bitcast=True).to(tl.uint64)
     state = state >> (32 - BITS) if TOP else state & ((1 << BITS) - 1)
-    h = (state * MULTIPLIER + ADDEND) & 0xFFFFFFFF
-    total = (h & 255) + ((h >> 8) & 255) + ((h >> 16) & 255) + (h >> 24)
+    total = byte_sum((state * MULTIPLIER + ADDEND) & 0xFFFFFFFF, PLACES)
     return (total.to(tl.int32) + 1024).to(tl.float16)

@@ -89,11 +89,10 @@ class TritonPlan:
     def takes_lanes(self, tokens: int) -> bool:
         """Whether codes of so many tokens can go through registers alone (``lane_ops``)."""
         layout = self.layout
-        known = layout.pattern == 2 if layout.trellis else layout.planes == 1
         codes, count = self.lane_coefficients
         fits = lane_ops.fits(0 if layout.trellis else codes, count)
-        able = known and fits and tokens <= launches.LANE_TOKENS and self.lanes_finish
-        return able and launches.lanes_pay(layout.trellis, self.rows, isinstance(self.out, BlockPlan))
+        able = layout.in_lanes and fits and tokens <= launches.LANE_TOKENS and self.lanes_finish
+        return able and launches.lanes_pay(layout.per_state == 1, self.rows, isinstance(self.out, BlockPlan))
 
     def takes_lane_tokens(self, tokens: int) -> bool:
         """Whether codes of so many tokens, more than one, can go through registers alone (``lane_ops.tokens``)."""
@@ -302,8 +301,8 @@ def _lanes(
     ends = (None, None, None, rows, 0) if out is None else (out.places, out.signs, plan.bias, rows, out.block)
     return lane_ops.linear(
         plan.words, x, into.lane_signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
-        list(into.block), into.norm, plan.scales, *ends, [*plan.code[:4], *plan.lane_coefficients],
-        plan.layout.factor, x.dtype,
+        list(into.block), into.norm, plan.scales, *ends,
+        [plan.layout.per_state, *plan.code[1:4], *plan.lane_coefficients], plan.layout.factor, x.dtype,
     )  # fmt: skip
 
 

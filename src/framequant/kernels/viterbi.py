@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from framequant.codes.trellis import TrellisSpec
-from framequant.codes.trellis_codebook import codebook as codebook_constants
+from framequant.codes.trellis_codebook import Codebook
 from framequant.errors import ConfigError, NumericalError, nearest
 from framequant.kernels import viterbi_reference
 
@@ -51,22 +51,23 @@ def choose_backend(backend: str, device: torch.device) -> str:
 
 
 def search(
-    values: Float[Tensor, "batch steps"],
-    codebook: Float[Tensor, " states"],
+    values: Float[Tensor, "batch weights"],
+    codebook: Float[Tensor, "states ..."],
     rates: tuple[int, ...],
     *,
     overlap: Int[Tensor, " batch"] | None = None,
-    weights: Float[Tensor, "batch steps"] | None = None,
+    weights: Float[Tensor, "batch weights"] | None = None,
     backend: str = "auto",
 ) -> Int[Tensor, "batch steps"]:
     """Find the states ``s_t`` that minimise ``sum_t w_t (x_t - codebook[s_t])**2``.
 
     ``s_t = ((s_{t-1} << k_t) | b_t) mod 2**L``, with ``k_t = rates[t % len(rates)]`` and
-    ``L = log2(len(codebook))``.
+    ``L = log2(len(codebook))``. Where a state has two values, step t has elements 2t and 2t + 1.
 
     Args:
         values: float32; the number of steps is a multiple of ``len(rates)``.
-        codebook: value of each state, float32, or float16 where that is exact, on the same device.
+        codebook: values of each state, (states,) or (states, 1 or 2), float32, or float16 where that is exact, on the
+            same device.
         rates: new bits of each step, 1..8 and at most L.
         overlap: the ``L - k_0`` bits of ``s_0`` above its new ones, which also end ``s_{T-1}``, so the path
             is a ring. Without it both ends are free.
@@ -81,15 +82,17 @@ def search(
 
     Cost: ``2**L`` branches a step; scratch of at most ``T * 2**(L - min k)`` bytes a sequence.
     """
-    state_bits = len(codebook).bit_length() - 1
+    state_bits, codebook = len(codebook).bit_length() - 1, codebook.reshape(len(codebook), -1)
+    each = codebook.shape[1]
     if (
         len(codebook) != 1 << state_bits
-        or values.shape[1] % len(rates)
+        or each > 2
+        or values.shape[1] % (len(rates) * each)
         or not all(1 <= k <= min(8, state_bits) for k in rates)
     ):
         raise ConfigError(
-            f"{len(codebook)} states, {values.shape[1]} steps and rates {rates} do not make a trellis: "
-            "states a power of two, steps a multiple of the period, rates 1 to 8"
+            f"{len(codebook)} states of {each} values, {values.shape[1]} values and rates {rates} do not make a "
+            "trellis: states a power of two, steps a multiple of the period, rates 1 to 8, one or two values"
         )
     backend = choose_backend(backend, values.device)
     values = values.to(torch.float32)
@@ -129,17 +132,17 @@ def _search_cpu(
 
 
 def encode_tiles(
-    values: Float[Tensor, "tiles steps"],
+    values: Float[Tensor, "tiles weights"],
     spec: TrellisSpec,
     backend: str = "auto",
-    weights: Float[Tensor, "tiles steps"] | None = None,
+    weights: Float[Tensor, "tiles weights"] | None = None,
     refine: int = 0,
     check: bool = True,
 ) -> Int[Tensor, "tiles steps"]:
     """Encode tiles as rings of states, least squares (the seam by a heuristic, the rest exactly).
 
     Args:
-        values: ``(B, T)``, about unit variance, in the order of ``tiles_from_matrix``.
+        values: ``(B, spec.weights)``, about unit variance, in the order of ``tiles_from_matrix``.
         spec: the trellis; ``T = spec.steps``.
         backend: see ``search``.
         weights: importance of each element, not negative, any scale.
@@ -158,8 +161,10 @@ def encode_tiles(
         The two-pass idea for tail-biting trellises: Tseng, Sun, Hou, De Sa, 2024, arXiv 2406.11235. Here the
         first pass covers only a window around the seam.
     """
-    if values.ndim != 2 or values.shape[1] != spec.steps:
-        raise ConfigError(f"tiles of shape {tuple(values.shape)} do not fit a trellis of {spec.steps} steps")
+    if values.ndim != 2 or values.shape[1] != spec.weights:
+        raise ConfigError(
+            f"tiles of shape {tuple(values.shape)} do not fit a trellis of {spec.weights} weights"
+        )
     if weights is not None:
         if weights.shape != values.shape:
             raise ConfigError(
@@ -171,25 +176,24 @@ def encode_tiles(
     for name, tensor in (("values", values), ("weights", weights)):
         if check and tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise NumericalError(f"trellis encoding got {name} that are not finite")
-    levels = _levels(spec.state_bits, values.device)
-    targets = values.to(torch.float32) / codebook_constants(spec.state_bits).scale
+    levels = _levels(spec.book, values.device)
+    targets = values.to(torch.float32) / spec.book.scale
     overlap = _propose_overlap(targets, weights, levels, spec, backend)
     states = search(targets, levels, spec.rates, overlap=overlap, weights=weights, backend=backend)
     half = spec.steps // (2 * len(spec.rates)) * len(spec.rates)
     for _ in range(refine):
-        rolled = (None if x is None else x.roll(-half, 1) for x in (targets, weights, states))
-        targets, weights, states = rolled
+        targets = targets.roll(-half * spec.per_state, 1)
+        weights = None if weights is None else weights.roll(-half * spec.per_state, 1)
+        states = states.roll(-half, 1)
         overlap = states[:, 0] >> spec.rates[0]
         states = search(targets, levels, spec.rates, overlap=overlap, weights=weights, backend=backend)
     return states.roll(half * refine, 1)
 
 
 @lru_cache(maxsize=16)
-def _levels(state_bits: int, device: torch.device) -> Tensor:
-    """Return the codebook's levels, integers up to 510: float16, exact, and half the traffic."""
-    return (
-        codebook_constants(state_bits).levels(torch.arange(1 << state_bits, device=device)).to(torch.float16)
-    )
+def _levels(book: Codebook, device: torch.device) -> Tensor:
+    """Return the codebook's levels, (states, weights), integers up to 510: float16, exact, and half the traffic."""
+    return book.levels(torch.arange(1 << book.state_bits, device=device)).to(torch.float16)
 
 
 def _propose_overlap(
@@ -199,9 +203,10 @@ def _propose_overlap(
     period = len(spec.rates)
     side = -(-SEAM_CONTEXT * spec.state_bits // sum(spec.rates)) * period
     side = min(side, spec.steps // (2 * period) * period) or spec.steps
+    reach = side * spec.per_state
 
     def around(tensor: Tensor) -> Tensor:
-        return torch.cat([tensor[:, -side:], tensor[:, :side]], dim=1)
+        return torch.cat([tensor[:, -reach:], tensor[:, :reach]], dim=1)
 
     window = None if weights is None else around(weights)
     states = search(around(targets), levels, spec.rates, weights=window, backend=backend)

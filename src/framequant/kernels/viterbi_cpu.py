@@ -6,7 +6,7 @@ b`` with ``p = j * R + a``, ``R = 2**(L-k-kn)``, and the minimum runs over ``j <
 ``j`` everything is contiguous in ``a``, so ``_branch`` emits LLVM vector code over ``a`` (legalised to
 whatever the machine has) with ``b`` and ``j`` unrolled. The metric is positive, so its bits order as integers
 do: the lowest ``kn`` mantissa bits carry ``j``, and one integer minimum finds value and predecessor together.
-Several predecessors share a byte of back-pointers.
+Several predecessors share a byte of back-pointers. A state with two values has two tables, and two terms of its cost.
 
 Only ``framequant.kernels.viterbi`` imports this module, and only when numba is present. Imports numba, numpy,
 no torch.
@@ -50,13 +50,17 @@ def _address(builder, base, index, vector):
     return builder.bitcast(builder.gep(base, [index]), vector.as_pointer())
 
 
-def _best_of(builder, old, table, gain, slope, lanes):
-    """Return ``min_j (old[j] + c_j (gain c_j - slope))`` as integers whose low bits are ``j``."""
+def _best_of(builder, old, table, terms, lanes):
+    """Return ``min_j (old[j] + sum_i c_ij (gain_i c_ij - slope_i))`` as integers whose low bits are ``j``.
+
+    ``table[j]`` are the codes of a state's values, ``terms`` a gain and a slope for each of these.
+    """
     flags, vector = ("contract",), ir.VectorType(_I32, lanes)
     best = None
-    for j, (metric, code) in enumerate(zip(old, table, strict=True)):
-        inner = builder.fsub(builder.fmul(gain, code, flags=flags), slope, flags=flags)
-        value = builder.fadd(metric, builder.fmul(code, inner, flags=flags), flags=flags)
+    for j, (value, codes) in enumerate(zip(old, table, strict=True)):
+        for code, (gain, slope) in zip(codes, terms, strict=True):
+            inner = builder.fsub(builder.fmul(gain, code, flags=flags), slope, flags=flags)
+            value = builder.fadd(value, builder.fmul(code, inner, flags=flags), flags=flags)
         bits = builder.and_(builder.bitcast(value, vector), ir.Constant(vector, [-len(old)] * lanes))
         bits = builder.or_(bits, ir.Constant(vector, [j] * lanes))
         if best is None:
@@ -67,20 +71,28 @@ def _best_of(builder, old, table, gain, slope, lanes):
 
 
 @intrinsic(prefer_literal=True)
-def _branch(context, old, new, back, table, a, stride, gain, slope, offset, bits, next_bits, lanes):
-    """Advance ``lanes`` values of ``a``: ``new[(a << k) | b] = offset + min_j (...)``; see the module."""
-    literals = (bits, next_bits, lanes)
+def _branch(
+    context, old, new, back, table, other, a, stride, gain, slope, gain2, slope2, offset, bits, next_bits, lanes, each
+):  # fmt: skip
+    """Advance ``lanes`` values of ``a``: ``new[(a << k) | b] = offset + min_j (...)``; see the module.
+
+    ``other`` is the table of the second of ``each`` 2 values of a state, ``gain2`` and ``slope2`` are theirs.
+    """
+    literals = (bits, next_bits, lanes, each)
     if not all(isinstance(value, types.IntegerLiteral) for value in literals):
         return None
-    k, kn, n = (value.literal_value for value in literals)
-    signature = types.void(old, new, back, table, a, stride, gain, slope, offset, bits, next_bits, lanes)
+    k, kn, n, count = (value.literal_value for value in literals)
+    signature = types.void(
+        old, new, back, table, other, a, stride, gain, slope, gain2, slope2, offset, bits, next_bits, lanes, each
+    )  # fmt: skip
 
     def generate(context, builder, signature, args):
-        old_p, new_p, back_p, table_p = (
-            cgutils.create_struct_proxy(signature.args[i])(context, builder, args[i]).data for i in range(4)
+        old_p, new_p, back_p, *tables = (
+            cgutils.create_struct_proxy(signature.args[i])(context, builder, args[i]).data for i in range(5)
         )
-        a, stride = args[4], args[5]
-        gain, slope, offset = (_splat(builder, value, n) for value in args[6:9])
+        a, stride = args[5], args[6]
+        gain, slope, gain2, slope2, offset = (_splat(builder, value, n) for value in args[7:12])
+        terms = ((gain, slope), (gain2, slope2))[:count]
         floats, ints, bytes_ = ir.VectorType(_F32, n), ir.VectorType(_I32, n), ir.VectorType(_I8, n)
 
         def load(base, row):
@@ -90,8 +102,8 @@ def _branch(context, old, new, back, table, a, stride, gain, slope, offset, bits
         metrics = [load(old_p, j) for j in range(1 << kn)]
         group, values, word = max(1, 8 // kn), [], None
         for b in range(1 << k):
-            codes = [load(table_p, (b << kn) + j) for j in range(1 << kn)]
-            best = _best_of(builder, metrics, codes, gain, slope, n)
+            codes = [[load(one, (b << kn) + j) for one in tables[:count]] for j in range(1 << kn)]
+            best = _best_of(builder, metrics, codes, terms, n)
             values.append(builder.fadd(builder.bitcast(best, floats), offset))
             index = builder.and_(best, ir.Constant(ints, [(1 << kn) - 1] * n))
             place = builder.shl(index, ir.Constant(ints, [(b % group) * kn] * n))
@@ -108,16 +120,25 @@ def _branch(context, old, new, back, table, a, stride, gain, slope, offset, bits
     return signature, generate
 
 
+@njit(nogil=True, cache=True)
+def _power(values, weights, i, t, each):
+    """What every state of step t costs: weights times squares of its values."""
+    power = np.float32(0)
+    for place in range(t * each, (t + 1) * each):
+        power += weights[i, place] * values[i, place] * values[i, place]
+    return power
+
+
 @cache
-def _vector_search(low, high, lanes):
-    """Build the search for two rates; row ``k - low`` of its ``table`` is the codebook as ``[b, p]``."""
+def _vector_search(low, high, lanes, each):
+    """Build the search for two rates; row ``k - low`` of its ``table`` are the codebook's planes as ``[b, p]``."""
 
     @njit(nogil=True, cache=True)
     def vector_search(values, weights, table, rates, overlap, state_bits, states, old, new, back):
-        steps, period = values.shape[1], rates.shape[0]
+        steps, period = values.shape[1] // each, rates.shape[0]
         for i in range(values.shape[0]):
             first = 1 << (state_bits - rates[0])
-            power = weights[i, 0] * values[i, 0] * values[i, 0]
+            power = _power(values, weights, i, 0, each)
             for p in range(first):
                 old[p] = power
             if overlap[i] >= 0:
@@ -127,24 +148,78 @@ def _vector_search(low, high, lanes):
             for t in range(steps):
                 k, kn = rates[t % period], rates[(t + 1) % period]
                 stride = 1 << (state_bits - k - kn)
-                gain = weights[i, t]
-                slope = np.float32(2) * gain * values[i, t]
+                at, last = t * each, (t + 1) * each - 1
+                g, g2 = weights[i, at], weights[i, last]
+                s, s2 = np.float32(2) * g * values[i, at], np.float32(2) * g2 * values[i, last]
                 offset = np.float32(0)
                 if t + 1 < steps:
-                    offset = weights[i, t + 1] * values[i, t + 1] * values[i, t + 1]
-                row, codes = back[t], table[k - low]
+                    offset = _power(values, weights, i, t + 1, each)
+                row, codes, more = back[t], table[k - low, 0], table[k - low, each - 1]
                 if k == low and kn == low:
                     for a in range(0, stride, lanes):
-                        _branch(old, new, row, codes, a, stride, gain, slope, offset, low, low, lanes)
+                        _branch(
+                            old, new, row, codes, more, a, stride, g, s, g2, s2, offset, low, low, lanes, each
+                        )
                 elif k == low:
                     for a in range(0, stride, lanes):
-                        _branch(old, new, row, codes, a, stride, gain, slope, offset, low, high, lanes)
+                        _branch(
+                            old,
+                            new,
+                            row,
+                            codes,
+                            more,
+                            a,
+                            stride,
+                            g,
+                            s,
+                            g2,
+                            s2,
+                            offset,
+                            low,
+                            high,
+                            lanes,
+                            each,
+                        )
                 elif kn == low:
                     for a in range(0, stride, lanes):
-                        _branch(old, new, row, codes, a, stride, gain, slope, offset, high, low, lanes)
+                        _branch(
+                            old,
+                            new,
+                            row,
+                            codes,
+                            more,
+                            a,
+                            stride,
+                            g,
+                            s,
+                            g2,
+                            s2,
+                            offset,
+                            high,
+                            low,
+                            lanes,
+                            each,
+                        )
                 else:
                     for a in range(0, stride, lanes):
-                        _branch(old, new, row, codes, a, stride, gain, slope, offset, high, high, lanes)
+                        _branch(
+                            old,
+                            new,
+                            row,
+                            codes,
+                            more,
+                            a,
+                            stride,
+                            g,
+                            s,
+                            g2,
+                            s2,
+                            offset,
+                            high,
+                            high,
+                            lanes,
+                            each,
+                        )
                 old, new = new, old
             q = overlap[i]
             if q < 0:
@@ -167,7 +242,8 @@ def _vector_search(low, high, lanes):
 @njit(nogil=True, cache=True)
 def _search_scalar(values, weights, codebook, rates, overlap, state_bits, states, old, new, back):
     """Any rates at all, one state at a time: for patterns that the vector search does not cover."""
-    steps, period = values.shape[1], rates.shape[0]
+    each = codebook.shape[1]
+    steps, period = values.shape[1] // each, rates.shape[0]
     for i in range(values.shape[0]):
         first = 1 << (state_bits - rates[0])
         for p in range(first):
@@ -179,8 +255,10 @@ def _search_scalar(values, weights, codebook, rates, overlap, state_bits, states
                 best, arg = np.float32(np.inf), 0
                 for j in range(1 << kn):
                     state = j * size + q
-                    error = values[i, t] - codebook[state]
-                    value = old[state >> k] + weights[i, t] * error * error
+                    value = old[state >> k]
+                    for c in range(each):
+                        error = values[i, t * each + c] - codebook[state, c]
+                        value += weights[i, t * each + c] * error * error
                     if value < best:
                         best, arg = value, j
                 new[q] = best
@@ -207,8 +285,9 @@ def _aligned(shape, dtype):
 
 
 def _permuted(codebook, bits):
-    """Return the codebook as ``[b, p]`` for ``s = (p << bits) | b``, flat."""
-    return codebook.reshape(-1, 1 << bits).T.reshape(-1)
+    """Return each plane of the codebook as ``[b, p]`` for ``s = (p << bits) | b``, (values of a state, states)."""
+    states, each = codebook.shape
+    return codebook.T.reshape(each, -1, 1 << bits).swapaxes(1, 2).reshape(each, states)
 
 
 def _chunk(values, weights, codebook, rates, overlap, state_bits, states):
@@ -216,14 +295,15 @@ def _chunk(values, weights, codebook, rates, overlap, state_bits, states):
     low, high = int(rates.min()), int(rates.max())
     size = 1 << (state_bits - low)
     old, new = _aligned(size, np.float32), _aligned(size, np.float32)
-    back = _aligned((values.shape[1], size), np.uint8)
+    count, each = codebook.shape
+    back = _aligned((values.shape[1] // each, size), np.uint8)
     lanes = min(_LANES, 1 << max(0, state_bits - 2 * high))
     if lanes < 4 or high > low + 1 or high > _MAX_VECTOR_RATE:
         _search_scalar(values, weights, codebook, rates, overlap, state_bits, states, old, new, back)
         return
-    table = _aligned((2, codebook.size), np.float32)
+    table = _aligned((2, each, count), np.float32)
     table[0], table[1] = _permuted(codebook, low), _permuted(codebook, high)
-    run = _vector_search(low, high, lanes)
+    run = _vector_search(low, high, lanes, each)
     run(values, weights, table, rates, overlap, state_bits, states, old, new, back)
 
 
@@ -231,9 +311,9 @@ def search(values, weights, codebook, rates, overlap, state_bits, threads):
     """Run the Viterbi search over a batch of sequences.
 
     Args:
-        values: ``(B, T)`` float32.
-        weights: ``(B, T)`` float32, positive.
-        codebook: ``(2**L,)`` float32.
+        values: ``(B, T * each)`` float32.
+        weights: ``(B, T * each)`` float32, positive.
+        codebook: ``(2**L, each)`` float32, ``each`` the values of a state, 1 or 2.
         rates: ``(period,)`` int64.
         overlap: ``(B,)`` int64, the ``L - k_0`` bits shared by both ends, or -1 where the ends are free.
         state_bits: L.
@@ -242,7 +322,7 @@ def search(values, weights, codebook, rates, overlap, state_bits, threads):
     Returns:
         ``(B, T)`` int32 states.
     """
-    states = np.empty(values.shape, np.int32)
+    states = np.empty((len(values), values.shape[1] // codebook.shape[1]), np.int32)
     share = max(1, -(-len(values) // max(1, 4 * threads)))
     spans = [slice(i, i + share) for i in range(0, len(values), share)]
 

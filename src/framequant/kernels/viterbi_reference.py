@@ -22,7 +22,11 @@ def search(
     overlap: Tensor,
     state_bits: int,
 ) -> Tensor:
-    """Return the states of least squared error; arguments as in ``framequant.kernels.viterbi.search``."""
+    """Return the states of least squared error; arguments as in ``framequant.kernels.viterbi.search``.
+
+    ``codebook`` is (states, values of a state).
+    """
+    values, weights = (tensor.unflatten(1, (-1, codebook.shape[1])) for tensor in (values, weights))
     steps = values.shape[1]
     size = max(1 << state_bits, steps << (state_bits - min(rates)))
     share = max(1, _BUDGET // size)
@@ -36,15 +40,18 @@ def search(
 def _search_some(
     values: Tensor, weights: Tensor, codebook: Tensor, rates: tuple[int, ...], overlap: Tensor
 ) -> Tensor:
-    states, (batch, steps), period = len(codebook), values.shape, len(rates)
+    states, (batch, steps), period = len(codebook), values.shape[:2], len(rates)
     metric = values.new_zeros((batch, states >> rates[0]))
     first = torch.arange(states >> rates[0], device=values.device)
     bound = (overlap >= 0)[:, None]
     metric = metric.masked_fill(bound & (first != overlap[:, None]), torch.inf)
     back = []
     for t in range(steps):
-        error = values[:, t, None] - codebook
-        branch = (weights[:, t, None] * error * error).unflatten(1, (metric.shape[1], -1))
+        error = sum(  # a state's values one after the other: no tensor is larger than the states
+            weights[:, t, None, i] * (values[:, t, None, i] - codebook[:, i]) ** 2
+            for i in range(codebook.shape[1])
+        )
+        branch = error.unflatten(1, (metric.shape[1], -1))
         cost = (metric[:, :, None] + branch).flatten(1)
         metric, index = cost.unflatten(1, (1 << rates[(t + 1) % period], -1)).min(dim=1)
         back.append(index.to(torch.uint8))

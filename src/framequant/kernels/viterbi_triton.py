@@ -9,6 +9,8 @@ only traffic between threads, once a step, through shared memory. One ``j`` is w
 which keeps the live values of 2**16 states in registers. The codebook is read through the caches, as halves
 where that is exact: keeping it in registers, where it fits, was no faster (``benchmarks/viterbi_h100.csv``).
 
+A state with two values has two planes of the codebook, and two terms of its cost.
+
 The predecessor rides in the low mantissa bits of the metric, so one integer minimum finds both. Words of 32
 bits collect the back-pointers of neighbouring ``b`` and of distant ``a``, which are one thread's too; they go
 to global scratch, and the same program traces them back.
@@ -97,14 +99,39 @@ def _store_pointers(best, back, L: tl.constexpr, LOW: tl.constexpr, KN: tl.const
 
 
 @triton.jit
-def _advance(metric, table, gain, slope, offset, back, L: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+def _costs(table, gains, slopes, j: tl.constexpr, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexpr):
+    """Return the costs ``[a, b]`` of the codes that follow predecessor ``j``, without what all states have."""
+    code = _codes(table, j, L, LOW, KN).to(tl.float32)
+    cost = code * (gains[0] * code - slopes[0])
+    if len(gains) == 2:
+        code = _codes(table + (1 << L), j, L, LOW, KN).to(tl.float32)
+        cost += code * (gains[1] * code - slopes[1])
+    return cost
+
+
+@triton.jit
+def _step(values, weights, t, steps, EACH: tl.constexpr):
+    """Weights of the values of step t, their products with twice the values, and what all states of a step have."""
+    gains, slopes = (), ()
+    power = 0.0
+    for i in tl.static_range(EACH):
+        there = t < steps
+        gain = tl.load(weights + t * EACH + i, mask=there, other=0.0)
+        value = tl.load(values + t * EACH + i, mask=there, other=0.0)
+        gains += (gain,)
+        slopes += (2.0 * gain * value,)
+        power += gain * value * value
+    return gains, slopes, power
+
+
+@triton.jit
+def _advance(metric, table, gains, slopes, offset, back, L: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
              KN: tl.constexpr):  # fmt: skip
     """Take one step: write its back-pointers and return the next step's metric."""
     rows: tl.constexpr = 1 << (L - LOW - KN)
     for j in tl.static_range(1 << KN):
-        code = _codes(table, j, L, LOW, KN).to(tl.float32)
         old = _old(metric, j, L, LOW, HIGH, KN)
-        bits = (old[:, None] + code * (gain * code - slope)).to(tl.int32, bitcast=True)
+        bits = (old[:, None] + _costs(table, gains, slopes, j, L, LOW, KN)).to(tl.int32, bitcast=True)
         bits = (bits & -(1 << KN)) | j
         best = bits if j == 0 else tl.minimum(best, bits)
     _store_pointers(best, back, L, LOW, KN)
@@ -129,30 +156,27 @@ def _predecessor(node, back, L: tl.constexpr, LOW: tl.constexpr, KN: tl.constexp
 @triton.jit(do_not_specialize=["rates", "period"])
 def _viterbi(
     values, weights, table, overlap, back, states, steps, rates, period,
-    L: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, STRIDE: tl.constexpr,
+    L: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, STRIDE: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """Search one sequence; bit ``t % period`` of ``rates`` says whether step t has ``HIGH`` bits.
 
-    A step has ``STRIDE`` words of back-pointers.
+    A step has ``EACH`` values, a table (EACH, states), and ``STRIDE`` words of back-pointers.
     """
     tile = tl.program_id(0).to(tl.int64)
-    values += tile * steps
-    weights += tile * steps
+    values += tile * steps * EACH
+    weights += tile * steps * EACH
     states += tile * steps
     back += tile * steps * STRIDE
     ends = tl.load(overlap + tile).to(tl.int32)
-    x = tl.load(values)
     first = tl.where((rates & 1) == 1, HIGH, LOW)
     rows: tl.constexpr = 1 << (L - LOW - HIGH)
     node = tl.arange(0, 1 << HIGH)[None, :] * rows + tl.arange(0, rows)[:, None]
     bound = (ends < 0) | ((node >> (first - LOW)) == ends)
-    metric = tl.where(bound, tl.load(weights) * x * x, HUGE)
+    _, _, power = _step(values, weights, 0, steps, EACH)
+    metric = tl.where(bound, power, HUGE)
     for t in range(0, steps):
-        gain = tl.load(weights + t)
-        slope = 2.0 * gain * tl.load(values + t)
-        more = t + 1 < steps
-        following = tl.load(values + t + 1, mask=more, other=0.0)
-        offset = tl.load(weights + t + 1, mask=more, other=0.0) * following * following
+        gain, slope, _ = _step(values, weights, t, steps, EACH)
+        _, _, offset = _step(values, weights, t + 1, steps, EACH)
         row = back + t * STRIDE
         if HIGH == LOW:
             metric = _advance(metric, table, gain, slope, offset, row, L, LOW, HIGH, LOW)
@@ -206,16 +230,18 @@ def search(
 ) -> Tensor:
     """Return the states of least squared error; arguments as in ``framequant.kernels.viterbi.search``.
 
-    ``options`` overrides ``launch_options`` (the benchmark compares several).
+    ``codebook`` is (states, values of a state). ``options`` overrides ``launch_options`` (the benchmark compares
+    several).
     """
     values, weights, overlap = values.contiguous(), weights.contiguous(), overlap.contiguous()
-    steps, low, high = values.shape[1], min(rates), max(rates)
+    each = codebook.shape[1]
+    steps, low, high = values.shape[1] // each, min(rates), max(rates)
     stride = max(_pointer_words(state_bits, low, k) for k in (low, high))
-    states = torch.empty(values.shape, dtype=torch.int32, device=values.device)
+    states = torch.empty((len(values), steps), dtype=torch.int32, device=values.device)
     share = max(1, min(len(values), _SCRATCH_BYTES // (4 * steps * stride)))
     back = torch.empty((share, steps, stride), dtype=torch.int32, device=values.device)
     pattern = sum((k > low) << i for i, k in enumerate(rates))
-    table = _halves(codebook.contiguous())
+    table = _halves(codebook.mT.contiguous())
     options = options or launch_options(state_bits)
     for i in range(0, len(values), share):
         part = slice(i, min(i + share, len(values)))
@@ -223,6 +249,6 @@ def search(
             _viterbi[(part.stop - part.start,)](
                 values[part], weights[part], table, overlap[part], back, states[part],
                 steps, pattern, len(rates),
-                L=state_bits, LOW=low, HIGH=high, STRIDE=stride, **options,
+                L=state_bits, LOW=low, HIGH=high, STRIDE=stride, EACH=each, **options,
             )  # fmt: skip
     return states

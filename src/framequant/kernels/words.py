@@ -16,11 +16,12 @@ from torch import Tensor
 from framequant.codes.grid import GridSpec, ZeroPoint
 from framequant.codes.packing import bytes_per_row, word_shape
 from framequant.codes.trellis import TrellisSpec
-from framequant.codes.trellis_codebook import codebook
 from framequant.kernels.packed_words import from_planes, to_planes
 from framequant.spec import LinearSpec
 
 SECTOR = 32  # bytes; rows start at a multiple of it
+#: The digit of a weight that has no new bits, as the one before it, in the same state, has them: no rate.
+SAME_STATE = 9
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class WordLayout:
         stride: words from one row, or plane, to the next, padding included.
         multiplier: of the trellis codebook.
         addend: of the trellis codebook.
-        pattern: rates of the trellis' steps, one hexadecimal digit each, the first step's lowest.
+        pattern: rates of a trellis' weights, one hexadecimal digit each, the first one's lowest (``digits``).
         tile_words: rows of words for sixteen rows of coefficients, of a trellis.
         levels: of a scalar code.
         planes: words of a unit of scalar codes (``packed_words``).
@@ -54,6 +55,18 @@ class WordLayout:
     levels: int = 0
     planes: int = 1
     factor: float = 1.0
+
+    @property
+    def per_state(self) -> int:
+        """Weights of a trellis' state; 0 for scalar codes."""
+        return 0 if not self.trellis else 2 if f"{SAME_STATE:x}" in f"{self.pattern:x}" else 1
+
+    @property
+    def in_lanes(self) -> bool:
+        """Whether the kernel of one token through registers alone knows the code."""
+        if self.per_state == 2:
+            return self.bits == 16 and self.pattern == 16 * SAME_STATE + 4
+        return self.pattern == 2 if self.trellis else self.planes == 1
 
     @property
     def is_two_bits(self) -> bool:
@@ -77,8 +90,8 @@ class WordLayout:
 def word_layout(spec: LinearSpec) -> WordLayout | None:
     """Return the layout for a linear's codes, or None where the kernels do not cover them.
 
-    Covered: uniform grids of 3, 5 and ``2**b`` levels, symmetric, one scale a row or a tensor, and trellises of all
-    rates with tiles of 16 columns and 16 rows.
+    Covered: uniform grids of 3, 5 and ``2**b`` levels, symmetric, one scale a row or a tensor, and trellises with tiles
+    of 16 columns and 16 rows, of all rates of one weight a state and of multiples of 1/8 bit of two.
     """
     cols, code = spec.coefficient_shape[1], spec.code
     if isinstance(code, GridSpec):
@@ -86,12 +99,27 @@ def word_layout(spec: LinearSpec) -> WordLayout | None:
         return _scalar_layout(code.num_levels, cols) if uniform else None
     if not isinstance(code, TrellisSpec) or (code.tile_rows, code.tile_cols) != (16, 16):
         return None
-    words, book = -(-cols // 16), codebook(code.state_bits)
+    if (
+        len(code.rates) * code.per_state > 8
+    ):  # a pattern would be longer than half a row, or a tile no whole words
+        return None
+    words, book = -(-cols // 16), code.book
     return WordLayout(
         True, code.state_bits, 16, words, _padded(words, 4), book.multiplier, book.addend,
-        pattern=sum(rate << (4 * step) for step, rate in enumerate(code.rates)),
+        pattern=digits(code),
         tile_words=code.bytes_per_tile // 4, factor=book.scale,
     )  # fmt: skip
+
+
+def digits(code: TrellisSpec) -> int:
+    """The rates of a trellis' weights, one hexadecimal digit each, the first one's lowest, as kernels take them.
+
+    Examples:
+        >>> hex(digits(TrellisSpec(12, (2, 3)))), hex(digits(TrellisSpec(16, (4,), codebook="bytepair-1")))
+        ('0x32', '0x94')
+    """
+    rates = [digit for rate in code.rates for digit in (rate, SAME_STATE)[: code.per_state]]
+    return sum(digit << (4 * place) for place, digit in enumerate(rates))
 
 
 def _scalar_layout(levels: int, cols: int) -> WordLayout | None:

@@ -183,7 +183,8 @@ def _options(
         plain = replace(settings, allocation=Allocation.UNIFORM)
         rate = plain.bits if plain.code is CodeKind.TRELLIS else math.log2(plain.code_spec().num_levels)
         return [_option(weight, sensitivity, plain, name, rate)]
-    return [_option(weight, sensitivity, at_rate(settings, rate), name, rate) for rate in RATES]
+    rates = [rate for rate in RATES if rate * settings.weights_per_state <= RATES[-1]]
+    return [_option(weight, sensitivity, at_rate(settings, rate), name, rate) for rate in rates]
 
 
 def _option(weight: Tensor, sensitivity: float, settings: FrameQuantConfig, name: str, rate: float) -> Option:

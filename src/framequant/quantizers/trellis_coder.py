@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from framequant.codes.trellis import (
     TrellisSpec,
     codebook_values,
-    decode_states,
     matrix_from_tiles,
     pack_states,
     tiles_from_matrix,
@@ -63,7 +62,7 @@ class TrellisCoder:
         tiles = [tiles_from_matrix(part, self._spec) for part in scaled]
         states = encode_tiles(torch.cat(tiles), self._spec)
         self._states[:, first // self.panel] = states
-        values = decode_states(states, self._spec.state_bits, torch.float32).split(self._tile_rows)
+        values = self._decoded(states).split(self._tile_rows)
         restored = [
             matrix_from_tiles(value, rows, columns.shape[1], self._spec).to(columns.dtype)
             * scale.to(columns.dtype)
@@ -86,11 +85,11 @@ class TrellisCoder:
             self._scales[wave.linear].to(value.dtype) for wave, value in zip(waves, values, strict=True)
         ]
         tiles = [
-            (value / scale).float().reshape(-1, self._spec.steps)
+            (value / scale).float().reshape(-1, self._spec.weights)
             for value, scale in zip(values, scales, strict=True)
         ]
         states = encode_tiles(torch.cat(tiles), self._spec, check=False)
-        decoded = _values(self._spec.state_bits, states.device)[states]
+        decoded = self._decoded(states)
         counts = [len(part) for part in tiles]
         for wave, found in zip(waves, states.split(counts), strict=True):
             place = wave.cells(self._blocks[wave.linear])
@@ -99,6 +98,10 @@ class TrellisCoder:
             part.to(value.dtype).reshape(value.shape) * scale
             for part, value, scale in zip(decoded.split(counts), values, scales, strict=True)
         ]
+
+    def _decoded(self, states: Int[Tensor, "tiles steps"]) -> Float[Tensor, "tiles weights"]:
+        """The values of paths."""
+        return _values(self._spec.state_bits, self._spec.codebook, states.device)[states].flatten(-2)
 
     def tensors(self) -> list[dict[str, Tensor]]:
         """The stored tensors of each linear, in the order in which the matrices were given."""
@@ -117,9 +120,9 @@ class TrellisCoder:
 
 
 @lru_cache(maxsize=16)
-def _values(state_bits: int, device: torch.device) -> Float[Tensor, " states"]:
-    """The codebook's values, 256 KiB at most: a look-up is one operation, decoding a dozen."""
-    return codebook_values(state_bits, device=device)
+def _values(state_bits: int, codebook: str, device: torch.device) -> Float[Tensor, "states weights"]:
+    """The codebook's values, 512 KiB at most: a look-up is one operation, decoding a dozen."""
+    return codebook_values(state_bits, device=device, identifier=codebook)
 
 
 def _scale(matrix: Tensor, spec: TrellisSpec) -> Float[Tensor, "1 1"]:
