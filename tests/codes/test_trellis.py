@@ -104,6 +104,18 @@ GOLDEN_LEVELS = {
     16: -3956974,
 }
 
+GOLDEN_PAIRS = {
+    8: -102260,
+    9: 517630,
+    10: -2148262,
+    11: 506916,
+    12: -1127858,
+    13: 1843776,
+    14: 50193,
+    15: -931581,
+    16: -2106868,
+}
+
 
 @pytest.mark.parametrize(("identifier", "reach"), [("bytesum-1", 510), ("bytepair-1", 255)])
 @pytest.mark.parametrize("state_bits", range(8, 17))
