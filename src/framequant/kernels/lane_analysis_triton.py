@@ -6,6 +6,18 @@ float32 registers, each thread's numbers a column of a cube with three axes, one
 The block of the fusion frame, times the last butterflies, is a matrix of constants of the program's code. Other
 transforms are copied from what ``column_triton`` or ``vector_triton`` wrote.
 
+Numbers of 16 bits begin on the tensor cores, whose products with 1 and -1 are exact: sixteen of their bits' four go
+there, those of the registers that sums are in follow, and two are left for the second pass, in which warps keep to
+themselves. Which bits these are depends on what the third pass needs:
+
+======================  ==========================  =====================================================
+bits of a number's       numbers of 16 bits          float32
+======================  ==========================  =====================================================
+first pass               4 … 6, 9 (mma), 10 and on   8 and on
+second pass              7, 8                        4 … 7
+third pass               0 … 3                       0 … 3
+======================  ==========================  =====================================================
+
 A plane of bytes holds coefficients in the order of ``place_of``. Imports triton.
 """
 
@@ -20,20 +32,24 @@ from framequant.kernels.lanes_triton import (
     lane_sum,
     load_shared,
     load_shared_number,
+    load_shared_transposed,
     load_shared_words,
     load_words,
+    first_mma_halves,
     store_shared,
+    store_shared_pair,
     store_shared_planes,
     store_shared_words,
     wait_for_copies,
+    warp_barrier,
 )
 from framequant.kernels.vector_triton import bound
 
 
 @triton.constexpr_function
 def shrink(dtype):
-    """What numbers are multiplied by, so that sums of 8192 of the largest are finite."""
-    return 1.0 if dtype == tl.float16 else 2.0**-16
+    """What numbers are multiplied by, so that sums of 8192 of the largest, nine times, are finite."""
+    return 1.0 if dtype == tl.float16 else 2.0**-20
 
 
 @triton.constexpr_function
@@ -98,19 +114,15 @@ def copy_planes(z_ptr, shared, thread, COUNT: tl.constexpr, CODES: tl.constexpr,
         )
 
 
-@triton.constexpr_function
-def cube_bytes(size):
-    """Bytes of shared memory that a cube of float32 takes: ``cube_place`` of its end."""
-    return (size + size // 16 * 4 + size // 128 * 4 + size // 256 * 8) * 4
-
-
 @triton.jit
 def cube_place(n):
-    """Bytes from the cube's first number to the n-th: columns along all three axes lie in different banks.
+    """Bytes from the cube's first number to the n-th; of an exclusive or of numbers that of their places.
 
-    Of columns that ``spread`` keeps apart two lie in the same.
+    Numbers lie in their order but for the sixteen bytes that they are in of 128: so that in each pass the threads that
+    are served together, whatever ``spread`` says, go to different banks.
     """
-    return (n + n // 16 * 4 + n // 128 * 4 + n // 256 * 8) * 4
+    turned = (n >> 5 & 1) * 6 ^ (n >> 6 & 1) * 5 ^ (n >> 7 & 1) ^ (n >> 8 & 1) * 6 ^ (n >> 9 & 1) * 4
+    return (n ^ turned << 2) * 4
 
 
 @triton.constexpr_function
@@ -152,10 +164,10 @@ def last_matrix(outputs, width):
 
 
 @triton.jit
-def hadamard_registers(values, SIZE: tl.constexpr):
-    """Walsh and Hadamard's transform of a tuple of SIZE tensors, of each element for itself."""
+def hadamard_registers(values, SIZE: tl.constexpr, APART: tl.constexpr = 1):
+    """Walsh and Hadamard's transform of a tuple of SIZE tensors, of each element for itself; of those APART."""
     for step in tl.static_range(5):
-        if (1 << step) < SIZE:
+        if (1 << step) >= APART and (1 << step) < SIZE:
             new = ()
             for i in tl.static_range(SIZE):
                 if (i >> step) % 2 == 0:
@@ -166,15 +178,23 @@ def hadamard_registers(values, SIZE: tl.constexpr):
     return values
 
 
+@triton.constexpr_function
+def in_halves(dtype, normed):
+    """Whether the first butterflies are products of halves; of a norm, weights are multiplied in float32 before."""
+    return dtype.primitive_bitwidth == 16 and not normed
+
+
 @triton.jit
 def load_signs(
-    words_ptr, weight_ptr, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr
-):
-    """Words of signs of a thread's first column and of the first sixteen numbers; if NORMED, weights of both.
+    words_ptr, weight_ptr, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Words of signs of a thread's first numbers and of the first sixteen of all; if NORMED, weights of both.
 
     None of it is from another kernel: to be loaded before the wait for one.
     """
-    found = (tl.load(words_ptr + thread), tl.load(words_ptr + thread % 16))
+    START: tl.constexpr = THREADS if in_halves(DTYPE, NORMED) else 0
+    found = (tl.load(words_ptr + START + thread), tl.load(words_ptr + thread % 16))
     if NORMED:
         found += (tl.load(weight_ptr + thread % 16),)
         for i in tl.static_range(SIZE // THREADS):
@@ -200,20 +220,24 @@ def _signed(value, word, BIT: tl.constexpr):
 
 
 @triton.jit
-def copy_numbers(x_ptr, shared, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """Begin to bring SIZE numbers to shared memory: 16 bytes a thread, as all programs ask for the same lines."""
+def copy_numbers(x_ptr, shared, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, PADDED: tl.constexpr):
+    """Begin to bring SIZE numbers to shared memory: 16 bytes a thread, as all programs ask for the same lines.
+
+    PADDED, each 128 bytes have 16 behind them: numbers 32 bytes apart are in different banks then.
+    """
     at = x_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
     for turn in tl.static_range(SIZE * x_ptr.dtype.element_ty.primitive_bitwidth // 128 // THREADS):
-        piece = (thread + turn * THREADS) * 16
-        copy_to_shared(shared + piece, at + piece, thread * 0 + 1)
+        piece = thread + turn * THREADS
+        place = piece * 16 + (piece // 8 * 16 if PADDED else 0)
+        copy_to_shared(shared + place, at + piece * 16, thread * 0 + 1)
 
 
 @triton.jit
-def _first_axis(token, cube, loaded, head, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
+def _first_axis(token, cube, sums, loaded, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
                 DTYPE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
-    """Butterflies along the first axis; of each thread's numbers the sum of squares and, not of halves, the largest.
+    """Butterflies along the first axis, in float32; of each thread's numbers the sum of squares and the largest.
 
-    And, NORMED, the sum of squares of what was read; and the sum of all coefficients before norms.
+    And, NORMED, the sum of squares of what was read.
     """
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     column = ()
@@ -228,36 +252,134 @@ def _first_axis(token, cube, loaded, head, thread, SIZE: tl.constexpr, THREADS: 
             largest = tl.maximum(largest, tl.abs(value))
         squares += value * value
         column += (_signed(value, loaded[0], i),)
-    total = _sum_of_all(token, loaded, head, thread, NORMED, DTYPE)
     column = hadamard_registers(column, SIZE // THREADS)
     if not APART:
         tl.debug_barrier()  # the cube takes the place of what was read
+    place = cube_place(thread)
     for i in tl.static_range(SIZE // THREADS):
-        store_shared(cube + cube_place(thread), column[i], cube_bytes(i * THREADS))
-    return squares, largest, energy, total
+        store_shared(cube + (place ^ cube_place(i * THREADS)), column[i])
+    _store_sums(sums, squares, largest, energy, thread, THREADS, NORMED, DTYPE)
+
+
+@triton.jit
+def _store_sums(sums, squares, largest, energy, thread, THREADS: tl.constexpr, NORMED: tl.constexpr,
+                DTYPE: tl.constexpr):  # fmt: skip
+    """Write what ``_unit`` and ``_inverse_root`` read: a number each of every thread."""
+    store_shared(sums + thread * 4, squares)
+    if tl.float16 != DTYPE:
+        store_shared(sums + thread * 4, largest, THREADS * 4)
+    if NORMED:
+        store_shared(sums + thread * 4, energy, THREADS * 8)
+
+
+@triton.jit
+def hadamard_operand(lane, DTYPE: tl.constexpr):
+    """Sylvester's matrix of 16, times ``shrink``, as an operand of ``mma.m16n8k16``: the first of four words.
+
+    The next two are the same, as they differ in the row or in the column, and in the last the signs are the other ones.
+    """
+    one: tl.constexpr = 0x3580 if DTYPE == tl.bfloat16 else 0x3C00  # 2**-20 and 1
+    row, quarter = lane // 4, lane % 4
+    both = row >> 1 & quarter
+    sign = (both ^ both >> 1) & 1
+    return (one * 0x10001) ^ (sign << 15) ^ ((sign ^ row & 1) << 31)
+
+
+@triton.jit
+def _half_butterflies(token, word, operand, thread, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """Butterflies of four bits of halves: four numbers for each 1024, and sums of squares and the largest of these.
+
+    Of those sums, which are of sixteen numbers: with 16 and, of the largest, 128 taken out of them.
+    """
+    lane, warp = thread % 32, thread // 32
+    matrix = lane // 8
+    first = lane % 8 * 16 + warp % 2 * 8 + warp // 2 * 128 + matrix % 2 * 512 + matrix // 2 * 1024
+    at = token + (first + first // 64 * 8) * 2
+    found = ()
+    for pair in tl.static_range(SIZE // 2048):
+        found += load_shared_transposed(at, pair * (2048 * 2 * 9 // 8))
+    values = ()
+    squares, largest = thread * 0.0, thread * 0.0
+    for tile in tl.static_range(SIZE // 1024):
+        b0 = found[2 * tile] ^ ((word << (2 * tile)) & -0x7FFF8000)
+        b1 = found[2 * tile + 1] ^ ((word << (2 * tile + 1)) & -0x7FFF8000)
+        sums = first_mma_halves(operand, operand, operand, operand ^ -0x7FFF8000, b0, b1, DTYPE)
+        for i in tl.static_range(4):
+            squares += sums[i] * sums[i]
+            if tl.float16 != DTYPE:
+                largest = tl.maximum(largest, tl.abs(sums[i]))
+        values += sums
+    return values, squares * (1.0 / 16), largest * (1.0 / 128)
+
+
+@triton.jit
+def _first_pass(token, cube, sums, loaded, operand, thread, SIZE: tl.constexpr, THREADS: tl.constexpr,
+                DTYPE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
+    """The first pass of numbers of 16 bits, as the module's text has it, and what ``_unit`` reads."""
+    tl.static_assert(THREADS == 256)
+    values, squares, largest = _half_butterflies(token, loaded[0], operand, thread, SIZE, DTYPE)
+    values = hadamard_registers(values, SIZE // 256, 4)
+    if not APART:
+        tl.debug_barrier()  # the cube takes the place of what was read
+    lane, warp = thread % 32, thread // 32
+    place = cube_place(lane // 4 * 16 + lane % 4 * 2 + warp % 2 * 8 + warp // 2 * 128)
+    for half in tl.static_range(2):
+        at = cube + (place ^ cube_place(half * 512))
+        for tile in tl.static_range(SIZE // 1024):
+            store_shared_pair(at, values[4 * tile + 2 * half], values[4 * tile + 2 * half + 1], tile * 4096)
+    _store_sums(sums, squares, largest, squares, thread, THREADS, False, DTYPE)
 
 
 @triton.jit
 def _second_axis(cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
     """Butterflies along the second axis, in place."""
     for turn in tl.static_range(SIZE // THREADS // 16):
-        at = cube + cube_place((thread // 16 + turn * (THREADS // 16)) * 256 + thread % 16)
+        place = cube_place((thread // 16 + turn * (THREADS // 16)) * 256 + thread % 16)
         column = ()
         for i in tl.static_range(16):
-            column += (load_shared(at, cube_bytes(16 * i)),)
+            column += (load_shared(cube + (place ^ cube_place(16 * i))),)
         column = hadamard_registers(column, 16)
         for i in tl.static_range(16):
-            store_shared(at, column[i], cube_bytes(16 * i))
+            store_shared(cube + (place ^ cube_place(16 * i)), column[i])
+
+
+@triton.constexpr_function
+def _bit_of_warp(apart):
+    """The bit of ``_sixteen``'s lanes that is a number's seventh."""
+    return {1: 3, 2: 2, 4: 1, 8: 0}[apart]
+
+
+@triton.jit
+def _second_pass(cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, SPREAD: tl.constexpr):
+    """Butterflies of bits 7 and 8, in place: of four neighbours of each thread, all within what its warp reads next."""
+    BIT: tl.constexpr = _bit_of_warp(SPREAD)
+    lane = thread % 32
+    rest = lane // 4
+    owner = rest % (1 << BIT) + rest // (1 << BIT) * (4 << BIT)  # the lane of bits 7 and 8 both 0
+    place = cube_place(_sixteen(thread - lane + owner, SPREAD) * 16 + lane % 4 * 4)
+    for turn in tl.static_range(SIZE // THREADS // 16):
+        values = ()
+        for i in tl.static_range(4):
+            words = load_shared_words(cube + (place ^ cube_place(i * 128)), turn * (THREADS * 64))
+            for j in tl.static_range(4):
+                values += (words[j].to(tl.float32, bitcast=True),)
+        values = hadamard_registers(values, 16, 4)
+        for i in tl.static_range(4):
+            words = ()
+            for j in tl.static_range(4):
+                words += (values[4 * i + j].to(tl.int32, bitcast=True),)
+            store_shared_words(cube + (place ^ cube_place(i * 128)) + turn * (THREADS * 64), words, thread * 0 + 1)
+    warp_barrier(thread)
 
 
 @triton.jit
 def _third_axis(cube, sixteen, THREADS: tl.constexpr, TURNS: tl.constexpr):
     """The sixteens of each thread along the third axis."""
     found = ()
+    place = cube_place(sixteen * 16)
     for turn in tl.static_range(TURNS):
-        at = cube + cube_place((sixteen + turn * THREADS) * 16)
         for i in tl.static_range(4):
-            words = load_shared_words(at, i * 16)
+            words = load_shared_words(cube + (place ^ i * 16), turn * (THREADS * 64))
             for j in tl.static_range(4):
                 found += (words[j].to(tl.float32, bitcast=True),)
     return found
@@ -272,38 +394,58 @@ def column_sums(outputs, width):
 
 
 @triton.jit
-def _sum_of_all(token, loaded, head, thread, NORMED: tl.constexpr, DTYPE: tl.constexpr):
-    """The sum of all coefficients before norms: butterflies add up to the first of their numbers times how many.
-
-    So sixteen numbers tell, those of the last butterflies, which the frame's block follows.
-    """
+def _first_sixteen(token, loaded, thread, NORMED: tl.constexpr, DTYPE: tl.constexpr):
+    """The first sixteen numbers, signed, a lane each."""
     number = load_shared_number(token + thread % 16 * (DTYPE.primitive_bitwidth // 8), DTYPE) * shrink(DTYPE)
     if NORMED:
         number *= loaded[2].to(tl.float32)
-    return lane_sum(_signed(number, loaded[1], 0) * head)
+    return _signed(number, loaded[1], 0)
 
 
 @triton.jit
-def _unit(sums, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """A power of two that bounds the norm, as bits, of what all warps found; and whether all numbers are some."""
-    squares, largest = thread * 0.0, thread * 0.0
-    for pair in tl.static_range(THREADS // 64):
-        words = load_shared_words(sums + thread * 0, pair * 16)
-        for i in tl.static_range(2):
-            squares += words[2 * i].to(tl.float32, bitcast=True)
-            largest = tl.maximum(largest, words[2 * i + 1].to(tl.float32, bitcast=True))
-    return bound(squares, largest, SIZE), (largest < float("inf")) & (squares == squares)
+def _of_threads(sums, thread, INDEX: tl.constexpr, THREADS: tl.constexpr):
+    """Eight of the numbers that ``_store_sums`` wrote, a lane each; they make up all."""
+    at = sums + thread % 32 * 16
+    found = load_shared_words(at, INDEX * THREADS * 4) + load_shared_words(at, INDEX * THREADS * 4 + 512)
+    values = ()
+    for i in tl.static_range(8):
+        values += (found[i].to(tl.float32, bitcast=True),)
+    return values
 
 
 @triton.jit
-def _inverse_root(sums, thread, epsilon, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """One by the root of the mean square of what all warps read, ``epsilon`` added to the mean."""
-    energy = thread * 0.0
-    for quad in tl.static_range(THREADS // 128):
-        words = load_shared_words(sums + thread * 0, THREADS // 4 + quad * 16)
-        for i in tl.static_range(4):
-            energy += words[i].to(tl.float32, bitcast=True)
-    return tl.rsqrt(energy * (1.0 / SIZE) + epsilon)
+def _added_up(v):
+    """The sum of eight numbers."""
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))
+
+
+@triton.jit
+def _load_sums(sums, thread, THREADS: tl.constexpr, NORMED: tl.constexpr, DTYPE: tl.constexpr):
+    """Of a lane's share of what all threads found: the squares, the largest number, and squares of what was read."""
+    squares = _added_up(_of_threads(sums, thread, 0, THREADS))
+    largest, energy = squares * 0.0, squares * 0.0
+    if tl.float16 != DTYPE:
+        v = _of_threads(sums, thread, 1, THREADS)
+        for i in tl.static_range(8):
+            largest = tl.maximum(largest, v[i])
+    if NORMED:
+        energy = _added_up(_of_threads(sums, thread, 2, THREADS))
+    return squares, largest, energy
+
+
+@triton.jit
+def _unit(squares, largest, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """A power of two that bounds the norm, as bits, of what all lanes found; and whether all numbers are some.
+
+    Not so small that its inverse times other factors is none.
+    """
+    squares = lane_sum(squares)
+    if tl.float16 == DTYPE:
+        finite = squares < float("inf")  # or infinite: those of halves are
+    else:
+        largest = lane_largest(largest)
+        finite = (largest < float("inf")) & (squares == squares)
+    return tl.maximum(bound(squares, largest, SIZE), 27 << 23), finite
 
 
 @triton.jit
@@ -355,29 +497,29 @@ def pair_factor(codes):
     return 2.0 ** -(8 // codes) if codes else 1.0
 
 
-@triton.jit
-def _times(column, factor):
-    """Sixteen numbers times a factor."""
-    found = ()
-    for k in tl.static_range(16):
-        found += (column[k] * factor,)
-    return found
+@triton.constexpr_function
+def is_ninths(each, width):
+    """Whether the frame's block is that of ``ninths``."""
+    return each == 18 and width == 16
 
 
 @triton.jit
 def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
                   CODES: tl.constexpr, TILES: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
-    """Coefficients of sixteen coordinates, from the first-th on, to planes; of eighteen the butterflies are made."""
+    """Coefficients of sixteen coordinates, from the first-th on, to planes.
+
+    Without a frame, or with ``is_ninths``, of coordinates that went through the last butterflies.
+    """
     PERIOD: tl.constexpr = period(EACH, CODES)
     places = ()
     for c in tl.static_range(PERIOD):
         places += (shared + place_of(first + c, COUNT, CODES, TILES),)
-    if EACH == 18 and WIDTH == 16:
+    if is_ninths(EACH, WIDTH):
         column = ninths(column)
         scale *= 1.0 / 3.0
     scales = (scale, scale * pair_factor(CODES))
     for c in tl.static_range(EACH):
-        if WIDTH == 1 or (EACH == 18 and WIDTH == 16):
+        if WIDTH == 1 or is_ninths(EACH, WIDTH):
             y = column[c] * scales[c % 2]
         else:
             y = column[0] * 0.0
@@ -407,11 +549,11 @@ def analyse(
 
     Args:
         loaded: by ``load_signs``, and ``head_weight``; ``epsilon`` is what the norm adds to the mean of squares.
-        token: shared memory that ``copy_numbers`` brings the token to; the planes may lie there, too.
-        cube: ``cube_bytes(SIZE)`` of shared memory, APART from all else; or beginning at ``token`` and with the planes
-            in it, for two barriers more.
+        token: shared memory that ``copy_numbers`` brings the token to, PADDED if ``in_halves``; the planes may lie there.
+        cube: 4 SIZE bytes of shared memory, APART from all else; or beginning at ``token`` and with the planes in it,
+            for two barriers more.
         shared: the planes.
-        sums: twelve bytes of shared memory for each warp, not in the cube.
+        sums: twelve bytes of shared memory for each thread, not in the cube.
         norm: of the transform without the frame.
         OUTPUTS, WIDTH: of the frame's block; 1, 1 without a frame.
 
@@ -420,41 +562,39 @@ def analyse(
     """
     TURNS: tl.constexpr = SIZE // THREADS // 16
     EACH: tl.constexpr = OUTPUTS * 16 // WIDTH
+    SPREAD: tl.constexpr = spread(EACH, CODES)
     matrix: tl.constexpr = last_matrix(OUTPUTS, WIDTH) if WIDTH > 1 else ()
+    operand = hadamard_operand(thread % 32, DTYPE)
     wait_for_copies(thread)
     tl.debug_barrier()
-    squares, largest, energy, total = _first_axis(
-        token, cube, loaded, head, thread, SIZE, THREADS, NORMED, DTYPE, APART
-    )
-    tl.debug_barrier()
-    _second_axis(cube, thread, SIZE, THREADS)
-    # behind the second axis, whose loads would wait for these shuffles
-    store_shared(sums + thread // 32 * 8, lane_sum(squares))
-    if tl.float16 != DTYPE:
-        largest = lane_largest(largest)
-    store_shared(sums + thread // 32 * 8 + 4, largest)
-    if NORMED:
-        store_shared(sums + THREADS // 4 + thread // 32 * 4, lane_sum(energy))
-    tl.debug_barrier()
-    sixteen = _sixteen(thread, spread(EACH, CODES))
+    number = _first_sixteen(token, loaded, thread, NORMED, DTYPE)
+    if in_halves(DTYPE, NORMED):
+        _first_pass(token, cube, sums, loaded, operand, thread, SIZE, THREADS, DTYPE, APART)
+        tl.debug_barrier()
+        _second_pass(cube, thread, SIZE, THREADS, SPREAD)
+    else:
+        _first_axis(token, cube, sums, loaded, thread, SIZE, THREADS, NORMED, DTYPE, APART)
+        tl.debug_barrier()
+        _second_axis(cube, thread, SIZE, THREADS)
+        tl.debug_barrier()
+    sixteen = _sixteen(thread, SPREAD)
     columns = _third_axis(cube, sixteen, THREADS, TURNS)
-    bits, finite = _unit(sums, thread, SIZE, THREADS)
+    # behind loads, which would wait for these shuffles
+    squares, largest, energy = _load_sums(sums, thread, THREADS, NORMED, DTYPE)
     if not APART:
         tl.debug_barrier()
     zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
-    down = (0x7F000000 - bits).to(tl.float32, bitcast=True)  # before other factors: it may be the largest
+    bits, finite = _unit(squares, largest, SIZE, DTYPE)
+    down = (0x7F000000 - bits).to(tl.float32, bitcast=True)
     for turn in tl.static_range(TURNS):
         column = ()
         for k in tl.static_range(16):
             column += (columns[16 * turn + k],)
-        if WIDTH == 1 or (
-            OUTPUTS == 18 and WIDTH == 16
-        ):  # other blocks have these butterflies in their matrix
+        if WIDTH == 1 or is_ninths(EACH, WIDTH):  # other blocks have these butterflies in their matrix
             column = hadamard_registers(column, 16)
-        column = _times(column, down)
         first = (sixteen + turn * THREADS) * EACH
-        _store_column(column, norm * 4194304.0, first, shared, WIDTH, EACH, COUNT, CODES, TILES, matrix)
+        _store_column(column, norm * 4194304.0 * down, first, shared, WIDTH, EACH, COUNT, CODES, TILES, matrix)
     power = tl.where(finite, bits.to(tl.float32, bitcast=True), float("nan"))
-    if NORMED:
-        power *= _inverse_root(sums, thread, epsilon, SIZE, THREADS)
-    return power / shrink(DTYPE), total * down * norm
+    if NORMED:  # by the root of the mean square
+        power *= tl.rsqrt(lane_sum(energy) * (1.0 / SIZE) + epsilon)
+    return power / shrink(DTYPE), lane_sum(number * head) * down * norm
