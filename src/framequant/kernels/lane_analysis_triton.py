@@ -28,6 +28,8 @@ import triton.language as tl
 
 from framequant.kernels.lanes_triton import (
     copy_to_shared,
+    first_mma_halves,
+    kept,
     lane_largest,
     lane_sum,
     load_shared,
@@ -35,7 +37,6 @@ from framequant.kernels.lanes_triton import (
     load_shared_transposed,
     load_shared_words,
     load_words,
-    first_mma_halves,
     store_shared,
     store_shared_pair,
     store_shared_planes,
@@ -204,11 +205,53 @@ def load_signs(
 
 @triton.jit
 def head_weight(thread, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr):
-    """What the first sixteen numbers are multiplied by in ``_sum_of_all``, a lane each."""
+    """What the first sixteen numbers are multiplied by to add up to all coefficients before norms, a lane each.
+
+    Butterflies add up to the first of their numbers times how many. So sixteen numbers tell, those of the last
+    butterflies, which the frame's block follows.
+    """
     weight = thread * 0.0
     for k in tl.static_range(16):
         weight = tl.where(thread % 32 == k, column_sums(OUTPUTS, WIDTH)[k] * (SIZE // 16), weight)
     return weight
+
+
+@triton.jit
+def places_of_threads(memory, thread, turns, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
+                      COUNT: tl.constexpr, CODES: tl.constexpr, TILES: tl.constexpr, HALVES: tl.constexpr):  # fmt: skip
+    """What ``analyse`` needs that is the same for every token: to be made before the wait for one, and a barrier.
+
+    ``head_weight``, as bits; ``hadamard_signs``; bytes from the token's begin to a lane's row of a matrix; bytes
+    from the cube's begin to where a thread is in the first, second and third pass; and bytes from a plane's begin to its
+    first coefficients, as many as ``period``.
+
+    Args:
+        memory: 48 bytes of shared memory for each thread.
+        turns: another number that is to be made here.
+        HALVES: ``in_halves``.
+    """
+    EACH: tl.constexpr = OUTPUTS * 16 // WIDTH
+    PERIOD: tl.constexpr = period(EACH, CODES)
+    SPREAD: tl.constexpr = spread(EACH, CODES)
+    lane, sixteen = thread % 32, _sixteen(thread, SPREAD)
+    row = cube_place(sixteen * 16)
+    if HALVES:
+        own = cube_place(lane // 4 * 16 + lane % 4 * 2 + thread // 32 % 2 * 8 + thread // 64 * 128)
+        found = (hadamard_signs(lane), _matrix_place(thread), own, _second_place(thread, SPREAD), row)
+    else:
+        found = (thread, thread, cube_place(thread), cube_place(thread // 16 * 256 + thread % 16), row)
+    weight = head_weight(thread, SIZE, OUTPUTS, WIDTH).to(tl.int32, bitcast=True)
+    found = (weight,) + found + (thread * 0 + turns, sixteen)  # noqa: RUF005
+    for c in tl.static_range(4):
+        found += (place_of(sixteen * EACH + min(c, PERIOD - 1), COUNT, CODES, TILES),)
+    at = memory + thread * 16
+    SIZES: tl.constexpr = thread.shape[0] * 16
+    a = kept(at, (found[0], found[1], found[2], found[3]))
+    b = kept(at + SIZES, (found[4], found[5], found[6], found[7]))
+    found = kept(at + 2 * SIZES, (found[8], found[9], found[10], found[11]))
+    for c in tl.static_range(4, PERIOD):
+        found += (place_of(b[3] * EACH + c, COUNT, CODES, TILES),)
+    return a + (b[0], b[1]) + found  # noqa: RUF005
 
 
 @triton.jit
@@ -233,7 +276,7 @@ def copy_numbers(x_ptr, shared, thread, SIZE: tl.constexpr, THREADS: tl.constexp
 
 
 @triton.jit
-def _first_axis(token, cube, sums, loaded, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
+def _first_axis(token, cube, sums, loaded, places, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
                 DTYPE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
     """Butterflies along the first axis, in float32; of each thread's numbers the sum of squares and the largest.
 
@@ -255,9 +298,8 @@ def _first_axis(token, cube, sums, loaded, thread, SIZE: tl.constexpr, THREADS: 
     column = hadamard_registers(column, SIZE // THREADS)
     if not APART:
         tl.debug_barrier()  # the cube takes the place of what was read
-    place = cube_place(thread)
     for i in tl.static_range(SIZE // THREADS):
-        store_shared(cube + (place ^ cube_place(i * THREADS)), column[i])
+        store_shared(cube + (places[3] ^ cube_place(i * THREADS)), column[i])
     _store_sums(sums, squares, largest, energy, thread, THREADS, NORMED, DTYPE)
 
 
@@ -273,37 +315,44 @@ def _store_sums(sums, squares, largest, energy, thread, THREADS: tl.constexpr, N
 
 
 @triton.jit
-def hadamard_operand(lane, DTYPE: tl.constexpr):
-    """Sylvester's matrix of 16, times ``shrink``, as an operand of ``mma.m16n8k16``: the first of four words.
+def hadamard_signs(lane):
+    """Signs of Sylvester's matrix of 16, where a word has those of two halves, as an operand of ``mma.m16n8k16``.
 
-    The next two are the same, as they differ in the row or in the column, and in the last the signs are the other ones.
+    Of the first of four words; the next two are the same, as they differ in the row or in the column, and in the last
+    signs are the other ones.
     """
-    one: tl.constexpr = 0x3580 if DTYPE == tl.bfloat16 else 0x3C00  # 2**-20 and 1
     row, quarter = lane // 4, lane % 4
-    both = row >> 1 & quarter
-    sign = (both ^ both >> 1) & 1
-    return (one * 0x10001) ^ (sign << 15) ^ ((sign ^ row & 1) << 31)
+    both = (row >> 1) & quarter
+    sign = (both ^ (both >> 1)) & 1
+    return (sign << 15) | ((sign ^ (row & 1)) << 31)
 
 
 @triton.jit
-def _half_butterflies(token, word, operand, thread, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+def _matrix_place(thread):
+    """Bytes from a token's begin to a lane's row of the first four matrices: halves, PADDED by ``copy_numbers``."""
+    lane, warp = thread % 32, thread // 32
+    matrix = lane // 8
+    first = lane % 8 * 16 + warp % 2 * 8 + warp // 2 * 128 + matrix % 2 * 512 + matrix // 2 * 1024
+    return (first + first // 64 * 8) * 2
+
+
+@triton.jit
+def _half_butterflies(token, word, places, SIZE: tl.constexpr, DTYPE: tl.constexpr):
     """Butterflies of four bits of halves: four numbers for each 1024, and sums of squares and the largest of these.
 
     Of those sums, which are of sixteen numbers: with 16 and, of the largest, 128 taken out of them.
     """
-    lane, warp = thread % 32, thread // 32
-    matrix = lane // 8
-    first = lane % 8 * 16 + warp % 2 * 8 + warp // 2 * 128 + matrix % 2 * 512 + matrix // 2 * 1024
-    at = token + (first + first // 64 * 8) * 2
+    ONE: tl.constexpr = 0x3580 if DTYPE == tl.bfloat16 else 0x3C00  # ``shrink``: 2**-20 and 1
     found = ()
     for pair in tl.static_range(SIZE // 2048):
-        found += load_shared_transposed(at, pair * (2048 * 2 * 9 // 8))
+        found += load_shared_transposed(token + places[2], pair * (2048 * 2 * 9 // 8))
+    a = places[1] | (ONE * 0x10001)
     values = ()
-    squares, largest = thread * 0.0, thread * 0.0
+    squares, largest = word * 0.0, word * 0.0
     for tile in tl.static_range(SIZE // 1024):
         b0 = found[2 * tile] ^ ((word << (2 * tile)) & -0x7FFF8000)
         b1 = found[2 * tile + 1] ^ ((word << (2 * tile + 1)) & -0x7FFF8000)
-        sums = first_mma_halves(operand, operand, operand, operand ^ -0x7FFF8000, b0, b1, DTYPE)
+        sums = first_mma_halves(a, a, a, a ^ -0x7FFF8000, b0, b1, DTYPE)
         for i in tl.static_range(4):
             squares += sums[i] * sums[i]
             if tl.float16 != DTYPE:
@@ -313,34 +362,32 @@ def _half_butterflies(token, word, operand, thread, SIZE: tl.constexpr, DTYPE: t
 
 
 @triton.jit
-def _first_pass(token, cube, sums, loaded, operand, thread, SIZE: tl.constexpr, THREADS: tl.constexpr,
+def _first_pass(token, cube, sums, loaded, places, thread, SIZE: tl.constexpr, THREADS: tl.constexpr,
                 DTYPE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
     """The first pass of numbers of 16 bits, as the module's text has it, and what ``_unit`` reads."""
     tl.static_assert(THREADS == 256)
-    values, squares, largest = _half_butterflies(token, loaded[0], operand, thread, SIZE, DTYPE)
+    values, squares, largest = _half_butterflies(token, loaded[0], places, SIZE, DTYPE)
     values = hadamard_registers(values, SIZE // 256, 4)
     if not APART:
         tl.debug_barrier()  # the cube takes the place of what was read
-    lane, warp = thread % 32, thread // 32
-    place = cube_place(lane // 4 * 16 + lane % 4 * 2 + warp % 2 * 8 + warp // 2 * 128)
     for half in tl.static_range(2):
-        at = cube + (place ^ cube_place(half * 512))
+        at = cube + (places[3] ^ cube_place(half * 512))
         for tile in tl.static_range(SIZE // 1024):
             store_shared_pair(at, values[4 * tile + 2 * half], values[4 * tile + 2 * half + 1], tile * 4096)
     _store_sums(sums, squares, largest, squares, thread, THREADS, False, DTYPE)
 
 
 @triton.jit
-def _second_axis(cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
+def _second_axis(cube, places, SIZE: tl.constexpr, THREADS: tl.constexpr):
     """Butterflies along the second axis, in place."""
     for turn in tl.static_range(SIZE // THREADS // 16):
-        place = cube_place((thread // 16 + turn * (THREADS // 16)) * 256 + thread % 16)
+        begin = cube + turn * (THREADS * 64)
         column = ()
         for i in tl.static_range(16):
-            column += (load_shared(cube + (place ^ cube_place(16 * i))),)
+            column += (load_shared(begin + (places[4] ^ cube_place(16 * i))),)
         column = hadamard_registers(column, 16)
         for i in tl.static_range(16):
-            store_shared(cube + (place ^ cube_place(16 * i)), column[i])
+            store_shared(begin + (places[4] ^ cube_place(16 * i)), column[i])
 
 
 @triton.constexpr_function
@@ -350,17 +397,23 @@ def _bit_of_warp(apart):
 
 
 @triton.jit
-def _second_pass(cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, SPREAD: tl.constexpr):
-    """Butterflies of bits 7 and 8, in place: of four neighbours of each thread, all within what its warp reads next."""
+def _second_place(thread, SPREAD: tl.constexpr):
+    """Bytes from the cube's begin to the first four numbers of a thread in ``_second_pass``."""
     BIT: tl.constexpr = _bit_of_warp(SPREAD)
     lane = thread % 32
     rest = lane // 4
     owner = rest % (1 << BIT) + rest // (1 << BIT) * (4 << BIT)  # the lane of bits 7 and 8 both 0
-    place = cube_place(_sixteen(thread - lane + owner, SPREAD) * 16 + lane % 4 * 4)
+    return cube_place(_sixteen(thread - lane + owner, SPREAD) * 16 + lane % 4 * 4)
+
+
+@triton.jit
+def _second_pass(cube, places, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """Butterflies of bits 7 and 8, in place: of four neighbours of each thread, all within what its warp reads next."""
     for turn in tl.static_range(SIZE // THREADS // 16):
+        begin = cube + turn * (THREADS * 64)
         values = ()
         for i in tl.static_range(4):
-            words = load_shared_words(cube + (place ^ cube_place(i * 128)), turn * (THREADS * 64))
+            words = load_shared_words(begin + (places[4] ^ cube_place(i * 128)))
             for j in tl.static_range(4):
                 values += (words[j].to(tl.float32, bitcast=True),)
         values = hadamard_registers(values, 16, 4)
@@ -368,18 +421,17 @@ def _second_pass(cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, SPREAD
             words = ()
             for j in tl.static_range(4):
                 words += (values[4 * i + j].to(tl.int32, bitcast=True),)
-            store_shared_words(cube + (place ^ cube_place(i * 128)) + turn * (THREADS * 64), words, thread * 0 + 1)
+            store_shared_words(begin + (places[4] ^ cube_place(i * 128)), words, thread * 0 + 1)
     warp_barrier(thread)
 
 
 @triton.jit
-def _third_axis(cube, sixteen, THREADS: tl.constexpr, TURNS: tl.constexpr):
+def _third_axis(cube, place, THREADS: tl.constexpr, TURNS: tl.constexpr):
     """The sixteens of each thread along the third axis."""
     found = ()
-    place = cube_place(sixteen * 16)
     for turn in tl.static_range(TURNS):
         for i in tl.static_range(4):
-            words = load_shared_words(cube + (place ^ i * 16), turn * (THREADS * 64))
+            words = load_shared_words(cube + (place ^ (i * 16)), turn * (THREADS * 64), True)
             for j in tl.static_range(4):
                 found += (words[j].to(tl.float32, bitcast=True),)
     return found
@@ -406,7 +458,8 @@ def _first_sixteen(token, loaded, thread, NORMED: tl.constexpr, DTYPE: tl.conste
 def _of_threads(sums, thread, INDEX: tl.constexpr, THREADS: tl.constexpr):
     """Eight of the numbers that ``_store_sums`` wrote, a lane each; they make up all."""
     at = sums + thread % 32 * 16
-    found = load_shared_words(at, INDEX * THREADS * 4) + load_shared_words(at, INDEX * THREADS * 4 + 512)
+    found = load_shared_words(at, INDEX * THREADS * 4, True)
+    found += load_shared_words(at, INDEX * THREADS * 4 + 512, True)
     values = ()
     for i in tl.static_range(8):
         values += (found[i].to(tl.float32, bitcast=True),)
@@ -441,18 +494,25 @@ def _unit(squares, largest, SIZE: tl.constexpr, DTYPE: tl.constexpr):
     """
     squares = lane_sum(squares)
     if tl.float16 == DTYPE:
-        finite = squares < float("inf")  # or infinite: those of halves are
+        # the root's exponent is half of the exponent; squares of halves are in range, but infinite where a number is
+        half = (squares.to(tl.int32, bitcast=True) + 0x3F800000) >> 1
+        bits, finite = (half & 0x7F800000) + (1 << 23), squares < float("inf")
     else:
         largest = lane_largest(largest)
-        finite = (largest < float("inf")) & (squares == squares)
-    return tl.maximum(bound(squares, largest, SIZE), 27 << 23), finite
+        bits, finite = bound(squares, largest, SIZE), (largest < float("inf")) & (squares == squares)
+    return tl.maximum(bits, 17 << 23), finite
 
 
 @triton.jit
 def _thirds(a, b, c):
     """The Fourier transform of three complex numbers, pairs, with exp(+2πi/3)."""
-    sums = (b[0] + c[0], b[1] + c[1])
-    turned = ((b[0] - c[0]) * 0.8660254037844386, (b[1] - c[1]) * 0.8660254037844386)
+    return _of_sums(a, (b[0] + c[0], b[1] + c[1]), (b[0] - c[0], b[1] - c[1]))
+
+
+@triton.jit
+def _of_sums(a, sums, differences):
+    """The same with sums and differences of the second and third."""
+    turned = (differences[0] * 0.8660254037844386, differences[1] * 0.8660254037844386)
     middle = (a[0] - 0.5 * sums[0], a[1] - 0.5 * sums[1])
     return (a[0] + sums[0], a[1] + sums[1]), (middle[0] - turned[1], middle[1] + turned[0]), (
         middle[0] + turned[1], middle[1] - turned[0])  # fmt: skip
@@ -472,7 +532,7 @@ def ninths(x):
     """
     one = _thirds((x[0], x[1]), (x[6], x[7]), (x[12], x[13]))
     two = _thirds((x[2], x[3]), (x[8], x[9]), (x[14], x[15]))
-    three = _thirds((x[4], x[5]), (x[10], x[11]), (x[0] * 0.0, x[0] * 0.0))
+    three = _of_sums((x[4], x[5]), (x[10], x[11]), (x[10], x[11]))
     # cos and sin of 40, 80 and 160 degrees
     y0 = _thirds(one[0], two[0], three[0])
     y1 = _thirds(
@@ -504,16 +564,13 @@ def is_ninths(each, width):
 
 
 @triton.jit
-def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
+def _store_column(column, scale, places, shared, WIDTH: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
                   CODES: tl.constexpr, TILES: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
-    """Coefficients of sixteen coordinates, from the first-th on, to planes.
+    """Coefficients of sixteen coordinates, whose first ``places_of_threads`` knows, to planes.
 
     Without a frame, or with ``is_ninths``, of coordinates that went through the last butterflies.
     """
     PERIOD: tl.constexpr = period(EACH, CODES)
-    places = ()
-    for c in tl.static_range(PERIOD):
-        places += (shared + place_of(first + c, COUNT, CODES, TILES),)
     if is_ninths(EACH, WIDTH):
         column = ninths(column)
         scale *= 1.0 / 3.0
@@ -528,7 +585,7 @@ def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.co
             y *= scales[c % 2]
         integer = (y + 12582912.0).to(tl.int32, bitcast=True)  # of a float32 in [2**23, 2**24), which is one
         digits = (integer - (0x4B400000 - 0x808080)) ^ 0x808080
-        store_shared_planes(places[c % PERIOD], digits, plane_bytes(COUNT, CODES, TILES), c // PERIOD)
+        store_shared_planes(shared + places[6 + c % PERIOD], digits, plane_bytes(COUNT, CODES, TILES), c // PERIOD)
 
 
 @triton.constexpr_function
@@ -541,18 +598,18 @@ def period(each, codes):
 
 @triton.jit
 def analyse(
-    loaded, head, token, cube, shared, sums, thread, norm, epsilon, DTYPE: tl.constexpr,
+    loaded, places, token, cube, shared, sums, thread, norm, epsilon, DTYPE: tl.constexpr,
     SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
     CODES: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Write the coefficients of a token of SIZE numbers to planes; NORMED, of their root-mean-square norm.
 
     Args:
-        loaded: by ``load_signs``, and ``head_weight``; ``epsilon`` is what the norm adds to the mean of squares.
+        loaded: by ``load_signs``; and ``places_of_threads``. ``epsilon`` is what the norm adds to the mean of squares.
         token: shared memory that ``copy_numbers`` brings the token to, PADDED if ``in_halves``; the planes may lie there.
         cube: 4 SIZE bytes of shared memory, APART from all else; or beginning at ``token`` and with the planes in it,
             for two barriers more.
-        shared: the planes.
+        shared: the planes; where they lie apart from token and cube ``zero_tails`` was called.
         sums: twelve bytes of shared memory for each thread, not in the cube.
         norm: of the transform without the frame.
         OUTPUTS, WIDTH: of the frame's block; 1, 1 without a frame.
@@ -562,28 +619,26 @@ def analyse(
     """
     TURNS: tl.constexpr = SIZE // THREADS // 16
     EACH: tl.constexpr = OUTPUTS * 16 // WIDTH
-    SPREAD: tl.constexpr = spread(EACH, CODES)
     matrix: tl.constexpr = last_matrix(OUTPUTS, WIDTH) if WIDTH > 1 else ()
-    operand = hadamard_operand(thread % 32, DTYPE)
     wait_for_copies(thread)
     tl.debug_barrier()
     number = _first_sixteen(token, loaded, thread, NORMED, DTYPE)
     if in_halves(DTYPE, NORMED):
-        _first_pass(token, cube, sums, loaded, operand, thread, SIZE, THREADS, DTYPE, APART)
+        _first_pass(token, cube, sums, loaded, places, thread, SIZE, THREADS, DTYPE, APART)
         tl.debug_barrier()
-        _second_pass(cube, thread, SIZE, THREADS, SPREAD)
+        _second_pass(cube, places, thread, SIZE, THREADS)
     else:
-        _first_axis(token, cube, sums, loaded, thread, SIZE, THREADS, NORMED, DTYPE, APART)
+        _first_axis(token, cube, sums, loaded, places, thread, SIZE, THREADS, NORMED, DTYPE, APART)
         tl.debug_barrier()
-        _second_axis(cube, thread, SIZE, THREADS)
+        _second_axis(cube, places, SIZE, THREADS)
         tl.debug_barrier()
-    sixteen = _sixteen(thread, SPREAD)
-    columns = _third_axis(cube, sixteen, THREADS, TURNS)
+    columns = _third_axis(cube, places[5], THREADS, TURNS)
     # behind loads, which would wait for these shuffles
     squares, largest, energy = _load_sums(sums, thread, THREADS, NORMED, DTYPE)
     if not APART:
         tl.debug_barrier()
-    zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
+    if not (APART and in_halves(DTYPE, NORMED)):
+        zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
     bits, finite = _unit(squares, largest, SIZE, DTYPE)
     down = (0x7F000000 - bits).to(tl.float32, bitcast=True)
     for turn in tl.static_range(TURNS):
@@ -592,9 +647,9 @@ def analyse(
             column += (columns[16 * turn + k],)
         if WIDTH == 1 or is_ninths(EACH, WIDTH):  # other blocks have these butterflies in their matrix
             column = hadamard_registers(column, 16)
-        first = (sixteen + turn * THREADS) * EACH
-        _store_column(column, norm * 4194304.0 * down, first, shared, WIDTH, EACH, COUNT, CODES, TILES, matrix)
+        begin = shared + place_of(turn * THREADS * EACH, COUNT, CODES, TILES)
+        _store_column(column, norm * 4194304.0 * down, places, begin, WIDTH, EACH, COUNT, CODES, TILES, matrix)
     power = tl.where(finite, bits.to(tl.float32, bitcast=True), float("nan"))
     if NORMED:  # by the root of the mean square
         power *= tl.rsqrt(lane_sum(energy) * (1.0 / SIZE) + epsilon)
-    return power / shrink(DTYPE), lane_sum(number * head) * down * norm
+    return power / shrink(DTYPE), lane_sum(number * places[0].to(tl.float32, bitcast=True)) * down * norm

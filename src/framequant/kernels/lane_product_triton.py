@@ -24,10 +24,11 @@ from framequant.kernels.lane_analysis_triton import (
     analyse,
     copy_numbers,
     copy_planes,
-    head_weight,
     in_halves,
     load_signs,
+    places_of_threads,
     plane_bytes,
+    zero_tails,
 )
 from framequant.kernels.lanes_triton import (
     byte_repeated,
@@ -325,10 +326,10 @@ def lane_product(
     CODES: tl.constexpr = 0 if TRELLIS else 8 // BITS
     TILES: tl.constexpr = 80 if ANALYSED else 64
     PLANE: tl.constexpr = plane_bytes(COUNT, CODES, TILES)
-    places: tl.constexpr = regions(WARPS, COUNT, CODES, ANALYSED)
-    base = shared_memory(places[3], memory_ptr)
-    parts = base + places[0]
-    shared = base + places[1]
+    begins: tl.constexpr = regions(WARPS, COUNT, CODES, ANALYSED)
+    base = shared_memory(begins[3], memory_ptr)
+    parts = base + begins[0]
+    shared = base + begins[1]
     first = tl.program_id(0) * GROUPS + group
     turns = tl.cdiv(tl.cdiv(rows, 32 * GROUPS) - tl.program_id(0), tl.num_programs(0))
     byte = part * 64 + quarter * 16
@@ -342,14 +343,19 @@ def lane_product(
         words += first_words(row_at, byte + c * STEP, stride)
     _prefetch_turns(codes_ptr, thread, rows, stride, 32 * GROUPS, CHUNKS * ROUNDS * STEP, AHEAD, TRELLIS)
     if ANALYSED:
-        head = head_weight(thread, ANALYSED, OUTPUTS, WIDTH)
+        places = places_of_threads(
+            base, thread, turns, ANALYSED, OUTPUTS, WIDTH, COUNT, CODES, TILES, in_halves(DTYPE, NORMED)
+        )
+        if begins[2] > begins[1] and in_halves(DTYPE, NORMED):
+            zero_tails(shared, thread, ANALYSED * OUTPUTS // WIDTH, COUNT, CODES, TILES)
+    ends = row_ends(scale_ptr, places_ptr, signs_ptr, first * 32 + lane, rows, ROW_SCALES, BLOCK)
     tl.debug_barrier()  # or the compiler moves these loads behind the wait
     wait_for_previous(PDL)
     if ANALYSED:
         copy_numbers(x_ptr, parts, thread, ANALYSED, 32 * WARPS, in_halves(DTYPE, NORMED))
         unit, total = analyse(
-            loaded, head, parts, base + places[2], shared, base, thread, x_norm, epsilon, DTYPE, ANALYSED, OUTPUTS,
-            WIDTH, COUNT, CODES, TILES, 32 * WARPS, NORMED, places[2] > places[1],
+            loaded, places, parts, base + begins[2], shared, base, thread, x_norm, epsilon, DTYPE, ANALYSED, OUTPUTS,
+            WIDTH, COUNT, CODES, TILES, 32 * WARPS, NORMED, begins[2] > begins[1],
         )  # fmt: skip
         tl.store(unit_ptr + thread * 0, unit, mask=(thread == 0) & (tl.program_id(0) == 0))
         total = total * zero
@@ -361,7 +367,6 @@ def lane_product(
             total += tl.load(sum_ptr + index, mask=index < PARTS, other=0.0)
         total = lane_sum(total) * zero
         unit = tl.load(unit_ptr)
-    ends = row_ends(scale_ptr, places_ptr, signs_ptr, first * 32 + lane, rows, ROW_SCALES, BLOCK)
     none = thread * 0
     start = (none, none, none, none, none, none, none, none)
     even, odd = start, start

@@ -496,21 +496,31 @@ def store_shared_pair(address, first, second, OFFSET: tl.constexpr = 0):
 
 
 @triton.constexpr_function
-def _load_words_text(offset):
-    return f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+def _load_words_text(offset, ordered):
+    return f"ld.{'volatile.' if ordered else ''}shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
 
 
 @triton.jit
-def load_shared_words(address, OFFSET: tl.constexpr = 0):
-    """Four int32 each from a 16-byte aligned address, OFFSET bytes on."""
+def load_shared_words(address, OFFSET: tl.constexpr = 0, ORDERED: tl.constexpr = False):
+    """Four int32 each from a 16-byte aligned address, OFFSET bytes on; before all later ones that are ORDERED, too."""
     if COMPILED:
-        text: tl.constexpr = _load_words_text(OFFSET)
+        text: tl.constexpr = _load_words_text(OFFSET, ORDERED)
         return tl.inline_asm_elementwise(
             text, "=r,=r,=r,=r,r", [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1
         )  # fmt: skip
     else:
         at = (address + OFFSET).to(tl.pointer_type(tl.int32), bitcast=True)
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def kept(address, words):
+    """Four int32 each, by way of 16 bytes of shared memory for each thread: made here, before a barrier that follows.
+
+    Compilers would make them where they are needed, when all else has come.
+    """
+    store_shared_words(address, words, words[0] * 0 + 1)
+    return load_shared_words(address)
 
 
 @triton.constexpr_function
