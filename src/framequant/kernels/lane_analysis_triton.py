@@ -6,17 +6,17 @@ float32 registers, each thread's numbers a column of a cube with three axes, one
 The block of the fusion frame, times the last butterflies, is a matrix of constants of the program's code. Other
 transforms are copied from what ``column_triton`` or ``vector_triton`` wrote.
 
-Numbers of 16 bits begin on the tensor cores, whose products with 1 and -1 are exact: sixteen of their bits' four go
-there, those of the registers that sums are in follow, and two are left for the second pass, in which warps keep to
-themselves. Which bits these are depends on what the third pass needs:
+Tokens of 16 bits begin on the tensor cores, whose products with 1 and -1 are exact: sums of sixteen numbers, four bits
+of a number's place. The sums that a thread then has make up two or three bits more, in its registers, and a second pass
+the other two, 7 and 8: a warp keeps to itself there, as its third pass has the same numbers, whatever ``spread`` is.
 
-======================  ==========================  =====================================================
-bits of a number's       numbers of 16 bits          float32
-======================  ==========================  =====================================================
-first pass               4 … 6, 9 (mma), 10 and on   8 and on
-second pass              7, 8                        4 … 7
-third pass               0 … 3                       0 … 3
-======================  ==========================  =====================================================
+============  ====================================  ===========================
+bits           tokens of 16 bits                     float32, or NORMED
+============  ====================================  ===========================
+first pass     4, 5, 6, 9 (``mma``); 10 and on       8 and on
+second pass    7, 8                                  4 … 7
+third pass     0 … 3                                 0 … 3
+============  ====================================  ===========================
 
 A plane of bytes holds coefficients in the order of ``place_of``. Imports triton.
 """
@@ -29,6 +29,7 @@ import triton.language as tl
 from framequant.kernels.lanes_triton import (
     copy_to_shared,
     first_mma_halves,
+    from_lane,
     kept,
     lane_largest,
     lane_sum,
@@ -140,7 +141,7 @@ def spread(each, codes):
 
 
 @triton.jit
-def _sixteen(thread, SPREAD: tl.constexpr):
+def sixteen_of(thread, SPREAD: tl.constexpr):
     """Which sixteen coordinates a thread has, of as many sixteens as threads."""
     lane, warp = thread % 32, thread // 32
     return lane * SPREAD + warp % SPREAD + warp // SPREAD * (32 * SPREAD)
@@ -205,53 +206,54 @@ def load_signs(
 
 @triton.jit
 def head_weight(thread, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr):
-    """What the first sixteen numbers are multiplied by to add up to all coefficients before norms, a lane each.
+    """What the first sixteen numbers are multiplied by to add up to all coefficients before norms, two lanes each.
 
     Butterflies add up to the first of their numbers times how many. So sixteen numbers tell, those of the last
     butterflies, which the frame's block follows.
     """
     weight = thread * 0.0
     for k in tl.static_range(16):
-        weight = tl.where(thread % 32 == k, column_sums(OUTPUTS, WIDTH)[k] * (SIZE // 16), weight)
+        weight = tl.where(thread % 16 == k, column_sums(OUTPUTS, WIDTH)[k] * (SIZE // 16), weight)
     return weight
 
 
 @triton.jit
-def places_of_threads(memory, thread, turns, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr,
-                      COUNT: tl.constexpr, CODES: tl.constexpr, TILES: tl.constexpr, HALVES: tl.constexpr):  # fmt: skip
+def places_of_threads(
+    memory, thread, turns, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
+    CODES: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
     """What ``analyse`` needs that is the same for every token: to be made before the wait for one, and a barrier.
 
-    ``head_weight``, as bits; ``hadamard_signs``; bytes from the token's begin to a lane's row of a matrix; bytes
-    from the cube's begin to where a thread is in the first, second and third pass; and bytes from a plane's begin to its
-    first coefficients, as many as ``period``.
+    ``head_weight``, as bits; bytes from the token's begin to a lane's row of a matrix; bytes from the cube's begin to
+    where a thread is in the first, second and third pass; ``hadamard_operand``; and from the tenth on bytes from a
+    plane's begin to its first coefficients, as many as ``period``. Where first butterflies are no products, what they
+    need is any number.
 
     Args:
-        memory: 48 bytes of shared memory for each thread.
+        memory: 64 bytes of shared memory for each thread.
         turns: another number that is to be made here.
-        HALVES: ``in_halves``.
     """
     EACH: tl.constexpr = OUTPUTS * 16 // WIDTH
     PERIOD: tl.constexpr = period(EACH, CODES)
     SPREAD: tl.constexpr = spread(EACH, CODES)
-    lane, sixteen = thread % 32, _sixteen(thread, SPREAD)
-    row = cube_place(sixteen * 16)
-    if HALVES:
-        own = cube_place(lane // 4 * 16 + lane % 4 * 2 + thread // 32 % 2 * 8 + thread // 64 * 128)
-        found = (hadamard_signs(lane), _matrix_place(thread), own, _second_place(thread, SPREAD), row)
-    else:
-        found = (thread, thread, cube_place(thread), cube_place(thread // 16 * 256 + thread % 16), row)
+    BYTES: tl.constexpr = 16 * thread.shape[0]
+    lane, sixteen, at = thread % 32, sixteen_of(thread, SPREAD), memory + thread * 16
     weight = head_weight(thread, SIZE, OUTPUTS, WIDTH).to(tl.int32, bitcast=True)
-    found = (weight,) + found + (thread * 0 + turns, sixteen)  # noqa: RUF005
+    if in_halves(DTYPE, NORMED):
+        found = kept(at, (weight, matrix_place(thread), sum_place(thread), second_place(thread, SPREAD)))
+        operand = kept(at + BYTES, hadamard_operand(lane, DTYPE))
+    else:
+        second = cube_place(thread // 16 * 256 + thread % 16)
+        found = kept(at, (weight, thread, cube_place(thread), second))
+        operand = found
+    others = kept(at + 2 * BYTES, (cube_place(sixteen * 16), thread * 0 + turns, sixteen, thread))
+    first = ()
     for c in tl.static_range(4):
-        found += (place_of(sixteen * EACH + min(c, PERIOD - 1), COUNT, CODES, TILES),)
-    at = memory + thread * 16
-    SIZES: tl.constexpr = thread.shape[0] * 16
-    a = kept(at, (found[0], found[1], found[2], found[3]))
-    b = kept(at + SIZES, (found[4], found[5], found[6], found[7]))
-    found = kept(at + 2 * SIZES, (found[8], found[9], found[10], found[11]))
+        first += (place_of(sixteen * EACH + min(c, PERIOD - 1), COUNT, CODES, TILES),)
+    first = kept(at + 3 * BYTES, first)
     for c in tl.static_range(4, PERIOD):
-        found += (place_of(b[3] * EACH + c, COUNT, CODES, TILES),)
-    return a + (b[0], b[1]) + found  # noqa: RUF005
+        first += (place_of(others[2] * EACH + c, COUNT, CODES, TILES),)
+    return found + (others[0],) + operand + first  # noqa: RUF005
 
 
 @triton.jit
@@ -276,8 +278,8 @@ def copy_numbers(x_ptr, shared, thread, SIZE: tl.constexpr, THREADS: tl.constexp
 
 
 @triton.jit
-def _first_axis(token, cube, sums, loaded, places, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
-                DTYPE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
+def _first_axis(token, cube, sums, loaded, places, thread, SIZE: tl.constexpr, THREADS: tl.constexpr,
+                NORMED: tl.constexpr, DTYPE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
     """Butterflies along the first axis, in float32; of each thread's numbers the sum of squares and the largest.
 
     And, NORMED, the sum of squares of what was read.
@@ -299,7 +301,7 @@ def _first_axis(token, cube, sums, loaded, places, thread, SIZE: tl.constexpr, T
     if not APART:
         tl.debug_barrier()  # the cube takes the place of what was read
     for i in tl.static_range(SIZE // THREADS):
-        store_shared(cube + (places[3] ^ cube_place(i * THREADS)), column[i])
+        store_shared(cube + (places[2] ^ cube_place(i * THREADS)), column[i])
     _store_sums(sums, squares, largest, energy, thread, THREADS, NORMED, DTYPE)
 
 
@@ -315,20 +317,28 @@ def _store_sums(sums, squares, largest, energy, thread, THREADS: tl.constexpr, N
 
 
 @triton.jit
-def hadamard_signs(lane):
-    """Signs of Sylvester's matrix of 16, where a word has those of two halves, as an operand of ``mma.m16n8k16``.
+def hadamard_operand(lane, DTYPE: tl.constexpr):
+    """Sylvester's matrix of 16, times ``shrink``, as the first operand of ``mma.m16n8k16``: four words.
 
-    Of the first of four words; the next two are the same, as they differ in the row or in the column, and in the last
-    signs are the other ones.
+    The first three are the same, as they differ in the row or in the column alone; the last has the other signs.
     """
+    ONE: tl.constexpr = 0x3580 if tl.bfloat16 == DTYPE else 0x3C00  # 2**-20 and 1
     row, quarter = lane // 4, lane % 4
     both = (row >> 1) & quarter
     sign = (both ^ (both >> 1)) & 1
-    return (sign << 15) | ((sign ^ (row & 1)) << 31)
+    word = (ONE * 0x10001) | (sign << 15) | ((sign ^ (row & 1)) << 31)
+    return word, word, word, word ^ -0x7FFF8000
 
 
 @triton.jit
-def _matrix_place(thread):
+def sum_place(thread):
+    """Bytes from the cube's begin to a thread's first sum of ``_half_butterflies``."""
+    lane, warp = thread % 32, thread // 32
+    return cube_place(lane // 4 * 16 + lane % 4 * 2 + warp % 2 * 8 + warp // 2 * 128)
+
+
+@triton.jit
+def matrix_place(thread):
     """Bytes from a token's begin to a lane's row of the first four matrices: halves, PADDED by ``copy_numbers``."""
     lane, warp = thread % 32, thread // 32
     matrix = lane // 8
@@ -338,27 +348,30 @@ def _matrix_place(thread):
 
 @triton.jit
 def _half_butterflies(token, word, places, SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """Butterflies of four bits of halves: four numbers for each 1024, and sums of squares and the largest of these.
-
-    Of those sums, which are of sixteen numbers: with 16 and, of the largest, 128 taken out of them.
-    """
-    ONE: tl.constexpr = 0x3580 if DTYPE == tl.bfloat16 else 0x3C00  # ``shrink``: 2**-20 and 1
+    """Butterflies of four bits of halves: four numbers for each 1024."""
     found = ()
     for pair in tl.static_range(SIZE // 2048):
-        found += load_shared_transposed(token + places[2], pair * (2048 * 2 * 9 // 8))
-    a = places[1] | (ONE * 0x10001)
+        found += load_shared_transposed(token + places[1], pair * (2048 * 2 * 9 // 8))
     values = ()
-    squares, largest = word * 0.0, word * 0.0
     for tile in tl.static_range(SIZE // 1024):
         b0 = found[2 * tile] ^ ((word << (2 * tile)) & -0x7FFF8000)
         b1 = found[2 * tile + 1] ^ ((word << (2 * tile + 1)) & -0x7FFF8000)
-        sums = first_mma_halves(a, a, a, a ^ -0x7FFF8000, b0, b1, DTYPE)
-        for i in tl.static_range(4):
-            squares += sums[i] * sums[i]
-            if tl.float16 != DTYPE:
-                largest = tl.maximum(largest, tl.abs(sums[i]))
-        values += sums
-    return values, squares * (1.0 / 16), largest * (1.0 / 128)
+        values += first_mma_halves(places[5], places[6], places[7], places[8], b0, b1, DTYPE)
+    return values
+
+
+@triton.jit
+def _squares_largest(values, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+    """The sum of squares of numbers and, not of float16, the largest."""
+    some, others = values[0] * values[0], values[1] * values[1]
+    largest = tl.abs(values[0])
+    for i in tl.static_range(2, COUNT, 2):
+        some += values[i] * values[i]
+        others += values[i + 1] * values[i + 1]
+    if tl.float16 != DTYPE:
+        for i in tl.static_range(1, COUNT):
+            largest = tl.maximum(largest, tl.abs(values[i]))
+    return some + others, largest
 
 
 @triton.jit
@@ -366,15 +379,17 @@ def _first_pass(token, cube, sums, loaded, places, thread, SIZE: tl.constexpr, T
                 DTYPE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
     """The first pass of numbers of 16 bits, as the module's text has it, and what ``_unit`` reads."""
     tl.static_assert(THREADS == 256)
-    values, squares, largest = _half_butterflies(token, loaded[0], places, SIZE, DTYPE)
-    values = hadamard_registers(values, SIZE // 256, 4)
+    COUNT: tl.constexpr = SIZE // THREADS
+    values = hadamard_registers(_half_butterflies(token, loaded[0], places, SIZE, DTYPE), COUNT, 4)
+    squares, largest = _squares_largest(values, COUNT, DTYPE)
     if not APART:
         tl.debug_barrier()  # the cube takes the place of what was read
     for half in tl.static_range(2):
-        at = cube + (places[3] ^ cube_place(half * 512))
+        at = cube + (places[2] ^ cube_place(half * 512))
         for tile in tl.static_range(SIZE // 1024):
             store_shared_pair(at, values[4 * tile + 2 * half], values[4 * tile + 2 * half + 1], tile * 4096)
-    _store_sums(sums, squares, largest, squares, thread, THREADS, False, DTYPE)
+    # sums of SIZE / 64 numbers have so many times their squares; so the norm is at most eight times the largest sum
+    _store_sums(sums, squares * (64.0 / SIZE), largest * (8.0 / SIZE), squares, thread, THREADS, False, DTYPE)
 
 
 @triton.jit
@@ -384,26 +399,26 @@ def _second_axis(cube, places, SIZE: tl.constexpr, THREADS: tl.constexpr):
         begin = cube + turn * (THREADS * 64)
         column = ()
         for i in tl.static_range(16):
-            column += (load_shared(begin + (places[4] ^ cube_place(16 * i))),)
+            column += (load_shared(begin + (places[3] ^ cube_place(16 * i))),)
         column = hadamard_registers(column, 16)
         for i in tl.static_range(16):
-            store_shared(begin + (places[4] ^ cube_place(16 * i)), column[i])
+            store_shared(begin + (places[3] ^ cube_place(16 * i)), column[i])
 
 
 @triton.constexpr_function
 def _bit_of_warp(apart):
-    """The bit of ``_sixteen``'s lanes that is a number's seventh."""
+    """The bit of ``sixteen_of``'s lanes that is a number's seventh."""
     return {1: 3, 2: 2, 4: 1, 8: 0}[apart]
 
 
 @triton.jit
-def _second_place(thread, SPREAD: tl.constexpr):
+def second_place(thread, SPREAD: tl.constexpr):
     """Bytes from the cube's begin to the first four numbers of a thread in ``_second_pass``."""
     BIT: tl.constexpr = _bit_of_warp(SPREAD)
     lane = thread % 32
     rest = lane // 4
     owner = rest % (1 << BIT) + rest // (1 << BIT) * (4 << BIT)  # the lane of bits 7 and 8 both 0
-    return cube_place(_sixteen(thread - lane + owner, SPREAD) * 16 + lane % 4 * 4)
+    return cube_place(sixteen_of(thread - lane + owner, SPREAD) * 16 + lane % 4 * 4)
 
 
 @triton.jit
@@ -413,7 +428,7 @@ def _second_pass(cube, places, thread, SIZE: tl.constexpr, THREADS: tl.constexpr
         begin = cube + turn * (THREADS * 64)
         values = ()
         for i in tl.static_range(4):
-            words = load_shared_words(begin + (places[4] ^ cube_place(i * 128)))
+            words = load_shared_words(begin + (places[3] ^ cube_place(i * 128)))
             for j in tl.static_range(4):
                 values += (words[j].to(tl.float32, bitcast=True),)
         values = hadamard_registers(values, 16, 4)
@@ -421,7 +436,7 @@ def _second_pass(cube, places, thread, SIZE: tl.constexpr, THREADS: tl.constexpr
             words = ()
             for j in tl.static_range(4):
                 words += (values[4 * i + j].to(tl.int32, bitcast=True),)
-            store_shared_words(begin + (places[4] ^ cube_place(i * 128)), words, thread * 0 + 1)
+            store_shared_words(begin + (places[3] ^ cube_place(i * 128)), words, thread * 0 + 1)
     warp_barrier(thread)
 
 
@@ -447,7 +462,7 @@ def column_sums(outputs, width):
 
 @triton.jit
 def _first_sixteen(token, loaded, thread, NORMED: tl.constexpr, DTYPE: tl.constexpr):
-    """The first sixteen numbers, signed, a lane each."""
+    """The first sixteen numbers, signed, two lanes each."""
     number = load_shared_number(token + thread % 16 * (DTYPE.primitive_bitwidth // 8), DTYPE) * shrink(DTYPE)
     if NORMED:
         number *= loaded[2].to(tl.float32)
@@ -487,12 +502,23 @@ def _load_sums(sums, thread, THREADS: tl.constexpr, NORMED: tl.constexpr, DTYPE:
 
 
 @triton.jit
+def _two_sums(value, other, lane):
+    """Sums over a warp of one number of each lane, and of another that lanes 16 apart share: six shuffles, not nine."""
+    value += from_lane(value, lane ^ 16)
+    half = lane < 16
+    mixed = tl.where(half, value, other)
+    for i in tl.static_range(4):
+        mixed += from_lane(mixed, lane ^ (1 << i))
+    opposite = from_lane(mixed, lane ^ 16)
+    return tl.where(half, mixed, opposite), tl.where(half, opposite, mixed)
+
+
+@triton.jit
 def _unit(squares, largest, SIZE: tl.constexpr, DTYPE: tl.constexpr):
-    """A power of two that bounds the norm, as bits, of what all lanes found; and whether all numbers are some.
+    """A power of two that bounds the norm, as bits, of its square and a warp's largest; and if all numbers are some.
 
     Not so small that its inverse times other factors is none.
     """
-    squares = lane_sum(squares)
     if tl.float16 == DTYPE:
         # the root's exponent is half of the exponent; squares of halves are in range, but infinite where a number is
         half = (squares.to(tl.int32, bitcast=True) + 0x3F800000) >> 1
@@ -585,7 +611,9 @@ def _store_column(column, scale, places, shared, WIDTH: tl.constexpr, EACH: tl.c
             y *= scales[c % 2]
         integer = (y + 12582912.0).to(tl.int32, bitcast=True)  # of a float32 in [2**23, 2**24), which is one
         digits = (integer - (0x4B400000 - 0x808080)) ^ 0x808080
-        store_shared_planes(shared + places[6 + c % PERIOD], digits, plane_bytes(COUNT, CODES, TILES), c // PERIOD)
+        store_shared_planes(
+            shared + places[9 + c % PERIOD], digits, plane_bytes(COUNT, CODES, TILES), c // PERIOD
+        )
 
 
 @triton.constexpr_function
@@ -606,10 +634,10 @@ def analyse(
 
     Args:
         loaded: by ``load_signs``; and ``places_of_threads``. ``epsilon`` is what the norm adds to the mean of squares.
-        token: shared memory that ``copy_numbers`` brings the token to, PADDED if ``in_halves``; the planes may lie there.
+        token: shared memory that ``copy_numbers`` brings the token to, PADDED if ``in_halves``; planes may lie there.
         cube: 4 SIZE bytes of shared memory, APART from all else; or beginning at ``token`` and with the planes in it,
             for two barriers more.
-        shared: the planes; where they lie apart from token and cube ``zero_tails`` was called.
+        shared: the planes; if ``in_halves``, and the cube is APART, ``zero_tails`` was called.
         sums: twelve bytes of shared memory for each thread, not in the cube.
         norm: of the transform without the frame.
         OUTPUTS, WIDTH: of the frame's block; 1, 1 without a frame.
@@ -632,13 +660,14 @@ def analyse(
         tl.debug_barrier()
         _second_axis(cube, places, SIZE, THREADS)
         tl.debug_barrier()
-    columns = _third_axis(cube, places[5], THREADS, TURNS)
+    columns = _third_axis(cube, places[4], THREADS, TURNS)
     # behind loads, which would wait for these shuffles
     squares, largest, energy = _load_sums(sums, thread, THREADS, NORMED, DTYPE)
     if not APART:
         tl.debug_barrier()
     if not (APART and in_halves(DTYPE, NORMED)):
         zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
+    squares, total = _two_sums(squares, number * places[0].to(tl.float32, bitcast=True), thread % 32)
     bits, finite = _unit(squares, largest, SIZE, DTYPE)
     down = (0x7F000000 - bits).to(tl.float32, bitcast=True)
     for turn in tl.static_range(TURNS):
@@ -648,8 +677,10 @@ def analyse(
         if WIDTH == 1 or is_ninths(EACH, WIDTH):  # other blocks have these butterflies in their matrix
             column = hadamard_registers(column, 16)
         begin = shared + place_of(turn * THREADS * EACH, COUNT, CODES, TILES)
-        _store_column(column, norm * 4194304.0 * down, places, begin, WIDTH, EACH, COUNT, CODES, TILES, matrix)
+        _store_column(
+            column, norm * 4194304.0 * down, places, begin, WIDTH, EACH, COUNT, CODES, TILES, matrix
+        )
     power = tl.where(finite, bits.to(tl.float32, bitcast=True), float("nan"))
     if NORMED:  # by the root of the mean square
         power *= tl.rsqrt(lane_sum(energy) * (1.0 / SIZE) + epsilon)
-    return power / shrink(DTYPE), lane_sum(number * places[0].to(tl.float32, bitcast=True)) * down * norm
+    return power / shrink(DTYPE), total * down * norm

@@ -297,10 +297,10 @@ def lane_product(
 
     Args:
         codes_ptr: bytes (rows, stride), of a trellis words in as many rows (``words.to_words``).
-        x_ptr: (ANALYSED,) float16, bfloat16 or float32, on 16 bytes; ``x_signs_ptr``, ``transform_plan.lane_sign_words``,
-            and ``x_norm`` then are those of a ``TransformPlan``, OUTPUTS and WIDTH the sizes of its frame's block.
-            NORMED, the token is the root-mean-square norm of these numbers, with ``weight_ptr`` (ANALYSED,) and
-            ``epsilon``.
+        x_ptr: (ANALYSED,) float16, bfloat16 or float32, on 16 bytes; ``x_signs_ptr``,
+            ``transform_plan.lane_sign_words``, and ``x_norm`` then are those of a ``TransformPlan``, OUTPUTS and WIDTH
+            the sizes of its frame's block. NORMED, the token is the root-mean-square norm of these numbers, with
+            ``weight_ptr`` (ANALYSED,) and ``epsilon``.
         z_ptr: if ANALYSED is 0, int8 planes of coefficients (1, 4, 8 / BITS, COUNT), of a trellis (1, 4, 1, COUNT):
             zeros behind the last coefficient, at least 16 bytes, of a trellis 64. In units of LAST_BIT, for the second
             code of each two of a byte of ``2**BITS`` times that.
@@ -344,12 +344,13 @@ def lane_product(
     _prefetch_turns(codes_ptr, thread, rows, stride, 32 * GROUPS, CHUNKS * ROUNDS * STEP, AHEAD, TRELLIS)
     if ANALYSED:
         places = places_of_threads(
-            base, thread, turns, ANALYSED, OUTPUTS, WIDTH, COUNT, CODES, TILES, in_halves(DTYPE, NORMED)
+            base, thread, turns, ANALYSED, OUTPUTS, WIDTH, COUNT, CODES, TILES, DTYPE, NORMED
         )
-        if begins[2] > begins[1] and in_halves(DTYPE, NORMED):
-            zero_tails(shared, thread, ANALYSED * OUTPUTS // WIDTH, COUNT, CODES, TILES)
     ends = row_ends(scale_ptr, places_ptr, signs_ptr, first * 32 + lane, rows, ROW_SCALES, BLOCK)
     tl.debug_barrier()  # or the compiler moves these loads behind the wait
+    if ANALYSED and begins[2] > begins[1] and in_halves(x_ptr.dtype.element_ty, NORMED):
+        tl.static_assert(ANALYSED * 9 // 4 <= 2 * HALF)  # or the token will lie on the planes
+        zero_tails(shared, thread, ANALYSED * OUTPUTS // WIDTH, COUNT, CODES, TILES)
     wait_for_previous(PDL)
     if ANALYSED:
         copy_numbers(x_ptr, parts, thread, ANALYSED, 32 * WARPS, in_halves(DTYPE, NORMED))

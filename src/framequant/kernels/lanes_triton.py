@@ -95,7 +95,7 @@ def mma_bytes(acc, a0, a1, a2, a3, b0, b1, UNSIGNED: tl.constexpr):
 @triton.jit
 def _halves(words, DTYPE: tl.constexpr):
     """The two numbers of 16 bits of each word along a last axis, float32."""
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return tl.join(words << 16, words & -0x10000).to(tl.float32, bitcast=True)
     low = (words << 16) >> 16
     parts = tl.join(low, words >> 16).to(tl.int16)

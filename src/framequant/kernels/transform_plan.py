@@ -133,7 +133,7 @@ def half_numbers(size: int, threads: int) -> Int64[Tensor, "threads bits"]:
 
     Operands of ``mma.m16n8k16``: with lane = 4 column + quarter register i of the t-th two has numbers of rows
     2 quarter + 8 i and + 1, in its lower and upper half. A row is 16 numbers from the next, the ninth 512 from the
-    first, and a tile 1024; each of eight warps has eight columns of the first 512. Bits of a register are 15 − (2 t + i)
+    first, and a tile 1024; each of eight warps has eight columns of the first 512. A register's bits are 15 − (2 t + i)
     and 16 more. Where ``size`` has fewer tiles -1.
     """
     thread, bit = torch.arange(threads)[:, None], torch.arange(32)
