@@ -56,6 +56,8 @@ for code, features, r, dtype, block, bias, analysed in (
     expected = torch.zeros_like(nothing) + (0 if layer.bias is None else layer.bias)
     torch.testing.assert_close(nothing, expected, rtol=0.02, atol=0)
     assert layer(torch.full_like(x, float("nan"))).isnan().all(), (code, features, analysed)
+    if analysed == "in one":
+        assert layer(torch.where(torch.arange(features[0]) == 77, float("inf"), x)).isnan().all(), (code, features)
     if layer.bias is None:
         small = layer(x * 2.0**-6).double() * 64
         assert float((small - exact).norm() / exact.norm()) < 0.01
@@ -175,7 +177,9 @@ for trellis in (0, 1, 2):
                  "BLOCK": 32, "BIAS": False, "CHUNKS": how.chunks, "ROUNDS": how.rounds, "WARPS": how.warps,
                  "WARPS_K": how.warps_k, "AHEAD": 0 if trellis == 1 else how.ahead, "PDL": True}
     text = ptx(lane_product, TYPES, constants, how.warps)
-    order = ["ld.global.L1::no_allocate", "griddepcontrol.wait", "cp.async.cg", "mma.sync.aligned"]
+    order = ["ld.global.L1::no_allocate", "griddepcontrol.wait", "cp.async.cg", "mma.sync.aligned.m16n8k32"]
+    if trellis:  # the other one has a norm
+        order[3:3] = ["ldmatrix.sync.aligned.m8n8.x4.trans", "mma.sync.aligned.m16n8k16"]
     if trellis != 1:
         order.insert(1, "prefetch.global.L2")
     places = [text.index(what) for what in order]
@@ -190,6 +194,75 @@ text = ptx(column_analysis, TYPES, {"F0": 43, "GATED": True, "EACH": 18, "COUNT"
 assert ".local" not in text
 """
 
+
+PLACES = """
+import torch
+import triton
+import triton.language as tl
+from framequant.kernels.lane_analysis_triton import cube_place, matrix_place, second_place, sixteen_of, sum_place
+@triton.jit
+def kernel(out_ptr, numbers_ptr, SPREAD: tl.constexpr):
+    thread = tl.arange(0, 256)
+    tl.store(out_ptr + thread, matrix_place(thread))
+    tl.store(out_ptr + 256 + thread, sum_place(thread))
+    for i in tl.static_range(4):
+        tl.store(out_ptr + (2 + i) * 256 + thread, second_place(thread, SPREAD) ^ cube_place(i * 128))
+        tl.store(out_ptr + (6 + i) * 256 + thread, cube_place(sixteen_of(thread, SPREAD) * 16) ^ (i * 16))
+    for i in tl.static_range(16):
+        tl.store(numbers_ptr + i * 256 + thread, cube_place(thread + i * 256))
+for spread in (1, 2, 4, 8):
+    out, numbers = torch.zeros(10, 256, dtype=torch.int32), torch.zeros(4096, dtype=torch.int32)
+    kernel[(1,)](out, numbers, spread)
+    assert torch.equal(numbers.sort().values, torch.arange(4096, dtype=torch.int32) * 4)
+    def to_different_banks(places, together, size):  # threads that are served together
+        groups = places.view(-1, together) // size % (128 // size)
+        assert all(len(set(group.tolist())) == together for group in groups), (spread, together, size)
+    to_different_banks(out[0], 8, 16)
+    to_different_banks(out[1], 16, 8)
+    for i in range(8):
+        to_different_banks(out[2 + i], 8, 16)
+    second, third = (places.view(4, 8, 32).transpose(0, 1).reshape(8, 128) for places in (out[2:6], out[6:]))
+    for warp in range(8):  # keeps to itself
+        assert set(second[warp].tolist()) == set(third[warp].tolist()) and len(set(second[warp].tolist())) == 128
+    to_different_banks(numbers[:256], 32, 4)  # float32: the first pass, and for each number of a column the second
+    columns = torch.arange(256) // 16 * 256 + torch.arange(256) % 16
+    for i in range(16):
+        to_different_banks(numbers[columns + 16 * i], 32, 4)
+"""
+
+MATRICES = """
+import torch
+import triton
+import triton.language as tl
+from framequant.kernels.lanes_triton import first_mma_halves, load_shared_transposed
+@triton.jit
+def kernel(x_ptr, rows_ptr, out_ptr, sum_ptr):
+    lane = tl.arange(0, 32)
+    at = x_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + tl.load(rows_ptr + lane)
+    words = load_shared_transposed(at, 16)
+    for i in tl.static_range(4):
+        tl.store(out_ptr + lane * 4 + i, words[i])
+    found = first_mma_halves(words[0], words[1], words[2], words[3], words[0], words[2], x_ptr.dtype.element_ty)
+    for i in tl.static_range(4):
+        tl.store(sum_ptr + lane * 4 + i, found[i])
+for dtype in (torch.float16, torch.bfloat16):
+    x = torch.randn(41, 8).to(dtype)  # the first row is what OFFSET leaves out
+    rows = torch.randperm(40)[:32]
+    out, sums = torch.zeros(32, 4, dtype=torch.int32), torch.zeros(32, 4)
+    kernel[(1,)](x, (rows * 16).int(), out, sums)
+    matrices = x[1:][rows].view(4, 8, 8)
+    words = out.view(dtype).view(32, 4, 2)
+    for lane in range(32):  # of the transposed matrices the row lane // 4, and two neighbours of it
+        row, quarter = lane // 4, lane % 4
+        assert torch.equal(words[lane], matrices[:, 2 * quarter : 2 * quarter + 2, row])
+    t = matrices.mT.double()
+    a = torch.cat((torch.cat((t[0], t[2]), 1), torch.cat((t[1], t[3]), 1)), 0)
+    product = a @ torch.cat((t[0], t[2]), 1).mT
+    for lane in range(32):
+        row, column = lane // 4, lane % 4 * 2
+        expected = [product[row + 8 * i, column + j] for i in range(2) for j in range(2)]
+        torch.testing.assert_close(sums[lane].double(), torch.stack(expected), rtol=0, atol=1e-4)
+"""
 
 NINTHS = """
 import torch
@@ -209,6 +282,14 @@ x, y = torch.randn(32, 16), torch.zeros(32, 18)
 kernel[(1,)](x, y)
 torch.testing.assert_close(y.double() / 3, x.double() @ shared_block(9, 8).T, rtol=0, atol=2e-6)
 """
+
+
+def test_places_in_shared_memory(tmp_path: Path) -> None:
+    run(PLACES, tmp_path, TRITON_INTERPRET="1")
+
+
+def test_matrices_of_halves_are_read_transposed_and_multiplied(tmp_path: Path) -> None:
+    run(MATRICES, tmp_path, TRITON_INTERPRET="1")
 
 
 def test_a_block_of_nine_is_a_fourier_transform(tmp_path: Path) -> None:

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from framequant.frames import FrameOperator, build_frame, choose_frame
-from framequant.kernels.transform_plan import MAX_ELEMENTS, TransformPlan, sign_words, transform_plan
+from framequant.kernels.transform_plan import (
+    MAX_ELEMENTS,
+    TransformPlan,
+    half_numbers,
+    lane_sign_words,
+    sign_words,
+    transform_plan,
+)
 from framequant.model.allocation import FILL
 
 
@@ -63,11 +70,21 @@ def test_signs_as_bits(count: int) -> None:
     assert torch.equal(1 - 2 * bits.reshape(-1), signs.long())
 
 
+@pytest.mark.parametrize("size", [4096, 8192])
+def test_signs_of_halves_as_bits(size: int) -> None:
+    signs = torch.where(torch.rand(size) < 0.5, -1, 1).to(torch.int8)
+    words, numbers = lane_sign_words(signs, 256), half_numbers(size, 256)
+    assert torch.equal(words[:256], sign_words(signs, 256))
+    assert torch.equal(numbers[numbers >= 0].sort().values, torch.arange(size))  # each one once
+    bits = (words[256:, None].long() >> torch.arange(32)) & 1
+    assert torch.equal(bits, torch.where(numbers >= 0, signs[numbers] < 0, 0).long())
+
+
 def test_analyses_of_one_program_have_signs_as_bits() -> None:
     for dim, bits in ((4096, True), (8192, True), (2048, False), (11008, False)):
         plan = transform_plan(build_frame(choose_frame(dim, 1.125, seed=1)), True, "cpu")
         assert plan is not None
         if bits:
-            assert torch.equal(plan.lane_signs, sign_words(plan.signs, 256))
+            assert torch.equal(plan.lane_signs, lane_sign_words(plan.signs, 256))
         else:
             assert plan.lane_signs is plan.signs or torch.equal(plan.lane_signs, plan.signs)

@@ -6,6 +6,18 @@ float32 registers, each thread's numbers a column of a cube with three axes, one
 The block of the fusion frame, times the last butterflies, is a matrix of constants of the program's code. Other
 transforms are copied from what ``column_triton`` or ``vector_triton`` wrote.
 
+Tokens of 16 bits begin on the tensor cores, whose products with 1 and -1 are exact: sums of sixteen numbers, four bits
+of a number's place. The sums that a thread then has make up two or three bits more, in its registers, and a second pass
+the other two, 7 and 8: a warp keeps to itself there, as its third pass has the same numbers, whatever ``spread`` is.
+
+============  ====================================  ===========================
+bits           tokens of 16 bits                     float32, or NORMED
+============  ====================================  ===========================
+first pass     4, 5, 6, 9 (``mma``); 10 and on       8 and on
+second pass    7, 8                                  4 … 7
+third pass     0 … 3                                 0 … 3
+============  ====================================  ===========================
+
 A plane of bytes holds coefficients in the order of ``place_of``. Imports triton.
 """
 
@@ -16,24 +28,30 @@ import triton.language as tl
 
 from framequant.kernels.lanes_triton import (
     copy_to_shared,
+    first_mma_halves,
+    from_lane,
+    kept,
     lane_largest,
     lane_sum,
     load_shared,
     load_shared_number,
+    load_shared_transposed,
     load_shared_words,
     load_words,
     store_shared,
+    store_shared_pair,
     store_shared_planes,
     store_shared_words,
     wait_for_copies,
+    warp_barrier,
 )
 from framequant.kernels.vector_triton import bound
 
 
 @triton.constexpr_function
 def shrink(dtype):
-    """What numbers are multiplied by, so that sums of 8192 of the largest are finite."""
-    return 1.0 if dtype == tl.float16 else 2.0**-16
+    """What numbers are multiplied by, so that sums of 8192 of the largest, nine times, are finite."""
+    return 1.0 if dtype == tl.float16 else 2.0**-20
 
 
 @triton.constexpr_function
@@ -98,19 +116,15 @@ def copy_planes(z_ptr, shared, thread, COUNT: tl.constexpr, CODES: tl.constexpr,
         )
 
 
-@triton.constexpr_function
-def cube_bytes(size):
-    """Bytes of shared memory that a cube of float32 takes: ``cube_place`` of its end."""
-    return (size + size // 16 * 4 + size // 128 * 4 + size // 256 * 8) * 4
-
-
 @triton.jit
 def cube_place(n):
-    """Bytes from the cube's first number to the n-th: columns along all three axes lie in different banks.
+    """Bytes from the cube's first number to the n-th; of an exclusive or of numbers that of their places.
 
-    Of columns that ``spread`` keeps apart two lie in the same.
+    Numbers lie in their order but for the sixteen bytes that they are in of 128: so that in each pass the threads that
+    are served together, whatever ``spread`` says, go to different banks.
     """
-    return (n + n // 16 * 4 + n // 128 * 4 + n // 256 * 8) * 4
+    turned = (n >> 5 & 1) * 6 ^ (n >> 6 & 1) * 5 ^ (n >> 7 & 1) ^ (n >> 8 & 1) * 6 ^ (n >> 9 & 1) * 4
+    return (n ^ turned << 2) * 4
 
 
 @triton.constexpr_function
@@ -127,7 +141,7 @@ def spread(each, codes):
 
 
 @triton.jit
-def _sixteen(thread, SPREAD: tl.constexpr):
+def sixteen_of(thread, SPREAD: tl.constexpr):
     """Which sixteen coordinates a thread has, of as many sixteens as threads."""
     lane, warp = thread % 32, thread // 32
     return lane * SPREAD + warp % SPREAD + warp // SPREAD * (32 * SPREAD)
@@ -152,10 +166,10 @@ def last_matrix(outputs, width):
 
 
 @triton.jit
-def hadamard_registers(values, SIZE: tl.constexpr):
-    """Walsh and Hadamard's transform of a tuple of SIZE tensors, of each element for itself."""
+def hadamard_registers(values, SIZE: tl.constexpr, APART: tl.constexpr = 1):
+    """Walsh and Hadamard's transform of a tuple of SIZE tensors, of each element for itself; of those APART."""
     for step in tl.static_range(5):
-        if (1 << step) < SIZE:
+        if (1 << step) >= APART and (1 << step) < SIZE:
             new = ()
             for i in tl.static_range(SIZE):
                 if (i >> step) % 2 == 0:
@@ -166,15 +180,23 @@ def hadamard_registers(values, SIZE: tl.constexpr):
     return values
 
 
+@triton.constexpr_function
+def in_halves(dtype, normed):
+    """Whether the first butterflies are products of halves; of a norm, weights are multiplied in float32 before."""
+    return dtype.primitive_bitwidth == 16 and not normed
+
+
 @triton.jit
 def load_signs(
-    words_ptr, weight_ptr, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr
-):
-    """Words of signs of a thread's first column and of the first sixteen numbers; if NORMED, weights of both.
+    words_ptr, weight_ptr, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Words of signs of a thread's first numbers and of the first sixteen of all; if NORMED, weights of both.
 
     None of it is from another kernel: to be loaded before the wait for one.
     """
-    found = (tl.load(words_ptr + thread), tl.load(words_ptr + thread % 16))
+    START: tl.constexpr = THREADS if in_halves(DTYPE, NORMED) else 0
+    found = (tl.load(words_ptr + START + thread), tl.load(words_ptr + thread % 16))
     if NORMED:
         found += (tl.load(weight_ptr + thread % 16),)
         for i in tl.static_range(SIZE // THREADS):
@@ -184,11 +206,54 @@ def load_signs(
 
 @triton.jit
 def head_weight(thread, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr):
-    """What the first sixteen numbers are multiplied by in ``_sum_of_all``, a lane each."""
+    """What the first sixteen numbers are multiplied by to add up to all coefficients before norms, two lanes each.
+
+    Butterflies add up to the first of their numbers times how many. So sixteen numbers tell, those of the last
+    butterflies, which the frame's block follows.
+    """
     weight = thread * 0.0
     for k in tl.static_range(16):
-        weight = tl.where(thread % 32 == k, column_sums(OUTPUTS, WIDTH)[k] * (SIZE // 16), weight)
+        weight = tl.where(thread % 16 == k, column_sums(OUTPUTS, WIDTH)[k] * (SIZE // 16), weight)
     return weight
+
+
+@triton.jit
+def places_of_threads(
+    memory, thread, turns, SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
+    CODES: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
+    """What ``analyse`` needs that is the same for every token: to be made before the wait for one, and a barrier.
+
+    ``head_weight``, as bits; bytes from the token's begin to a lane's row of a matrix; bytes from the cube's begin to
+    where a thread is in the first, second and third pass; ``hadamard_operand``; and from the tenth on bytes from a
+    plane's begin to its first coefficients, as many as ``period``. Where first butterflies are no products, what they
+    need is any number.
+
+    Args:
+        memory: 64 bytes of shared memory for each thread.
+        turns: another number that is to be made here.
+    """
+    EACH: tl.constexpr = OUTPUTS * 16 // WIDTH
+    PERIOD: tl.constexpr = period(EACH, CODES)
+    SPREAD: tl.constexpr = spread(EACH, CODES)
+    BYTES: tl.constexpr = 16 * thread.shape[0]
+    lane, sixteen, at = thread % 32, sixteen_of(thread, SPREAD), memory + thread * 16
+    weight = head_weight(thread, SIZE, OUTPUTS, WIDTH).to(tl.int32, bitcast=True)
+    if in_halves(DTYPE, NORMED):
+        found = kept(at, (weight, matrix_place(thread), sum_place(thread), second_place(thread, SPREAD)))
+        operand = kept(at + BYTES, hadamard_operand(lane, DTYPE))
+    else:
+        second = cube_place(thread // 16 * 256 + thread % 16)
+        found = kept(at, (weight, thread, cube_place(thread), second))
+        operand = found
+    others = kept(at + 2 * BYTES, (cube_place(sixteen * 16), thread * 0 + turns, sixteen, thread))
+    first = ()
+    for c in tl.static_range(4):
+        first += (place_of(sixteen * EACH + min(c, PERIOD - 1), COUNT, CODES, TILES),)
+    first = kept(at + 3 * BYTES, first)
+    for c in tl.static_range(4, PERIOD):
+        first += (place_of(others[2] * EACH + c, COUNT, CODES, TILES),)
+    return found + (others[0],) + operand + first  # noqa: RUF005
 
 
 @triton.jit
@@ -200,20 +265,24 @@ def _signed(value, word, BIT: tl.constexpr):
 
 
 @triton.jit
-def copy_numbers(x_ptr, shared, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """Begin to bring SIZE numbers to shared memory: 16 bytes a thread, as all programs ask for the same lines."""
+def copy_numbers(x_ptr, shared, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, PADDED: tl.constexpr):
+    """Begin to bring SIZE numbers to shared memory: 16 bytes a thread, as all programs ask for the same lines.
+
+    PADDED, each 128 bytes have 16 behind them: numbers 32 bytes apart are in different banks then.
+    """
     at = x_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
     for turn in tl.static_range(SIZE * x_ptr.dtype.element_ty.primitive_bitwidth // 128 // THREADS):
-        piece = (thread + turn * THREADS) * 16
-        copy_to_shared(shared + piece, at + piece, thread * 0 + 1)
+        piece = thread + turn * THREADS
+        place = piece * 16 + (piece // 8 * 16 if PADDED else 0)
+        copy_to_shared(shared + place, at + piece * 16, thread * 0 + 1)
 
 
 @triton.jit
-def _first_axis(token, cube, loaded, head, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr,
-                DTYPE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
-    """Butterflies along the first axis; of each thread's numbers the sum of squares and, not of halves, the largest.
+def _first_axis(token, cube, sums, loaded, places, thread, SIZE: tl.constexpr, THREADS: tl.constexpr,
+                NORMED: tl.constexpr, DTYPE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
+    """Butterflies along the first axis, in float32; of each thread's numbers the sum of squares and the largest.
 
-    And, NORMED, the sum of squares of what was read; and the sum of all coefficients before norms.
+    And, NORMED, the sum of squares of what was read.
     """
     BYTES: tl.constexpr = DTYPE.primitive_bitwidth // 8
     column = ()
@@ -228,36 +297,156 @@ def _first_axis(token, cube, loaded, head, thread, SIZE: tl.constexpr, THREADS: 
             largest = tl.maximum(largest, tl.abs(value))
         squares += value * value
         column += (_signed(value, loaded[0], i),)
-    total = _sum_of_all(token, loaded, head, thread, NORMED, DTYPE)
     column = hadamard_registers(column, SIZE // THREADS)
     if not APART:
         tl.debug_barrier()  # the cube takes the place of what was read
     for i in tl.static_range(SIZE // THREADS):
-        store_shared(cube + cube_place(thread), column[i], cube_bytes(i * THREADS))
-    return squares, largest, energy, total
+        store_shared(cube + (places[2] ^ cube_place(i * THREADS)), column[i])
+    _store_sums(sums, squares, largest, energy, thread, THREADS, NORMED, DTYPE)
 
 
 @triton.jit
-def _second_axis(cube, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
+def _store_sums(sums, squares, largest, energy, thread, THREADS: tl.constexpr, NORMED: tl.constexpr,
+                DTYPE: tl.constexpr):  # fmt: skip
+    """Write what ``_unit`` and ``_inverse_root`` read: a number each of every thread."""
+    store_shared(sums + thread * 4, squares)
+    if tl.float16 != DTYPE:
+        store_shared(sums + thread * 4, largest, THREADS * 4)
+    if NORMED:
+        store_shared(sums + thread * 4, energy, THREADS * 8)
+
+
+@triton.jit
+def hadamard_operand(lane, DTYPE: tl.constexpr):
+    """Sylvester's matrix of 16, times ``shrink``, as the first operand of ``mma.m16n8k16``: four words.
+
+    The first three are the same, as they differ in the row or in the column alone; the last has the other signs.
+    """
+    ONE: tl.constexpr = 0x3580 if tl.bfloat16 == DTYPE else 0x3C00  # 2**-20 and 1
+    row, quarter = lane // 4, lane % 4
+    both = (row >> 1) & quarter
+    sign = (both ^ (both >> 1)) & 1
+    word = (ONE * 0x10001) | (sign << 15) | ((sign ^ (row & 1)) << 31)
+    return word, word, word, word ^ -0x7FFF8000
+
+
+@triton.jit
+def sum_place(thread):
+    """Bytes from the cube's begin to a thread's first sum of ``_half_butterflies``."""
+    lane, warp = thread % 32, thread // 32
+    return cube_place(lane // 4 * 16 + lane % 4 * 2 + warp % 2 * 8 + warp // 2 * 128)
+
+
+@triton.jit
+def matrix_place(thread):
+    """Bytes from a token's begin to a lane's row of the first four matrices: halves, PADDED by ``copy_numbers``."""
+    lane, warp = thread % 32, thread // 32
+    matrix = lane // 8
+    first = lane % 8 * 16 + warp % 2 * 8 + warp // 2 * 128 + matrix % 2 * 512 + matrix // 2 * 1024
+    return (first + first // 64 * 8) * 2
+
+
+@triton.jit
+def _half_butterflies(token, word, places, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """Butterflies of four bits of halves: four numbers for each 1024."""
+    found = ()
+    for pair in tl.static_range(SIZE // 2048):
+        found += load_shared_transposed(token + places[1], pair * (2048 * 2 * 9 // 8))
+    values = ()
+    for tile in tl.static_range(SIZE // 1024):
+        b0 = found[2 * tile] ^ ((word << (2 * tile)) & -0x7FFF8000)
+        b1 = found[2 * tile + 1] ^ ((word << (2 * tile + 1)) & -0x7FFF8000)
+        values += first_mma_halves(places[5], places[6], places[7], places[8], b0, b1, DTYPE)
+    return values
+
+
+@triton.jit
+def _squares_largest(values, COUNT: tl.constexpr, DTYPE: tl.constexpr):
+    """The sum of squares of numbers and, not of float16, the largest."""
+    some, others = values[0] * values[0], values[1] * values[1]
+    largest = tl.abs(values[0])
+    for i in tl.static_range(2, COUNT, 2):
+        some += values[i] * values[i]
+        others += values[i + 1] * values[i + 1]
+    if tl.float16 != DTYPE:
+        for i in tl.static_range(1, COUNT):
+            largest = tl.maximum(largest, tl.abs(values[i]))
+    return some + others, largest
+
+
+@triton.jit
+def _first_pass(token, cube, sums, loaded, places, thread, SIZE: tl.constexpr, THREADS: tl.constexpr,
+                DTYPE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
+    """The first pass of numbers of 16 bits, as the module's text has it, and what ``_unit`` reads."""
+    tl.static_assert(THREADS == 256)
+    COUNT: tl.constexpr = SIZE // THREADS
+    values = hadamard_registers(_half_butterflies(token, loaded[0], places, SIZE, DTYPE), COUNT, 4)
+    squares, largest = _squares_largest(values, COUNT, DTYPE)
+    if not APART:
+        tl.debug_barrier()  # the cube takes the place of what was read
+    for half in tl.static_range(2):
+        at = cube + (places[2] ^ cube_place(half * 512))
+        for tile in tl.static_range(SIZE // 1024):
+            store_shared_pair(at, values[4 * tile + 2 * half], values[4 * tile + 2 * half + 1], tile * 4096)
+    # sums of SIZE / 64 numbers have so many times their squares; so the norm is at most eight times the largest sum
+    _store_sums(sums, squares * (64.0 / SIZE), largest * (8.0 / SIZE), squares, thread, THREADS, False, DTYPE)
+
+
+@triton.jit
+def _second_axis(cube, places, SIZE: tl.constexpr, THREADS: tl.constexpr):
     """Butterflies along the second axis, in place."""
     for turn in tl.static_range(SIZE // THREADS // 16):
-        at = cube + cube_place((thread // 16 + turn * (THREADS // 16)) * 256 + thread % 16)
+        begin = cube + turn * (THREADS * 64)
         column = ()
         for i in tl.static_range(16):
-            column += (load_shared(at, cube_bytes(16 * i)),)
+            column += (load_shared(begin + (places[3] ^ cube_place(16 * i))),)
         column = hadamard_registers(column, 16)
         for i in tl.static_range(16):
-            store_shared(at, column[i], cube_bytes(16 * i))
+            store_shared(begin + (places[3] ^ cube_place(16 * i)), column[i])
+
+
+@triton.constexpr_function
+def _bit_of_warp(apart):
+    """The bit of ``sixteen_of``'s lanes that is a number's seventh."""
+    return {1: 3, 2: 2, 4: 1, 8: 0}[apart]
 
 
 @triton.jit
-def _third_axis(cube, sixteen, THREADS: tl.constexpr, TURNS: tl.constexpr):
+def second_place(thread, SPREAD: tl.constexpr):
+    """Bytes from the cube's begin to the first four numbers of a thread in ``_second_pass``."""
+    BIT: tl.constexpr = _bit_of_warp(SPREAD)
+    lane = thread % 32
+    rest = lane // 4
+    owner = rest % (1 << BIT) + rest // (1 << BIT) * (4 << BIT)  # the lane of bits 7 and 8 both 0
+    return cube_place(sixteen_of(thread - lane + owner, SPREAD) * 16 + lane % 4 * 4)
+
+
+@triton.jit
+def _second_pass(cube, places, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    """Butterflies of bits 7 and 8, in place: of four neighbours of each thread, all within what its warp reads next."""
+    for turn in tl.static_range(SIZE // THREADS // 16):
+        begin = cube + turn * (THREADS * 64)
+        values = ()
+        for i in tl.static_range(4):
+            words = load_shared_words(begin + (places[3] ^ cube_place(i * 128)))
+            for j in tl.static_range(4):
+                values += (words[j].to(tl.float32, bitcast=True),)
+        values = hadamard_registers(values, 16, 4)
+        for i in tl.static_range(4):
+            words = ()
+            for j in tl.static_range(4):
+                words += (values[4 * i + j].to(tl.int32, bitcast=True),)
+            store_shared_words(begin + (places[3] ^ cube_place(i * 128)), words, thread * 0 + 1)
+    warp_barrier(thread)
+
+
+@triton.jit
+def _third_axis(cube, place, THREADS: tl.constexpr, TURNS: tl.constexpr):
     """The sixteens of each thread along the third axis."""
     found = ()
     for turn in tl.static_range(TURNS):
-        at = cube + cube_place((sixteen + turn * THREADS) * 16)
         for i in tl.static_range(4):
-            words = load_shared_words(at, i * 16)
+            words = load_shared_words(cube + (place ^ (i * 16)), turn * (THREADS * 64), True)
             for j in tl.static_range(4):
                 found += (words[j].to(tl.float32, bitcast=True),)
     return found
@@ -272,45 +461,84 @@ def column_sums(outputs, width):
 
 
 @triton.jit
-def _sum_of_all(token, loaded, head, thread, NORMED: tl.constexpr, DTYPE: tl.constexpr):
-    """The sum of all coefficients before norms: butterflies add up to the first of their numbers times how many.
-
-    So sixteen numbers tell, those of the last butterflies, which the frame's block follows.
-    """
+def _first_sixteen(token, loaded, thread, NORMED: tl.constexpr, DTYPE: tl.constexpr):
+    """The first sixteen numbers, signed, two lanes each."""
     number = load_shared_number(token + thread % 16 * (DTYPE.primitive_bitwidth // 8), DTYPE) * shrink(DTYPE)
     if NORMED:
         number *= loaded[2].to(tl.float32)
-    return lane_sum(_signed(number, loaded[1], 0) * head)
+    return _signed(number, loaded[1], 0)
 
 
 @triton.jit
-def _unit(sums, thread, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """A power of two that bounds the norm, as bits, of what all warps found; and whether all numbers are some."""
-    squares, largest = thread * 0.0, thread * 0.0
-    for pair in tl.static_range(THREADS // 64):
-        words = load_shared_words(sums + thread * 0, pair * 16)
-        for i in tl.static_range(2):
-            squares += words[2 * i].to(tl.float32, bitcast=True)
-            largest = tl.maximum(largest, words[2 * i + 1].to(tl.float32, bitcast=True))
-    return bound(squares, largest, SIZE), (largest < float("inf")) & (squares == squares)
+def _of_threads(sums, thread, INDEX: tl.constexpr, THREADS: tl.constexpr):
+    """Eight of the numbers that ``_store_sums`` wrote, a lane each; they make up all."""
+    at = sums + thread % 32 * 16
+    found = load_shared_words(at, INDEX * THREADS * 4, True)
+    found += load_shared_words(at, INDEX * THREADS * 4 + 512, True)
+    values = ()
+    for i in tl.static_range(8):
+        values += (found[i].to(tl.float32, bitcast=True),)
+    return values
 
 
 @triton.jit
-def _inverse_root(sums, thread, epsilon, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """One by the root of the mean square of what all warps read, ``epsilon`` added to the mean."""
-    energy = thread * 0.0
-    for quad in tl.static_range(THREADS // 128):
-        words = load_shared_words(sums + thread * 0, THREADS // 4 + quad * 16)
-        for i in tl.static_range(4):
-            energy += words[i].to(tl.float32, bitcast=True)
-    return tl.rsqrt(energy * (1.0 / SIZE) + epsilon)
+def _added_up(v):
+    """The sum of eight numbers."""
+    return ((v[0] + v[1]) + (v[2] + v[3])) + ((v[4] + v[5]) + (v[6] + v[7]))
+
+
+@triton.jit
+def _load_sums(sums, thread, THREADS: tl.constexpr, NORMED: tl.constexpr, DTYPE: tl.constexpr):
+    """Of a lane's share of what all threads found: the squares, the largest number, and squares of what was read."""
+    squares = _added_up(_of_threads(sums, thread, 0, THREADS))
+    largest, energy = squares * 0.0, squares * 0.0
+    if tl.float16 != DTYPE:
+        v = _of_threads(sums, thread, 1, THREADS)
+        for i in tl.static_range(8):
+            largest = tl.maximum(largest, v[i])
+    if NORMED:
+        energy = _added_up(_of_threads(sums, thread, 2, THREADS))
+    return squares, largest, energy
+
+
+@triton.jit
+def _two_sums(value, other, lane):
+    """Sums over a warp of one number of each lane, and of another that lanes 16 apart share: six shuffles, not nine."""
+    value += from_lane(value, lane ^ 16)
+    half = lane < 16
+    mixed = tl.where(half, value, other)
+    for i in tl.static_range(4):
+        mixed += from_lane(mixed, lane ^ (1 << i))
+    opposite = from_lane(mixed, lane ^ 16)
+    return tl.where(half, mixed, opposite), tl.where(half, opposite, mixed)
+
+
+@triton.jit
+def _unit(squares, largest, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+    """A power of two that bounds the norm, as bits, of its square and a warp's largest; and if all numbers are some.
+
+    Not so small that its inverse times other factors is none.
+    """
+    if tl.float16 == DTYPE:
+        # the root's exponent is half of the exponent; squares of halves are in range, but infinite where a number is
+        half = (squares.to(tl.int32, bitcast=True) + 0x3F800000) >> 1
+        bits, finite = (half & 0x7F800000) + (1 << 23), squares < float("inf")
+    else:
+        largest = lane_largest(largest)
+        bits, finite = bound(squares, largest, SIZE), (largest < float("inf")) & (squares == squares)
+    return tl.maximum(bits, 17 << 23), finite
 
 
 @triton.jit
 def _thirds(a, b, c):
     """The Fourier transform of three complex numbers, pairs, with exp(+2πi/3)."""
-    sums = (b[0] + c[0], b[1] + c[1])
-    turned = ((b[0] - c[0]) * 0.8660254037844386, (b[1] - c[1]) * 0.8660254037844386)
+    return _of_sums(a, (b[0] + c[0], b[1] + c[1]), (b[0] - c[0], b[1] - c[1]))
+
+
+@triton.jit
+def _of_sums(a, sums, differences):
+    """The same with sums and differences of the second and third."""
+    turned = (differences[0] * 0.8660254037844386, differences[1] * 0.8660254037844386)
     middle = (a[0] - 0.5 * sums[0], a[1] - 0.5 * sums[1])
     return (a[0] + sums[0], a[1] + sums[1]), (middle[0] - turned[1], middle[1] + turned[0]), (
         middle[0] + turned[1], middle[1] - turned[0])  # fmt: skip
@@ -330,7 +558,7 @@ def ninths(x):
     """
     one = _thirds((x[0], x[1]), (x[6], x[7]), (x[12], x[13]))
     two = _thirds((x[2], x[3]), (x[8], x[9]), (x[14], x[15]))
-    three = _thirds((x[4], x[5]), (x[10], x[11]), (x[0] * 0.0, x[0] * 0.0))
+    three = _of_sums((x[4], x[5]), (x[10], x[11]), (x[10], x[11]))
     # cos and sin of 40, 80 and 160 degrees
     y0 = _thirds(one[0], two[0], three[0])
     y1 = _thirds(
@@ -355,29 +583,26 @@ def pair_factor(codes):
     return 2.0 ** -(8 // codes) if codes else 1.0
 
 
-@triton.jit
-def _times(column, factor):
-    """Sixteen numbers times a factor."""
-    found = ()
-    for k in tl.static_range(16):
-        found += (column[k] * factor,)
-    return found
+@triton.constexpr_function
+def is_ninths(each, width):
+    """Whether the frame's block is that of ``ninths``."""
+    return each == 18 and width == 16
 
 
 @triton.jit
-def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
+def _store_column(column, scale, places, shared, WIDTH: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
                   CODES: tl.constexpr, TILES: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
-    """Coefficients of sixteen coordinates, from the first-th on, to planes; of eighteen the butterflies are made."""
+    """Coefficients of sixteen coordinates, whose first ``places_of_threads`` knows, to planes.
+
+    Without a frame, or with ``is_ninths``, of coordinates that went through the last butterflies.
+    """
     PERIOD: tl.constexpr = period(EACH, CODES)
-    places = ()
-    for c in tl.static_range(PERIOD):
-        places += (shared + place_of(first + c, COUNT, CODES, TILES),)
-    if EACH == 18 and WIDTH == 16:
+    if is_ninths(EACH, WIDTH):
         column = ninths(column)
         scale *= 1.0 / 3.0
     scales = (scale, scale * pair_factor(CODES))
     for c in tl.static_range(EACH):
-        if WIDTH == 1 or (EACH == 18 and WIDTH == 16):
+        if WIDTH == 1 or is_ninths(EACH, WIDTH):
             y = column[c] * scales[c % 2]
         else:
             y = column[0] * 0.0
@@ -386,7 +611,9 @@ def _store_column(column, scale, first, shared, WIDTH: tl.constexpr, EACH: tl.co
             y *= scales[c % 2]
         integer = (y + 12582912.0).to(tl.int32, bitcast=True)  # of a float32 in [2**23, 2**24), which is one
         digits = (integer - (0x4B400000 - 0x808080)) ^ 0x808080
-        store_shared_planes(places[c % PERIOD], digits, plane_bytes(COUNT, CODES, TILES), c // PERIOD)
+        store_shared_planes(
+            shared + places[9 + c % PERIOD], digits, plane_bytes(COUNT, CODES, TILES), c // PERIOD
+        )
 
 
 @triton.constexpr_function
@@ -399,19 +626,19 @@ def period(each, codes):
 
 @triton.jit
 def analyse(
-    loaded, head, token, cube, shared, sums, thread, norm, epsilon, DTYPE: tl.constexpr,
+    loaded, places, token, cube, shared, sums, thread, norm, epsilon, DTYPE: tl.constexpr,
     SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr,
     CODES: tl.constexpr, TILES: tl.constexpr, THREADS: tl.constexpr, NORMED: tl.constexpr, APART: tl.constexpr,
 ):  # fmt: skip
     """Write the coefficients of a token of SIZE numbers to planes; NORMED, of their root-mean-square norm.
 
     Args:
-        loaded: by ``load_signs``, and ``head_weight``; ``epsilon`` is what the norm adds to the mean of squares.
-        token: shared memory that ``copy_numbers`` brings the token to; the planes may lie there, too.
-        cube: ``cube_bytes(SIZE)`` of shared memory, APART from all else; or beginning at ``token`` and with the planes
-            in it, for two barriers more.
-        shared: the planes.
-        sums: twelve bytes of shared memory for each warp, not in the cube.
+        loaded: by ``load_signs``; and ``places_of_threads``. ``epsilon`` is what the norm adds to the mean of squares.
+        token: shared memory that ``copy_numbers`` brings the token to, PADDED if ``in_halves``; planes may lie there.
+        cube: 4 SIZE bytes of shared memory, APART from all else; or beginning at ``token`` and with the planes in it,
+            for two barriers more.
+        shared: the planes; if ``in_halves``, and the cube is APART, ``zero_tails`` was called.
+        sums: twelve bytes of shared memory for each thread, not in the cube.
         norm: of the transform without the frame.
         OUTPUTS, WIDTH: of the frame's block; 1, 1 without a frame.
 
@@ -423,38 +650,37 @@ def analyse(
     matrix: tl.constexpr = last_matrix(OUTPUTS, WIDTH) if WIDTH > 1 else ()
     wait_for_copies(thread)
     tl.debug_barrier()
-    squares, largest, energy, total = _first_axis(
-        token, cube, loaded, head, thread, SIZE, THREADS, NORMED, DTYPE, APART
-    )
-    tl.debug_barrier()
-    _second_axis(cube, thread, SIZE, THREADS)
-    # behind the second axis, whose loads would wait for these shuffles
-    store_shared(sums + thread // 32 * 8, lane_sum(squares))
-    if tl.float16 != DTYPE:
-        largest = lane_largest(largest)
-    store_shared(sums + thread // 32 * 8 + 4, largest)
-    if NORMED:
-        store_shared(sums + THREADS // 4 + thread // 32 * 4, lane_sum(energy))
-    tl.debug_barrier()
-    sixteen = _sixteen(thread, spread(EACH, CODES))
-    columns = _third_axis(cube, sixteen, THREADS, TURNS)
-    bits, finite = _unit(sums, thread, SIZE, THREADS)
+    number = _first_sixteen(token, loaded, thread, NORMED, DTYPE)
+    if in_halves(DTYPE, NORMED):
+        _first_pass(token, cube, sums, loaded, places, thread, SIZE, THREADS, DTYPE, APART)
+        tl.debug_barrier()
+        _second_pass(cube, places, thread, SIZE, THREADS)
+    else:
+        _first_axis(token, cube, sums, loaded, places, thread, SIZE, THREADS, NORMED, DTYPE, APART)
+        tl.debug_barrier()
+        _second_axis(cube, places, SIZE, THREADS)
+        tl.debug_barrier()
+    columns = _third_axis(cube, places[4], THREADS, TURNS)
+    # behind loads, which would wait for these shuffles
+    squares, largest, energy = _load_sums(sums, thread, THREADS, NORMED, DTYPE)
     if not APART:
         tl.debug_barrier()
-    zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
-    down = (0x7F000000 - bits).to(tl.float32, bitcast=True)  # before other factors: it may be the largest
+    if not (APART and in_halves(DTYPE, NORMED)):
+        zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
+    squares, total = _two_sums(squares, number * places[0].to(tl.float32, bitcast=True), thread % 32)
+    bits, finite = _unit(squares, largest, SIZE, DTYPE)
+    down = (0x7F000000 - bits).to(tl.float32, bitcast=True)
     for turn in tl.static_range(TURNS):
         column = ()
         for k in tl.static_range(16):
             column += (columns[16 * turn + k],)
-        if WIDTH == 1 or (
-            OUTPUTS == 18 and WIDTH == 16
-        ):  # other blocks have these butterflies in their matrix
+        if WIDTH == 1 or is_ninths(EACH, WIDTH):  # other blocks have these butterflies in their matrix
             column = hadamard_registers(column, 16)
-        column = _times(column, down)
-        first = (sixteen + turn * THREADS) * EACH
-        _store_column(column, norm * 4194304.0, first, shared, WIDTH, EACH, COUNT, CODES, TILES, matrix)
+        begin = shared + place_of(turn * THREADS * EACH, COUNT, CODES, TILES)
+        _store_column(
+            column, norm * 4194304.0 * down, places, begin, WIDTH, EACH, COUNT, CODES, TILES, matrix
+        )
     power = tl.where(finite, bits.to(tl.float32, bitcast=True), float("nan"))
-    if NORMED:
-        power *= _inverse_root(sums, thread, epsilon, SIZE, THREADS)
+    if NORMED:  # by the root of the mean square
+        power *= tl.rsqrt(lane_sum(energy) * (1.0 / SIZE) + epsilon)
     return power / shrink(DTYPE), total * down * norm

@@ -25,10 +25,11 @@ from framequant.kernels.lane_analysis_triton import (
     analyse,
     copy_numbers,
     copy_planes,
-    cube_bytes,
-    head_weight,
+    in_halves,
     load_signs,
+    places_of_threads,
     plane_bytes,
+    zero_tails,
 )
 from framequant.kernels.lanes_triton import (
     byte_repeated,
@@ -59,30 +60,23 @@ def part_bytes(warps):
 
 
 @triton.constexpr_function
-def sum_bytes(warps, analysed):
-    """Bytes of shared memory for what warps tell each other in an analysis."""
-    return 12 * warps if analysed else 0
+def regions(warps, count, codes, analysed):
+    """Where regions of shared memory begin, in bytes: parts of two turns, three planes, the cube; and the end of all.
 
-
-@triton.constexpr_function
-def cube_begin(warps, count, codes, analysed):
-    """Bytes of shared memory before the cube of ``analysed`` numbers: all the other ones, or sums alone.
-
-    In the latter case the parts and planes take its place.
+    Before these lies what threads tell each other in an analysis of ``analysed`` numbers. The cube is behind the planes
+    where it fits, or begins where the parts do.
     """
-    end = sum_bytes(warps, analysed) + 2 * part_bytes(warps) + 3 * plane_bytes(count, codes, 80)
-    return end if end + cube_bytes(analysed) <= LANE_SHARED else sum_bytes(warps, analysed)
+    parts = 12 * 32 * warps if analysed else 0
+    planes = parts + 2 * part_bytes(warps)
+    end = planes + 3 * plane_bytes(count, codes, 80 if analysed else 64)
+    cube = end if end + 4 * analysed <= LANE_SHARED else parts
+    return parts, planes, cube, max(end, cube + 4 * analysed)
 
 
 @triton.constexpr_function
 def shared_bytes(warps, count, codes, analysed):
-    """Bytes of shared memory: sums, two turns' parts and three planes; and before these ``analysed`` numbers."""
-    rest = (
-        sum_bytes(warps, analysed)
-        + 2 * part_bytes(warps)
-        + 3 * plane_bytes(count, codes, 80 if analysed else 64)
-    )
-    return max(rest, cube_begin(warps, count, codes, analysed) + cube_bytes(analysed)) if analysed else rest
+    """Bytes of shared memory."""
+    return regions(warps, count, codes, analysed)[3]
 
 
 @triton.jit
@@ -355,10 +349,10 @@ def lane_product(
 
     Args:
         codes_ptr: bytes (rows, stride), of a trellis words in as many rows (``words.to_words``).
-        x_ptr: (ANALYSED,) float16, bfloat16 or float32, on 16 bytes; ``x_signs_ptr``, ``transform_plan.sign_words``,
-            and ``x_norm`` then are those of a ``TransformPlan``, OUTPUTS and WIDTH the sizes of its frame's block.
-            NORMED, the token is the root-mean-square norm of these numbers, with ``weight_ptr`` (ANALYSED,) and
-            ``epsilon``.
+        x_ptr: (ANALYSED,) float16, bfloat16 or float32, on 16 bytes; ``x_signs_ptr``,
+            ``transform_plan.lane_sign_words``, and ``x_norm`` then are those of a ``TransformPlan``, OUTPUTS and WIDTH
+            the sizes of its frame's block. NORMED, the token is the root-mean-square norm of these numbers, with
+            ``weight_ptr`` (ANALYSED,) and ``epsilon``.
         z_ptr: if ANALYSED is 0, int8 planes of coefficients (1, 4, 8 / BITS, COUNT), of a trellis (1, 4, 1, COUNT):
             zeros behind the last coefficient, at least 16 bytes, of a trellis 64. In units of LAST_BIT, for the second
             code of each two of a byte of ``2**BITS`` times that.
@@ -385,30 +379,37 @@ def lane_product(
     CODES: tl.constexpr = 0 if TRELLIS else 8 // BITS
     TILES: tl.constexpr = 80 if ANALYSED else 64
     PLANE: tl.constexpr = plane_bytes(COUNT, CODES, TILES)
-    BEGIN: tl.constexpr = cube_begin(WARPS, COUNT, CODES, ANALYSED)
-    base = shared_memory(shared_bytes(WARPS, COUNT, CODES, ANALYSED), memory_ptr)
-    parts = base + sum_bytes(WARPS, ANALYSED)
-    shared = parts + 2 * HALF
+    begins: tl.constexpr = regions(WARPS, COUNT, CODES, ANALYSED)
+    base = shared_memory(begins[3], memory_ptr)
+    parts = base + begins[0]
+    shared = base + begins[1]
     first = tl.program_id(0) * GROUPS + group
     turns = tl.cdiv(tl.cdiv(rows, 32 * GROUPS) - tl.program_id(0), tl.num_programs(0))
     byte = part * 64 + quarter * 16
     row_at = row_addresses(codes_ptr, first, place, rows, stride, TRELLIS)
     z_first = shared + tl.minimum(place, 2) * PLANE  # of eight columns three are planes
     if ANALYSED:
-        loaded = load_signs(x_signs_ptr, weight_ptr, thread, ANALYSED, 32 * WARPS, NORMED)
+        DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+        loaded = load_signs(x_signs_ptr, weight_ptr, thread, ANALYSED, 32 * WARPS, NORMED, DTYPE)
     words = ()
     for c in tl.static_range(CHUNKS):
         words += first_words(row_at, byte + c * STEP, stride)
     _prefetch_turns(codes_ptr, thread, rows, stride, 32 * GROUPS, CHUNKS * ROUNDS * STEP, AHEAD, TRELLIS)
     if ANALYSED:
-        head = head_weight(thread, ANALYSED, OUTPUTS, WIDTH)
+        places = places_of_threads(
+            base, thread, turns, ANALYSED, OUTPUTS, WIDTH, COUNT, CODES, TILES, DTYPE, NORMED
+        )
+    ends = row_ends(scale_ptr, places_ptr, signs_ptr, first * 32 + lane, rows, ROW_SCALES, BLOCK)
     tl.debug_barrier()  # or the compiler moves these loads behind the wait
+    if ANALYSED and begins[2] > begins[1] and in_halves(x_ptr.dtype.element_ty, NORMED):
+        tl.static_assert(ANALYSED * 9 // 4 <= 2 * HALF)  # or the token will lie on the planes
+        zero_tails(shared, thread, ANALYSED * OUTPUTS // WIDTH, COUNT, CODES, TILES)
     wait_for_previous(PDL)
     if ANALYSED:
-        copy_numbers(x_ptr, parts, thread, ANALYSED, 32 * WARPS)
+        copy_numbers(x_ptr, parts, thread, ANALYSED, 32 * WARPS, in_halves(DTYPE, NORMED))
         unit, total = analyse(
-            loaded, head, parts, base + BEGIN, shared, base, thread, x_norm, epsilon, x_ptr.dtype.element_ty, ANALYSED,
-            OUTPUTS, WIDTH, COUNT, CODES, TILES, 32 * WARPS, NORMED, sum_bytes(WARPS, ANALYSED) < BEGIN,
+            loaded, places, parts, base + begins[2], shared, base, thread, x_norm, epsilon, DTYPE, ANALYSED, OUTPUTS,
+            WIDTH, COUNT, CODES, TILES, 32 * WARPS, NORMED, begins[2] > begins[1],
         )  # fmt: skip
         tl.store(unit_ptr + thread * 0, unit, mask=(thread == 0) & (tl.program_id(0) == 0))
         total = total * zero
@@ -420,7 +421,6 @@ def lane_product(
             total += tl.load(sum_ptr + index, mask=index < PARTS, other=0.0)
         total = lane_sum(total) * zero
         unit = tl.load(unit_ptr)
-    ends = row_ends(scale_ptr, places_ptr, signs_ptr, first * 32 + lane, rows, ROW_SCALES, BLOCK)
     none = thread * 0
     start = (none, none, none, none, none, none, none, none)
     even, odd = start, start

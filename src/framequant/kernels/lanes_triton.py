@@ -93,8 +93,10 @@ def mma_bytes(acc, a0, a1, a2, a3, b0, b1, UNSIGNED: tl.constexpr):
 
 
 @triton.jit
-def _halves(words):
-    """The two halves of each word along a last axis, float32."""
+def _halves(words, DTYPE: tl.constexpr):
+    """The two numbers of 16 bits of each word along a last axis, float32."""
+    if tl.bfloat16 == DTYPE:
+        return tl.join(words << 16, words & -0x10000).to(tl.float32, bitcast=True)
     low = (words << 16) >> 16
     parts = tl.join(low, words >> 16).to(tl.int16)
     return parts.to(tl.float16, bitcast=True).to(tl.float32)
@@ -115,21 +117,30 @@ def mma_halves(acc, a0, a1, a2, a3, b0, b1):
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
     a, b = _operands(a0, a1, a2, a3, b0, b1)
-    return _added(acc, _halves(a), _halves(b))
+    return _added(acc, _halves(a, tl.float16), _halves(b, tl.float16))
+
+
+@triton.constexpr_function
+def _first_text(dtype):
+    kind = "bf16" if dtype == tl.bfloat16 else "f16"
+    return (
+        f"{{ .reg .f32 z; mov.f32 z, 0f00000000; mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {z, z, z, z}; }"
+    )
 
 
 @triton.jit
-def first_mma_halves(a0, a1, a2, a3, b0, b1):
-    """The product alone, whose sums begin with zeros that need no registers."""
+def first_mma_halves(a0, a1, a2, a3, b0, b1, DTYPE: tl.constexpr = tl.float16):
+    """The product alone, whose sums begin with zeros that need no registers; of float16 or bfloat16."""
     if COMPILED:
+        text: tl.constexpr = _first_text(DTYPE)
         return tl.inline_asm_elementwise(
-            "{ .reg .f32 z; mov.f32 z, 0f00000000; mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {z, z, z, z}; }",
-            "=f,=f,=f,=f,r,r,r,r,r,r", [a0, a1, a2, a3, b0, b1],
+            text, "=f,=f,=f,=f,r,r,r,r,r,r", [a0, a1, a2, a3, b0, b1],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
         )  # fmt: skip
     zero = a0 * 0.0
-    return mma_halves((zero, zero, zero, zero), a0, a1, a2, a3, b0, b1)
+    a, b = _operands(a0, a1, a2, a3, b0, b1)
+    return _added((zero, zero, zero, zero), _halves(a, DTYPE), _halves(b, DTYPE))
 
 
 @triton.jit
@@ -466,21 +477,79 @@ def store_shared_transposed(address, words, OFFSET: tl.constexpr = 0):
 
 
 @triton.constexpr_function
-def _load_words_text(offset):
-    return f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+def _matrices_text(offset):
+    return f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{$0, $1, $2, $3}}, [$4+{offset}];"
 
 
 @triton.jit
-def load_shared_words(address, OFFSET: tl.constexpr = 0):
-    """Four int32 each from a 16-byte aligned address, OFFSET bytes on."""
+def load_shared_transposed(address, OFFSET: tl.constexpr = 0):
+    """Four matrices of 8 × 8 numbers of 16 bits from shared memory, transposed, OFFSET bytes on.
+
+    Lane 8 i + j has the 16-byte aligned address of row j of the i-th matrix. With lane = 4 column + quarter a lane gets
+    two neighbours of a column, rows 2 quarter …, in a word of each matrix.
+    """
     if COMPILED:
-        text: tl.constexpr = _load_words_text(OFFSET)
+        text: tl.constexpr = _matrices_text(OFFSET)
+        return tl.inline_asm_elementwise(
+            text, "=r,=r,=r,=r,r", [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1
+        )  # fmt: skip
+    lane = tl.arange(0, address.shape[0]) % 32
+    found = ()
+    for i in tl.static_range(4):
+        row = 8 * i + lane % 4 * 2
+        low = from_lane(address.to(tl.int64), row) + (OFFSET + lane // 4 * 2)
+        high = from_lane(address.to(tl.int64), row + 1) + (OFFSET + lane // 4 * 2)
+        found += (
+            (tl.load(low.to(tl.pointer_type(tl.int16))).to(tl.int32) & 0xFFFF)
+            | (tl.load(high.to(tl.pointer_type(tl.int16))).to(tl.int32) << 16),
+        )
+    return found
+
+
+@triton.constexpr_function
+def _pair_text(offset):
+    return f"st.shared.v2.b32 [$1+{offset}], {{$2, $3}}; mov.b32 $0, 0;"
+
+
+@triton.jit
+def store_shared_pair(address, first, second, OFFSET: tl.constexpr = 0):
+    """Write two float32 each to an 8-byte aligned address, OFFSET bytes on."""
+    if COMPILED:
+        text: tl.constexpr = _pair_text(OFFSET)
+        tl.inline_asm_elementwise(
+            text, "=r,r,r,r", [address, first, second], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:
+        store_shared(address, first, OFFSET)
+        store_shared(address, second, OFFSET + 4)
+
+
+@triton.constexpr_function
+def _load_words_text(offset, ordered):
+    return f"ld.{'volatile.' if ordered else ''}shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+
+
+@triton.jit
+def load_shared_words(address, OFFSET: tl.constexpr = 0, ORDERED: tl.constexpr = False):
+    """Four int32 each from a 16-byte aligned address, OFFSET bytes on; before all later ones that are ORDERED, too."""
+    if COMPILED:
+        text: tl.constexpr = _load_words_text(OFFSET, ORDERED)
         return tl.inline_asm_elementwise(
             text, "=r,=r,=r,=r,r", [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1
         )  # fmt: skip
     else:
         at = (address + OFFSET).to(tl.pointer_type(tl.int32), bitcast=True)
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def kept(address, words):
+    """Four int32 each, by way of 16 bytes of shared memory for each thread: made here, before a barrier that follows.
+
+    Compilers would make them where they are needed, when all else has come.
+    """
+    store_shared_words(address, words, words[0] * 0 + 1)
+    return load_shared_words(address)
 
 
 @triton.constexpr_function

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float16, Float32, Int8, Int32
+from jaxtyping import Bool, Float16, Float32, Int8, Int32, Int64
 from torch import Tensor
 
 from framequant.frames import FrameOperator, FusionFrame, RandomizedHadamard
@@ -36,7 +36,7 @@ class TransformPlan:
             multiply from the right; all scaled so that Walsh-Hadamard entries are +1 and -1.
         norm: what the result is multiplied by.
         block: sizes of the frame's block, coefficients and coordinates; 1, 1 without a frame.
-        lane_signs: ``sign_words`` where one program makes all coefficients, else ``signs``.
+        lane_signs: ``lane_sign_words`` where one program makes all coefficients, else ``signs``.
         columns: of an analysis that is a matrix times Walsh and Hadamard's of 256, that matrix, and the frame's block
             as often as 16 coordinates have it, transposed, both float32; else empty.
     """
@@ -92,7 +92,7 @@ def transform_plan(frame: FrameOperator, analysis: bool, device: torch.device | 
         return None
     rows, threads = -(-sizes[0] // ROWS) * ROWS, 32 * LANE_WARPS
     signs = constants["signs"].to(torch.int8)
-    lane_signs = sign_words(signs, threads) if in_one(sizes, shape, threads) else signs
+    lane_signs = lane_sign_words(signs, threads) if in_one(sizes, shape, threads) else signs
     matrices = (
         _pad(factors[0], rows, padded[0]),
         _pad(factors[1].mT, padded[1], padded[1]),
@@ -125,8 +125,35 @@ def in_one(sizes: Sequence[int], block: Sequence[int], threads: int) -> bool:
 
 def sign_words(signs: Int8[Tensor, " dim"], threads: int) -> Int32[Tensor, " threads"]:
     """Signs as bits, 1 for -1: bit i of the t-th word is that of number ``t + i threads``, of up to 32."""
-    bits = (signs.reshape(-1, threads) < 0).long()
-    words = (bits << torch.arange(len(bits), device=bits.device)[:, None]).sum(0)
+    return _words_of(signs.reshape(-1, threads) < 0)
+
+
+def half_numbers(size: int, threads: int) -> Int64[Tensor, "threads bits"]:
+    """Which of a token's numbers of 16 bits a thread has, in order of the bits of its word of signs.
+
+    Operands of ``mma.m16n8k16``: with lane = 4 column + quarter register i of the t-th two has numbers of rows
+    2 quarter + 8 i and + 1, in its lower and upper half. A row is 16 numbers from the next, the ninth 512 from the
+    first, and a tile 1024; each of eight warps has eight columns of the first 512. A register's bits are 15 − (2 t + i)
+    and 16 more. Where ``size`` has fewer tiles -1.
+    """
+    thread, bit = torch.arange(threads)[:, None], torch.arange(32)
+    lane, warp = thread % 32, thread // 32
+    register, upper = 15 - bit % 16, bit // 16
+    first = lane // 4 + warp % 2 * 8 + warp // 2 * 128 + lane % 4 * 32
+    found = first + upper * 16 + register % 2 * 512 + register // 2 * 1024
+    return torch.where(found < size, found, -1)
+
+
+def lane_sign_words(signs: Int8[Tensor, " dim"], threads: int) -> Int32[Tensor, " words"]:
+    """``sign_words``, and the same of each thread's ``half_numbers``."""
+    numbers = half_numbers(len(signs), threads).to(signs.device)
+    negative = (numbers >= 0) & (signs[numbers.clamp(min=0)] < 0)
+    return torch.cat((sign_words(signs, threads), _words_of(negative.mT)))
+
+
+def _words_of(bits: Bool[Tensor, "bits words"]) -> Int32[Tensor, " words"]:
+    """Words of up to 32 bits, the lowest first."""
+    words = (bits.long() << torch.arange(len(bits), device=bits.device)[:, None]).sum(0)
     return ((words + (1 << 31)) % (1 << 32) - (1 << 31)).to(torch.int32)
 
 
