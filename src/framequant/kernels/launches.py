@@ -20,6 +20,8 @@ LANE_TOKENS, LANE_WARPS, LANE_SHARED = 1, 8, 48 << 10
 #: Most tokens of scalar codes whose products go through registers alone, and warps' shares of rows that a
 #: multiprocessor has there, at least: with fewer there are not bytes enough on their way. And warps of a program.
 MOST_LANE_TOKENS, LEAST_LANE_SHARES, TOKEN_WARPS = 16, 4, 16
+#: Most times 32 rows that spare warps have there (``lane_tokens_triton``): there is a counter for each.
+MOST_SPARE = 64
 #: Rows of a trellis up to which that is faster where a synthesis follows.
 LANE_TRELLIS_ROWS = 8192
 #: Bytes and rows that a warp takes at a time there, and the blocks of a local output frame that its lanes can rotate.
@@ -308,6 +310,30 @@ def lane_tokens_pay(rows: int, columns: int, tokens: int, local: bool, multiproc
     With a synthesis after it the tiled product was faster.
     """
     return local and rows >= multiprocessors * LEAST_LANE_SHARES * LANE_ROWS
+
+
+def token_share(rows: int, row_bytes: int, multiprocessors: int, spare: int = MOST_SPARE) -> int:
+    """How many warps share rows in a product of several tokens through registers alone: 2, or 3 where that is faster.
+
+    Three are never more than one turn: five times 32 rows for each multiprocessor, and as many for three spare warps
+    as there are.
+
+    Args:
+        row_bytes: of codes.
+        spare: most times 32 rows that spare warps may have.
+    """
+    blocks, chunks = -(-rows // LANE_ROWS), -(-row_bytes // LANE_CHUNK)
+    groups = TOKEN_WARPS // 3
+    room = groups * multiprocessors + min(multiprocessors // 3, spare)
+    turns = -(-blocks // (TOKEN_WARPS // 2 * multiprocessors))
+    return 3 if blocks <= room and -(-chunks // 3) < turns * -(-chunks // 2) else 2
+
+
+def spare_blocks(rows: int, share: int, multiprocessors: int) -> int:
+    """How many times 32 rows are left to spare warps."""
+    if share == 2:
+        return 0
+    return max(0, -(-rows // LANE_ROWS) - TOKEN_WARPS // share * multiprocessors)
 
 
 def lane_alternatives(usual: LaneLaunch, rows: int, row_bytes: int, multiprocessors: int) -> list[LaneLaunch]:
