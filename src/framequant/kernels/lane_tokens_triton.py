@@ -7,10 +7,10 @@ their columns, each a chunk behind the one before it; coefficients come to share
 ahead. Then each of them adds up what all have of its tokens, rotates blocks of rows, within and between lanes, and
 writes outputs. Four warps a scheduler hide what each of them waits for.
 
-Of sixteen warps three times five share rows, and one is *spare*: the spare warps of three programs have 32 rows between
-them (``launches.token_share``). Each writes its part to memory and counts itself; the last one adds up the parts, always
-in the same order, and finishes the rows. Nobody waits for another program. Only ``lane_ops`` imports this module.
-Imports triton.
+Of sixteen warps three times five share rows, and one is *spare*: the spare warps of three programs have 32 rows
+between them (``launches.token_launch``). Each writes its part to memory and counts itself; the last one adds up the
+parts, always in the same order, and finishes the rows. Nobody waits for another program. Only ``lane_ops`` imports this
+module. Imports triton.
 """
 
 from __future__ import annotations
@@ -82,27 +82,42 @@ def token_bytes(tiles, bits, warps, share=2):
 
 
 @triton.jit
-def _begin_part(z_ptr, shared, number, wanted, thread, count, tokens, PART: tl.constexpr, PARTS: tl.constexpr,
-                PAIRS: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
-    """Begin to bring a part of a slice: for each warp, pair of runs and token 128 bytes, of every second pieces swapped.
+def _pieces(z_ptr, shared, thread, count, tokens, PARTS: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
+            SHARE: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+    """What a thread brings of each part: sources in the first, destinations, and how many bytes a slice may begin on.
 
-    So that eight lanes, of two tokens, read from all banks. Where it is not ``wanted`` none; it is a group all the same.
+    A part is for each warp, pair of runs and token 128 bytes, of every second token pieces swapped, so that eight
+    lanes, of two tokens, read from all banks.
     """
     SOME: tl.constexpr = PAIRS // PARTS
-    PIECES: tl.constexpr = SHARE * SOME * TOKENS * 8  # of 16 bytes
-    for turn in tl.static_range((PIECES + THREADS - 1) // THREADS):
-        piece = thread + turn * THREADS
+    sources, places, limits = (), (), ()
+    for turn in tl.static_range((SHARE * SOME * TOKENS * 8 + THREADS - 1) // THREADS):
+        piece = thread + turn * THREADS  # of 16 bytes
         row, place = piece // 8, piece % 8
-        pair, token, share = row // TOKENS % SOME + PART * SOME, row % TOKENS, row // (SOME * TOKENS)
-        byte = (number * SHARE + share) * 128 + place * 16
-        there = (byte < count * 4) & (token < tokens)
-        source = z_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + tl.where(
-            there, (token * PAIRS + pair) * (count * 4) + byte, 0
-        )
-        some = (piece < PIECES) & wanted
-        copy_some_to_shared(
-            shared + row * 128 + (place ^ (token % 2)) * 16, source, there.to(tl.int32), some.to(tl.int32)
-        )
+        pair, token, share = row // TOKENS % SOME, row % TOKENS, row // (SOME * TOKENS)
+        byte = share * 128 + place * 16
+        source = (token * PAIRS + pair).to(tl.int64) * (count * 4) + byte
+        sources += (z_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + source,)
+        places += (shared + row * 128 + (place ^ (token % 2)) * 16,)
+        limits += (tl.where(token < tokens, count * 4 - byte, 0),)
+    return sources, places, limits
+
+
+@triton.jit
+def _begin_part(pieces, at, number, wanted, thread, count, PART: tl.constexpr, PARTS: tl.constexpr,
+                PAIRS: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+    """Begin to bring a part of the number-th slice to a buffer ``at`` bytes on; zeros behind the last coefficients.
+
+    Where it is not ``wanted`` nothing is brought, or written; it is a group all the same.
+    """
+    PIECES: tl.constexpr = SHARE * (PAIRS // PARTS) * TOKENS * 8
+    begin = number * (SHARE * 128)
+    for turn in tl.static_range((PIECES + THREADS - 1) // THREADS):
+        source = pieces[0][turn] + (begin + PART * (PAIRS // PARTS) * (count * 4))
+        some = thread * 0 + wanted.to(tl.int32)
+        if (turn + 1) * THREADS > PIECES:
+            some = tl.where(thread < PIECES - turn * THREADS, some, 0)
+        copy_some_to_shared(pieces[1][turn] + at, source, (begin < pieces[2][turn]).to(tl.int32), some)
     end_of_copies(thread)
 
 
@@ -232,7 +247,8 @@ def lane_tokens(
     codes_ptr, z_ptr, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, parts_ptr, memory_ptr,
     rows, stride, count, tokens, factor, zero, norm,
     TILES: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr,
-    BIAS: tl.constexpr, SLICES: tl.constexpr, SHARE: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, SLICES: tl.constexpr, SHARE: tl.constexpr, ONCE: tl.constexpr, WARPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Outputs of up to ``8 TILES`` tokens, or products in units of the tokens; see the module's text.
 
@@ -251,7 +267,8 @@ def lane_tokens(
         zero: the code that stands for 0, between two codes.
         norm: of the rotation of a block.
         SLICES: of ``64 SHARE`` bytes of a row.
-        SHARE: 2, or 3 where one turn of all programs has all rows.
+        SHARE: 2, or 3, then ONCE.
+        ONCE: whether one turn of all programs has all rows.
     """
     let_next_start(PDL)
     thread = tl.arange(0, 32 * WARPS)
@@ -266,14 +283,15 @@ def lane_tokens(
     shared = shared_memory(token_bytes(TILES, BITS, WARPS, SHARE), memory_ptr)
     first, blocks = group * tl.num_programs(0) + tl.program_id(0), tl.cdiv(rows, 32)
     turns = tl.cdiv(blocks - tl.program_id(0), GROUPS * tl.num_programs(0))
-    if SHARE == 3:
+    if ONCE:
         turns = 1
+    if SHARE == 3:
         spare = tl.where(
             tl.program_id(0) < tl.num_programs(0) // SHARE * SHARE, tl.program_id(0) // SHARE, blocks
         )
         first = tl.where(group == GROUPS, GROUPS * tl.num_programs(0) + spare, first)
         share = tl.where(group == GROUPS, tl.program_id(0) % SHARE, share)
-    z_at = shared + share * (BYTES // SHARE if SHARE == 3 else slice_bytes(TILES, BITS, SHARE) // SHARE)
+    z_at = shared + share * (slice_bytes(TILES, BITS, SHARE) // CUT // SHARE)
     z_at += place * 128 + quarter * 32
     z_even, z_odd = z_at + place % 2 * 16, z_at + (1 - place % 2) * 16
     mine = share * 64 + quarter * 16
@@ -288,50 +306,73 @@ def lane_tokens(
         words += first_words(row_at, mine + (s + begin) % SLICES * (64 * SHARE), stride)
     _prefetch_ends(scale_ptr, places_ptr, signs_ptr, first * 32 + lane, rows, ROW_SCALES, BLOCK)
     tl.debug_barrier()  # or the compiler moves these loads behind the wait
+    pieces = _pieces(z_ptr, shared, thread, count, tokens, CUT, PAIRS, 8 * TILES, SHARE, 32 * WARPS)
     wait_for_previous(PDL)
     for u in tl.static_range(RING - 1):
-        _begin_part(z_ptr, shared + u * BYTES, (u // CUT + begin) % SLICES, u // CUT < turns * SLICES, thread, count,
-                    tokens, u % CUT, CUT, PAIRS, 8 * TILES, SHARE, 32 * WARPS)  # fmt: skip
+        _begin_part(pieces, u * BYTES, (u // CUT + begin) % SLICES, u // CUT < turns * SLICES, thread, count, u % CUT,
+                    CUT, PAIRS, 8 * TILES, SHARE, 32 * WARPS)  # fmt: skip
     none = thread * 0.0
     start = ()
     for _ in tl.static_range(8 * TILES):
         start += (none,)
     acc = start
-    for step in tl.range(0, turns * SLICES):
-        later = step + AHEAD
-        block = first + later // SLICES * (GROUPS * tl.num_programs(0))
-        if SHARE == 3:  # there is one turn
-            block = tl.where(later < SLICES, first, blocks)
-        later_at = row_addresses(codes_ptr, block, place, rows, stride, False)
-        chunk, rest = _first(words)
-        there = (first + step // SLICES * (GROUPS * tl.num_programs(0)) < blocks).to(tl.int32)
-        for part in tl.static_range(CUT):
-            wait_for_copies(thread, RING - 2)
-            tl.debug_barrier()
-            number = step + (part + RING - 1) // CUT
-            _begin_part(z_ptr, shared + (step * CUT + part + RING - 1) % RING * BYTES, (number + begin) % SLICES,
-                        number < turns * SLICES, thread, count, tokens, (part + RING - 1) % CUT, CUT, PAIRS, 8 * TILES,
-                        SHARE, 32 * WARPS)  # fmt: skip
-            now = (step * CUT + part) % RING * BYTES
-            acc = _chunk(acc, chunk, z_even + now, z_odd + now, there, TILES, BITS, part, CUT)
-        byte = mine + (later + begin) % SLICES * (64 * SHARE)
-        words = rest + chunk_words(later_at, byte, stride, block < blocks)
-        if SHARE == 2:
+    if ONCE:
+        row_at = row_addresses(codes_ptr, tl.minimum(first, blocks - 1), place, rows, stride, False)
+        there = first < blocks
+        for step in tl.range(0, SLICES, loop_unroll_factor=2):  # so that words stay where they are
+            chunk, words = _first(words)
+            acc = _step(acc, chunk, pieces, z_even, z_odd, there, step, begin, SLICES, thread, count, SLICES, TILES,
+                        BITS, SHARE, WARPS)  # fmt: skip
+            byte = mine + (step + AHEAD + begin) % SLICES * (64 * SHARE)
+            words += chunk_words(row_at, byte, stride, there & (step + AHEAD < SLICES))
+        if SHARE == 3:
+            _finish_three(acc, shared, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, parts_ptr,
+                          first, thread, rows, tokens, factor, zero, norm, TILES, PARTS, ROW_SCALES, BLOCK, BIAS,
+                          GROUPS)  # fmt: skip
+        else:
+            _finish(acc, shared, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, first, thread,
+                    rows, tokens, factor, zero, norm, TILES, PARTS, ROW_SCALES, BLOCK, BIAS)  # fmt: skip
+    else:
+        for step in tl.range(0, turns * SLICES):
+            later = step + AHEAD
+            block = first + later // SLICES * (GROUPS * tl.num_programs(0))
+            later_at = row_addresses(codes_ptr, block, place, rows, stride, False)
+            chunk, rest = _first(words)
+            there = first + step // SLICES * (GROUPS * tl.num_programs(0)) < blocks
+            acc = _step(acc, chunk, pieces, z_even, z_odd, there, step, begin, turns * SLICES, thread, count, SLICES,
+                        TILES, BITS, SHARE, WARPS)  # fmt: skip
+            byte = mine + (later + begin) % SLICES * (64 * SHARE)
+            words = rest + chunk_words(later_at, byte, stride, block < blocks)
             if step % SLICES == SLICES - 1:
                 block = first + step // SLICES * (GROUPS * tl.num_programs(0))
-                tl.debug_barrier()  # what the slice was in is free
                 _finish(acc, shared + step % RING * BYTES, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr,
                         bias_ptr, block, thread, rows, tokens, factor, zero, norm, TILES, PARTS, ROW_SCALES, BLOCK,
                         BIAS)  # fmt: skip
                 acc = start
-    if SHARE == 3:
-        _finish_three(acc, shared, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, parts_ptr,
-                      first, thread, rows, tokens, factor, zero, norm, TILES, PARTS, ROW_SCALES, BLOCK, BIAS,
-                      GROUPS)  # fmt: skip
 
 
 @triton.jit
-def _prefetch_ends(scale_ptr, places_ptr, signs_ptr, row, rows, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr):
+def _step(acc, chunk, pieces, z_even, z_odd, there, step, begin, steps, thread, count, SLICES: tl.constexpr,
+          TILES: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
+    """Multiply a chunk of a slice, part after part, while the next ones of ``steps`` times as many are on their way."""
+    CUT: tl.constexpr = slice_parts(TILES, BITS, SHARE)
+    RING: tl.constexpr = ring(CUT)
+    BYTES: tl.constexpr = buffer_bytes(TILES, BITS, WARPS, SHARE)
+    for part in tl.static_range(CUT):
+        wait_for_copies(thread, RING - 2)
+        tl.debug_barrier()
+        number = step + (part + RING - 1) // CUT
+        _begin_part(pieces, (step * CUT + part + RING - 1) % RING * BYTES, (number + begin) % SLICES, number < steps,
+                    thread, count, (part + RING - 1) % CUT, CUT, 8 // BITS, 8 * TILES, SHARE, 32 * WARPS)  # fmt: skip
+        now = (step * CUT + part) % RING * BYTES
+        acc = _chunk(acc, chunk, z_even + now, z_odd + now, there.to(tl.int32), TILES, BITS, part, CUT)
+    return acc
+
+
+@triton.jit
+def _prefetch_ends(
+    scale_ptr, places_ptr, signs_ptr, row, rows, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr
+):
     """Ask for what a warp needs of its rows in the end to come to the L2 cache: memory is far when it is needed."""
     used = (row < rows).to(tl.int32)
     if ROW_SCALES:
@@ -411,7 +452,9 @@ def _shared_out(acc, shared, thread, TILES: tl.constexpr):
 
 
 @triton.jit
-def _block_ends(scale_ptr, places_ptr, signs_ptr, block, place, rows, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr):
+def _block_ends(
+    scale_ptr, places_ptr, signs_ptr, block, place, rows, ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr
+):
     """Scales, places and signs of a lane's four rows."""
     ends = ()
     for i in tl.static_range(4):
@@ -452,6 +495,7 @@ def _finish(acc, shared, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_
     token_values = ()
     for e in tl.static_range(TILES):
         token_values += _token_values(sum_ptr, unit_ptr, first + e, tokens, PARTS)
+    tl.debug_barrier()  # what the slice was in is free
     products = _shared_out(acc, shared, thread, TILES)
     for e in tl.static_range(TILES):
         _write(four(products, e), ends, token_values[2 * e], token_values[2 * e + 1], first + e, first + e < tokens,
@@ -513,13 +557,14 @@ def _finish_parts(sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bi
     """Finish rows of spare warps: the last of three whose part is in memory adds up all three and writes outputs."""
     triple = tl.program_id(0) // 3
     counter = sum_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (tokens * PARTS + triple)
-    last = last_to_arrive(counter, lane, spare.to(tl.int32), 3)
     words, token_values = (), ()
+    for c in tl.static_range(2 * TILES):
+        token_values += _token_values(sum_ptr, unit_ptr, _token(lane * 0 + c, lane), tokens, PARTS)
+    last = last_to_arrive(counter, lane, spare.to(tl.int32), 3)
     for c in tl.static_range(2 * TILES):
         for part in tl.static_range(3):
             at = parts_ptr + (((triple * 3 + part) * (2 * TILES) + c) * 128 + lane * 4)
             words += load_words(at, last)
-        token_values += _token_values(sum_ptr, unit_ptr, _token(lane * 0 + c, lane), tokens, PARTS)
     for c in tl.static_range(2 * TILES):
         token = _token(lane * 0 + c, lane)
         some = ()

@@ -443,7 +443,7 @@ def store_words_where(address, words, there):
 
 @triton.constexpr_function
 def _arrive_text(parties):
-    """PTX of ``last_to_arrive``: what each lane wrote is in memory before one of them counts, what it reads comes after.
+    """PTX of ``last_to_arrive``: what lanes wrote is in memory before one of them counts, what they read comes after.
 
     A counter that has seen all begins at 0 again.
     """
