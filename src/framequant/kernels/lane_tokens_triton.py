@@ -37,6 +37,7 @@ from framequant.kernels.lanes_triton import (
     mma_halves,
     prefetch_line,
     shared_memory,
+    some_barrier,
     store_shared_words,
     store_words_where,
     wait_for_copies,
@@ -82,43 +83,46 @@ def token_bytes(tiles, bits, warps, share=2):
 
 
 @triton.jit
-def _pieces(z_ptr, shared, thread, count, tokens, PARTS: tl.constexpr, PAIRS: tl.constexpr, TOKENS: tl.constexpr,
-            SHARE: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+def _pieces(z_ptr, shared, worker, share, count, tokens, PARTS: tl.constexpr, PAIRS: tl.constexpr,
+            TOKENS: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
     """What a thread brings of each part: sources in the first, destinations, and how many bytes a slice may begin on.
 
-    A part is for each warp, pair of runs and token 128 bytes, of every second token pieces swapped, so that eight
-    lanes, of two tokens, read from all banks.
+    A part is for each share, pair of runs and token 128 bytes, of every second token pieces swapped, so that eight
+    lanes, of two tokens, read from all banks. Warps of a share bring what they need themselves: ``worker``, of THREADS.
     """
     SOME: tl.constexpr = PAIRS // PARTS
     sources, places, limits = (), (), ()
-    for turn in tl.static_range((SHARE * SOME * TOKENS * 8 + THREADS - 1) // THREADS):
-        piece = thread + turn * THREADS  # of 16 bytes
+    for turn in tl.static_range((SOME * TOKENS * 8 + THREADS - 1) // THREADS):
+        piece = worker + turn * THREADS  # of 16 bytes
         row, place = piece // 8, piece % 8
-        pair, token, share = row // TOKENS % SOME, row % TOKENS, row // (SOME * TOKENS)
+        pair, token = row // TOKENS, row % TOKENS
         byte = share * 128 + place * 16
         source = (token * PAIRS + pair).to(tl.int64) * (count * 4) + byte
         sources += (z_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + source,)
-        places += (shared + row * 128 + (place ^ (token % 2)) * 16,)
+        places += (shared + (share * (SOME * TOKENS) + row) * 128 + (place ^ (token % 2)) * 16,)
         limits += (tl.where(token < tokens, count * 4 - byte, 0),)
     return sources, places, limits
 
 
 @triton.jit
-def _begin_part(pieces, at, number, wanted, thread, count, PART: tl.constexpr, PARTS: tl.constexpr,
-                PAIRS: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr, THREADS: tl.constexpr):  # fmt: skip
+def _begin_part(pieces, at, number, wanted, worker, count, PART: tl.constexpr, PARTS: tl.constexpr,
+                PAIRS: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
     """Begin to bring a part of the number-th slice to a buffer ``at`` bytes on; zeros behind the last coefficients.
 
     Where it is not ``wanted`` nothing is brought, or written; it is a group all the same.
     """
-    PIECES: tl.constexpr = SHARE * (PAIRS // PARTS) * TOKENS * 8
+    PIECES: tl.constexpr = PAIRS // PARTS * TOKENS * 8
+    THREADS: tl.constexpr = WARPS // SHARE * 32
     begin = number * (SHARE * 128)
     for turn in tl.static_range((PIECES + THREADS - 1) // THREADS):
         source = pieces[0][turn] + (begin + PART * (PAIRS // PARTS) * (count * 4))
-        some = thread * 0 + wanted.to(tl.int32)
+        some = worker * 0 + wanted.to(tl.int32)
         if (turn + 1) * THREADS > PIECES:
-            some = tl.where(thread < PIECES - turn * THREADS, some, 0)
+            some = tl.where(worker < PIECES - turn * THREADS, some, 0)
+        elif WARPS % SHARE > 0:  # spare warps bring nothing
+            some = tl.where(worker < THREADS, some, 0)
         copy_some_to_shared(pieces[1][turn] + at, source, (begin < pieces[2][turn]).to(tl.int32), some)
-    end_of_copies(thread)
+    end_of_copies(worker)
 
 
 @triton.constexpr_function
@@ -275,6 +279,8 @@ def lane_tokens(
     lane, warp = thread % 32, thread // 32
     place, quarter = lane // 4, lane % 4
     share, group = warp % SHARE, warp // SHARE
+    if SHARE == 2:
+        share = (warp + warp // 4) % 2  # both shares on each scheduler
     PAIRS: tl.constexpr = 8 // BITS
     GROUPS: tl.constexpr = WARPS // SHARE
     CUT: tl.constexpr = slice_parts(TILES, BITS, SHARE)
@@ -306,11 +312,12 @@ def lane_tokens(
         words += first_words(row_at, mine + (s + begin) % SLICES * (64 * SHARE), stride)
     _prefetch_ends(scale_ptr, places_ptr, signs_ptr, first * 32 + lane, rows, ROW_SCALES, BLOCK)
     tl.debug_barrier()  # or the compiler moves these loads behind the wait
-    pieces = _pieces(z_ptr, shared, thread, count, tokens, CUT, PAIRS, 8 * TILES, SHARE, 32 * WARPS)
+    worker = group * 32 + lane
+    pieces = _pieces(z_ptr, shared, worker, share, count, tokens, CUT, PAIRS, 8 * TILES, 32 * GROUPS)
     wait_for_previous(PDL)
     for u in tl.static_range(RING - 1):
-        _begin_part(pieces, u * BYTES, (u // CUT + begin) % SLICES, u // CUT < turns * SLICES, thread, count, u % CUT,
-                    CUT, PAIRS, 8 * TILES, SHARE, 32 * WARPS)  # fmt: skip
+        _begin_part(pieces, u * BYTES, (u // CUT + begin) % SLICES, u // CUT < turns * SLICES, worker, count, u % CUT,
+                    CUT, PAIRS, 8 * TILES, SHARE, WARPS)  # fmt: skip
     none = thread * 0.0
     start = ()
     for _ in tl.static_range(8 * TILES):
@@ -321,8 +328,8 @@ def lane_tokens(
         there = first < blocks
         for step in tl.range(0, SLICES, loop_unroll_factor=2):  # so that words stay where they are
             chunk, words = _first(words)
-            acc = _step(acc, chunk, pieces, z_even, z_odd, there, step, begin, SLICES, thread, count, SLICES, TILES,
-                        BITS, SHARE, WARPS)  # fmt: skip
+            acc = _step(acc, chunk, pieces, z_even, z_odd, there, step, begin, SLICES, share, worker, count, SLICES,
+                        TILES, BITS, SHARE, True, WARPS)  # fmt: skip
             byte = mine + (step + AHEAD + begin) % SLICES * (64 * SHARE)
             words += chunk_words(row_at, byte, stride, there & (step + AHEAD < SLICES))
         if SHARE == 3:
@@ -339,8 +346,8 @@ def lane_tokens(
             later_at = row_addresses(codes_ptr, block, place, rows, stride, False)
             chunk, rest = _first(words)
             there = first + step // SLICES * (GROUPS * tl.num_programs(0)) < blocks
-            acc = _step(acc, chunk, pieces, z_even, z_odd, there, step, begin, turns * SLICES, thread, count, SLICES,
-                        TILES, BITS, SHARE, WARPS)  # fmt: skip
+            acc = _step(acc, chunk, pieces, z_even, z_odd, there, step, begin, turns * SLICES, share, worker, count,
+                        SLICES, TILES, BITS, SHARE, False, WARPS)  # fmt: skip
             byte = mine + (later + begin) % SLICES * (64 * SHARE)
             words = rest + chunk_words(later_at, byte, stride, block < blocks)
             if step % SLICES == SLICES - 1:
@@ -352,18 +359,29 @@ def lane_tokens(
 
 
 @triton.jit
-def _step(acc, chunk, pieces, z_even, z_odd, there, step, begin, steps, thread, count, SLICES: tl.constexpr,
-          TILES: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, WARPS: tl.constexpr):  # fmt: skip
-    """Multiply a chunk of a slice, part after part, while the next ones of ``steps`` times as many are on their way."""
+def _step(acc, chunk, pieces, z_even, z_odd, there, step, begin, steps, share, worker, count, SLICES: tl.constexpr,
+          TILES: tl.constexpr, BITS: tl.constexpr, SHARE: tl.constexpr, APART: tl.constexpr,
+          WARPS: tl.constexpr):  # fmt: skip
+    """Multiply a chunk of a slice, part after part, while the next ones of ``steps`` times as many are on their way.
+
+    Warps of a share wait for each other, APART from the other shares': not all warps of a scheduler wait at a time.
+    """
     CUT: tl.constexpr = slice_parts(TILES, BITS, SHARE)
     RING: tl.constexpr = ring(CUT)
     BYTES: tl.constexpr = buffer_bytes(TILES, BITS, WARPS, SHARE)
+    GROUPS: tl.constexpr = WARPS // SHARE
     for part in tl.static_range(CUT):
-        wait_for_copies(thread, RING - 2)
-        tl.debug_barrier()
+        wait_for_copies(worker, RING - 2)
+        if APART:
+            party = worker * 0 + 32 * GROUPS
+            if WARPS % SHARE > 0:  # the spare warp belongs to one of the shares
+                party += tl.where(share == tl.program_id(0) % SHARE, 32, 0)
+            some_barrier(share + 1, party)
+        else:
+            tl.debug_barrier()
         number = step + (part + RING - 1) // CUT
         _begin_part(pieces, (step * CUT + part + RING - 1) % RING * BYTES, (number + begin) % SLICES, number < steps,
-                    thread, count, (part + RING - 1) % CUT, CUT, 8 // BITS, 8 * TILES, SHARE, 32 * WARPS)  # fmt: skip
+                    worker, count, (part + RING - 1) % CUT, CUT, 8 // BITS, 8 * TILES, SHARE, WARPS)  # fmt: skip
         now = (step * CUT + part) % RING * BYTES
         acc = _chunk(acc, chunk, z_even + now, z_odd + now, there.to(tl.int32), TILES, BITS, part, CUT)
     return acc
@@ -430,7 +448,7 @@ def _shared_out(acc, shared, thread, TILES: tl.constexpr):
 
     Of eight tokens a warp has every second, of sixteen the first or the last eight.
     """
-    second = thread // 32 % 2 == 1
+    second = thread // 32 % 2 == 1  # of the two warps, whatever their shares
     kept = ()
     for e in tl.static_range(TILES):
         given = ()

@@ -234,6 +234,20 @@ def warp_barrier(thread):
         )
 
 
+@triton.jit
+def some_barrier(number, threads):
+    """Wait for so many threads, whole warps, that name this number, 1 … 15; 0 is that of all threads."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "bar.sync $1, $2; mov.b32 $0, 0;",
+            "=r,r,r",
+            [number, threads],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 @triton.constexpr_function
 def _number_text(dtype, offset):
     at = f"[$1+{offset}]"
