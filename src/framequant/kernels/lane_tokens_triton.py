@@ -27,6 +27,7 @@ from framequant.kernels.lane_product_triton import (
     row_ends,
 )
 from framequant.kernels.lanes_triton import (
+    arrived_or_all,
     copy_some_to_shared,
     end_of_copies,
     end_of_warps,
@@ -526,7 +527,7 @@ def _finish_three(acc, shared, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, 
                   ROW_SCALES: tl.constexpr, BLOCK: tl.constexpr, BIAS: tl.constexpr, GROUPS: tl.constexpr):  # fmt: skip
     """The same of three warps: of sixteen tokens two of them have four each, the third eight; of eight two have four.
 
-    And of spare warps, whose parts go to memory before all wait for each other.
+    And of spare warps, whose parts go to memory, and which do not wait for the other warps.
     """
     lane, warp = thread % 32, thread // 32
     group, share = warp // 3, warp % 3
@@ -541,11 +542,12 @@ def _finish_three(acc, shared, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, 
     for i in tl.static_range(TILES):
         token = _token(share if i == 0 else share * 0 + 3, lane)
         token_values += _token_values(sum_ptr, unit_ptr, token, tokens, PARTS)
-    tl.debug_barrier()  # what slices were in is free
+    mine = group < GROUPS
+    arrived_or_all(mine.to(tl.int32))  # what slices were in is free
     for c in tl.static_range(2 * TILES):
         at = shared + (warp * (2 * TILES) + c) * 512 + lane * 16
-        store_shared_words(at, _bits(_column(acc, c, TILES)), (group < GROUPS).to(tl.int32))
-    tl.debug_barrier()
+        store_shared_words(at, _bits(_column(acc, c, TILES)), mine.to(tl.int32))
+    some_barrier(group + 4, tl.where(mine, 96, 32))
     for i in tl.static_range(TILES):
         column = tl.minimum(share, 2 * TILES - 1) if i == 0 else share * 0 + 3
         at = shared + (tl.minimum(group, GROUPS - 1) * (6 * TILES) + column) * 512 + lane * 16
@@ -553,11 +555,11 @@ def _finish_three(acc, shared, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, 
         for part in tl.static_range(3):
             words += load_shared_words(at, part * (TILES * 1024))
         token = _token(share if i == 0 else column, lane)
-        used = (token < tokens) & (group < GROUPS) & ((share < 2 * TILES) if i == 0 else (share == 2))
+        used = (token < tokens) & mine & ((share < 2 * TILES) if i == 0 else (share == 2))
         _write(_sums(words), ends, token_values[2 * i], token_values[2 * i + 1], token, used, y_ptr, bias_ptr, block,
                lane, rows, factor, zero, norm, BLOCK, BIAS)  # fmt: skip
     if has_unit:
-        end_of_warps((group < GROUPS).to(tl.int32))
+        end_of_warps(mine.to(tl.int32))
         _finish_parts(sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, parts_ptr, ends, block,
                       lane, group == GROUPS, rows, tokens, factor, zero, norm, TILES, PARTS, BLOCK, BIAS)  # fmt: skip
 

@@ -236,7 +236,7 @@ def warp_barrier(thread):
 
 @triton.jit
 def some_barrier(number, threads):
-    """Wait for so many threads, whole warps, that name this number, 1 … 15; 0 is that of all threads."""
+    """Wait for so many threads, whole warps, that name this number, 1 … 14; 0 is that of all threads."""
     if COMPILED:
         tl.inline_asm_elementwise(
             "bar.sync $1, $2; mov.b32 $0, 0;",
@@ -246,6 +246,22 @@ def some_barrier(number, threads):
             is_pure=False,
             pack=1,
         )
+
+
+@triton.constexpr_function
+def _arrived_text(threads):
+    return (
+        f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p bar.sync 15, {threads}; @!p bar.arrive 15, {threads}; "
+        "mov.b32 $0, 0; }"
+    )
+
+
+@triton.jit
+def arrived_or_all(waiting):
+    """Wait for all warps; those that are not ``waiting`` say that they have come this far, and go on."""
+    if COMPILED:
+        text: tl.constexpr = _arrived_text(waiting.shape[0])
+        tl.inline_asm_elementwise(text, "=r,r", [waiting], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.constexpr_function
