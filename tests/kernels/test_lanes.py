@@ -120,6 +120,8 @@ from framequant.kernels import lane_ops, launches, triton_linear
 from tests.kernels.test_cpu import CODES, make_layer
 torch.manual_seed(0)
 launches.lane_tokens_pay = lambda *_: True  # of small matrices, and without blocks, too
+asked, token_launch = [], launches.token_launch
+launches.token_launch = lambda *arguments: asked.append(token_launch(*arguments)) or asked[-1]
 for code, features, r, tokens, dtype, block, bias in (
     (CODES[0], (512, 96), 1.125, 16, torch.float16, 32, True),
     (CODES[0], (640, 80), 1.0, 7, torch.bfloat16, None, True),
@@ -145,6 +147,31 @@ for code, features, r, tokens, dtype, block, bias in (
     x[1] = float("nan")
     y = layer(x)
     assert y[1].isnan().all() and y[[0, 2]].isfinite().all()  # tokens keep to themselves
+for processors, left, code, features, r, tokens, dtype, block, bias in (  # three warps share rows, and spare ones
+    (7, 2, CODES[0], (1024, 1184), 1.125, 16, torch.float16, 32, True),
+    (3, 1, CODES[0], (640, 500), 1.0, 7, torch.bfloat16, None, True),
+    (4, 0, GridSpec("uniform", 16, "symmetric"), (256, 576), 1.125, 9, torch.float16, 16, False),
+    (4, 0, CODES[0], (512, 1000), 1.0, 16, torch.float16, None, False),  # two share, one turn
+):
+    lane_ops.multiprocessors = lambda _: processors
+    layer = make_layer(code, features, (r, 1.0), block=block, bias=bias)
+    x = torch.randn(tokens, features[0]).to(dtype)
+    layer.backend = "reference"
+    exact, torchs = layer(x.double()), layer(x).double()
+    layer.backend = "triton"
+    asked.clear()
+    y = layer(x)
+    assert asked[-1] == launches.TokenLaunch(2 if features[1] == 1000 else 3, True, left)
+    error = float((y.double() - exact).norm() / exact.norm())
+    assert error <= 2 * float((torchs - exact).norm() / exact.norm()), (code, features, error)
+    plan = layer._prepared[2]
+    words, z, unit, sums, _ = triton_linear._few_coefficients(plan, x)
+    ends = (plan.out.places, plan.out.signs, plan.bias, plan.rows, block) if block else (None, None, None, plan.rows, 0)
+    arguments = (words, z, sums, unit, plan.scales, *ends, plan.layout.bits, dtype)
+    some, others = (torch.ops.framequant.lane_tokens(*arguments) for _ in range(2))
+    assert torch.equal(some, others) and not sums[tokens:].any()  # counters are as they were
+    if block:
+        assert torch.equal(some, y)
 z = torch.zeros(9, 8, 64).half()
 sums, unit = torch.zeros(9, 3), torch.ones(9)
 words = torch.zeros(40, 64, dtype=torch.int16)
@@ -184,12 +211,14 @@ for trellis in (0, 1, 2):
         order.insert(1, "prefetch.global.L2")
     places = [text.index(what) for what in order]
     assert places == sorted(places) and ".local" not in text
-text = ptx(lane_tokens, TYPES | {"z_ptr": "*fp16"}, {
-    "TILES": 2, "BITS": 2, "PARTS": 4, "ROW_SCALES": True, "BLOCK": 32, "BIAS": False, "SLICES": 9,
-    "WARPS": 16, "PDL": True}, 16)
-before, after = text.split("griddepcontrol.wait")
-assert before.count("ld.global.L1::no_allocate") == 8 and "cp.async.cg" not in before and ".local" not in text
-assert after.count("mma.sync.aligned.m16n8k16") == 64
+for share, once in ((2, False), (2, True), (3, True)):
+    text = ptx(lane_tokens, TYPES | {"z_ptr": "*fp16"}, {
+        "TILES": 2, "BITS": 2, "PARTS": 4, "ROW_SCALES": True, "BLOCK": 32, "BIAS": False, "SLICES": 18 // share,
+        "SHARE": share, "ONCE": once, "WARPS": 16, "PDL": True}, 16)
+    before, after = text.split("griddepcontrol.wait")
+    assert before.count("ld.global.L1::no_allocate") == 8 and "cp.async.cg" not in before and ".local" not in text
+    assert after.count("mma.sync.aligned.m16n8k16") in ((128, 192) if once else (64,))  # two steps, and one after them
+    assert after.count("atom.relaxed.gpu.global.inc") == (share == 3)
 text = ptx(column_analysis, TYPES, {"F0": 43, "GATED": True, "EACH": 18, "COUNT": 3112, "CODES": 4, "PDL": True}, 8)
 assert ".local" not in text
 """
@@ -332,3 +361,21 @@ def test_programs_have_all_rows_and_bytes(rows: int, row_bytes: int, processors:
     assert 1 <= how.programs <= processors
     assert how.programs == processors or how.programs * groups * launches.LANE_ROWS >= rows
     assert (how.programs - 1) * groups * launches.LANE_ROWS < rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "processors", "expected"),
+    [
+        (22016, 4608, 132, (3, True, 28)),
+        (28672, 9216, 132, (2, True, 0)),
+        (16896, 4608, 132, (3, True, 0)),
+        (22528, 4608, 132, (3, True, 44)),
+        (22560, 4608, 132, (2, True, 0)),
+        (57344, 9216, 132, (2, False, 0)),
+    ],
+)
+def test_three_warps_share_rows_where_one_turn_has_all(
+    rows: int, columns: int, processors: int, expected: tuple[int, bool, int]
+) -> None:
+    assert launches.token_launch(rows, columns // 4, processors) == expected
+    assert launches.token_launch(rows, columns // 4, processors, 0).share == 2

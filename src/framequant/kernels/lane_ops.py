@@ -17,7 +17,8 @@ from framequant.kernels import launches, triton_ops
 from framequant.kernels.column_triton import column_analysis, column_bytes
 from framequant.kernels.lane_product_triton import lane_product as kernel
 from framequant.kernels.lane_product_triton import shared_bytes
-from framequant.kernels.lane_tokens_triton import SHARE, lane_tokens, token_bytes
+from framequant.kernels.lane_tokens_triton import lane_tokens, token_bytes
+from framequant.kernels.launches import TokenLaunch
 from framequant.kernels.transform_plan import in_one
 from framequant.kernels.transform_triton import LAST_BIT, first_factor
 from framequant.kernels.triton_support import COMPILED
@@ -187,6 +188,14 @@ def _(
     return _outputs(x, 1, rows, block, dtype), x.new_empty(1, dtype=torch.float32)
 
 
+def _token_launch(
+    rows: int, row_bytes: int, tiles: int, bits: int, programs: int, counters: int
+) -> TokenLaunch:
+    """The launch for so many tiles of tokens; ``counters`` that are 0."""
+    fits = token_bytes(tiles, bits, launches.TOKEN_WARPS, 3) <= launches.LANE_SHARED
+    return launches.token_launch(rows, row_bytes, programs, min(counters, launches.MOST_SPARE) if fits else 0)
+
+
 @torch.library.custom_op("framequant::lane_tokens", mutates_args=())
 def tokens(
     words: Tensor,
@@ -207,19 +216,27 @@ def tokens(
     Args:
         words: of scalar codes of so many ``bits``.
         z: halves (tokens, 16 / bits, count), from ``triton_ops.analysis`` with ``pair_bits``, as ``sums`` and ``unit``.
+        sums: (tokens, parts), and rows of zeros behind them, which count spare warps and are zeros again afterwards.
+            Without such rows three warps share nothing.
         places: of a ``BlockPlan``, as ``signs``.
     """
     number, _, count = z.shape
     early, stride = triton_ops.starts_early(z.device), words.stride(0) * words.element_size()
     y = _outputs(z, number, rows, block, dtype)
-    tiles, warps = -(-number // 8), launches.TOKEN_WARPS
-    memory = unit if COMPILED else torch.empty(token_bytes(tiles, bits, warps) // 4, device=z.device)
-    lane_tokens[(multiprocessors(z.device),)](
+    tiles, warps, programs = -(-number // 8), launches.TOKEN_WARPS, multiprocessors(z.device)
+    counters = (sums.shape[0] - number) * sums.shape[1]
+    how = _token_launch(rows, 2 * count, tiles, bits, programs, counters)
+    parts = torch.empty(how.left * 3 * 256 * tiles, device=z.device) if how.left else unit
+    memory = (
+        unit if COMPILED else torch.empty(token_bytes(tiles, bits, warps, how.share) // 4, device=z.device)
+    )
+    lane_tokens[(programs,)](
         words.view(torch.uint8), z, sums, unit, scales, y, unit if places is None else places,
-        unit if signs is None else signs, unit if bias is None else bias, memory,
+        unit if signs is None else signs, unit if bias is None else bias, parts, memory,
         rows, stride, count, number, 2.0**24 / first_factor(bits), (1 << bits) / 2 - 0.5, max(block, 1) ** -0.5,
         TILES=tiles, BITS=bits, PARTS=sums.shape[1], ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None,
-        SLICES=-(-count * 2 // (64 * SHARE.value)), WARPS=warps, PDL=early, num_warps=warps, launch_pdl=early,
+        SLICES=-(-count * 2 // (64 * how.share)), SHARE=how.share, ONCE=how.once, WARPS=warps, PDL=early,
+        num_warps=warps, launch_pdl=early,
     )  # fmt: skip
     return y
 

@@ -203,6 +203,22 @@ def copy_to_shared(address, source, there):
 
 
 @triton.jit
+def copy_some_to_shared(address, source, there, wanted):
+    """The same where it is ``wanted``; elsewhere shared memory stays as it is."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p cp.async.cg.shared.global [$1], [$2], 16, $3; mov.b32 $0, 0; }",
+            "=r,r,l,r,r", [address, source, there * 16, wanted], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
+        found = source.to(tl.pointer_type(tl.int32), bitcast=True)
+        for i in tl.static_range(4):
+            value = tl.load(found + i, mask=(there != 0) & (wanted != 0), other=0)
+            tl.store(at + i, value, mask=wanted != 0)
+
+
+@triton.jit
 def copy_word_to_shared(address, source):
     """Begin to bring an aligned word each to shared memory."""
     if COMPILED:
@@ -227,6 +243,36 @@ def warp_barrier(thread):
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def some_barrier(number, threads):
+    """Wait for so many threads, whole warps, that name this number, 1 … 14; 0 is that of all threads."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "bar.sync $1, $2; mov.b32 $0, 0;",
+            "=r,r,r",
+            [number, threads],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.constexpr_function
+def _arrived_text(threads):
+    return (
+        f"{{ .reg .pred p; setp.ne.b32 p, $1, 0; @p bar.sync 15, {threads}; @!p bar.arrive 15, {threads}; "
+        "mov.b32 $0, 0; }"
+    )
+
+
+@triton.jit
+def arrived_or_all(waiting):
+    """Wait for all warps; those that are not ``waiting`` say that they have come this far, and go on."""
+    if COMPILED:
+        text: tl.constexpr = _arrived_text(waiting.shape[0])
+        tl.inline_asm_elementwise(text, "=r,r", [waiting], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.constexpr_function
@@ -448,6 +494,66 @@ def store_words(address, words):
         at = address.to(tl.pointer_type(tl.int32), bitcast=True)
         for i in tl.static_range(4):
             tl.store(at + i, words[i])
+
+
+@triton.jit
+def store_words_where(address, words, there):
+    """The same where ``there`` is not 0."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }",
+            "=r,l,r,r,r,r,r", [address, words[0], words[1], words[2], words[3], there], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
+        for i in tl.static_range(4):
+            tl.store(at + i, words[i], mask=there != 0)
+
+
+@triton.constexpr_function
+def _arrive_text(parties):
+    """PTX of ``last_to_arrive``: what lanes wrote is in memory before one of them counts, what they read comes after.
+
+    A counter that has seen all begins at 0 again.
+    """
+    return (
+        "{ .reg .pred none, one; .reg .b32 before; mov.b32 $0, 0; setp.eq.b32 none, $3, 0; @none bra.uni end; "
+        "fence.acq_rel.gpu; bar.warp.sync 0xffffffff; setp.eq.b32 one, $2, 0; mov.b32 before, 0; "
+        f"@one atom.relaxed.gpu.global.inc.u32 before, [$1], {parties - 1}; "
+        "shfl.sync.idx.b32 before, before, 0, 31, 0xffffffff; fence.acq_rel.gpu; "
+        f"setp.eq.u32 one, before, {parties - 1}; selp.b32 $0, 1, 0, one; end: }}"
+    )
+
+
+@triton.jit
+def last_to_arrive(counter, lane, there, PARTIES: tl.constexpr):
+    """Whether a warp is the last of PARTIES, anywhere, that count themselves: 1, or 0, also where ``there`` is 0.
+
+    Then it sees what all of them wrote before. The counter, an int32 that all lanes of a warp name, is 0 before the
+    first and after the last one. ``there``: the same for all lanes of a warp.
+    """
+    if COMPILED:
+        text: tl.constexpr = _arrive_text(PARTIES)
+        return tl.inline_asm_elementwise(
+            text, "=&r,l,r,r", [counter, lane, there], dtype=tl.int32, is_pure=False, pack=1
+        )
+    at = counter + lane * 0
+    before = tl.atomic_add(at, 1, mask=(there != 0) & (lane == 0))
+    before = from_lane(tl.where(lane == 0, before, 0), lane * 0)
+    last = (before == PARTIES - 1) & (there != 0)
+    tl.store(at, 0, mask=last & (lane == 0))
+    return last.to(tl.int32)
+
+
+@triton.jit
+def end_of_warps(finished):
+    """Warps that have ``finished`` leave the program, which has no barriers from here on."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p exit; mov.b32 $0, 0; }", "=r,r", [finished], dtype=tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.constexpr_function

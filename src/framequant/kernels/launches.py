@@ -20,6 +20,8 @@ LANE_TOKENS, LANE_WARPS, LANE_SHARED = 1, 8, 48 << 10
 #: Most tokens of scalar codes whose products go through registers alone, and warps' shares of rows that a
 #: multiprocessor has there, at least: with fewer there are not bytes enough on their way. And warps of a program.
 MOST_LANE_TOKENS, LEAST_LANE_SHARES, TOKEN_WARPS = 16, 4, 16
+#: Most times 32 rows that spare warps have there (``lane_tokens_triton``): as many counters there are.
+MOST_SPARE = 64
 #: Rows of a trellis up to which that is faster where a synthesis follows.
 LANE_TRELLIS_ROWS = 8192
 #: Bytes and rows that a warp takes at a time there, and the blocks of a local output frame that its lanes can rotate.
@@ -308,6 +310,37 @@ def lane_tokens_pay(rows: int, columns: int, tokens: int, local: bool, multiproc
     With a synthesis after it the tiled product was faster.
     """
     return local and rows >= multiprocessors * LEAST_LANE_SHARES * LANE_ROWS
+
+
+class TokenLaunch(NamedTuple):
+    """How ``lane_tokens`` is launched.
+
+    Attributes:
+        share: warps that share 32 rows.
+        once: whether one turn of all programs has all rows.
+        left: how many times 32 rows are left to spare warps.
+    """
+
+    share: int
+    once: bool
+    left: int = 0
+
+
+def token_launch(rows: int, row_bytes: int, multiprocessors: int, spare: int = MOST_SPARE) -> TokenLaunch:
+    """Two warps share rows, or three where that is fewer steps of 64 bytes a warp and no more than one turn.
+
+    Three: five times 32 rows for each multiprocessor, and as many for three spare warps as there are.
+
+    Args:
+        row_bytes: of codes.
+        spare: most times 32 rows that spare warps may have; 0 if three cannot share.
+    """
+    blocks, chunks = -(-rows // LANE_ROWS), -(-row_bytes // LANE_CHUNK)
+    turns = -(-blocks // (TOKEN_WARPS // 2 * multiprocessors))
+    left = max(0, blocks - TOKEN_WARPS // 3 * multiprocessors)
+    if spare and left <= min(multiprocessors // 3, spare) and -(-chunks // 3) < turns * -(-chunks // 2):
+        return TokenLaunch(3, True, left)
+    return TokenLaunch(2, turns == 1)
 
 
 def lane_alternatives(usual: LaneLaunch, rows: int, row_bytes: int, multiprocessors: int) -> list[LaneLaunch]:

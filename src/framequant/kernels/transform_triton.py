@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from framequant.kernels.launches import MOST_SPARE
 from framequant.kernels.triton_support import let_next_start, wait_for_previous
 
 
@@ -48,6 +49,9 @@ def two_halves_dot(t, matrix, LOW: tl.constexpr):
     return result
 
 
+#: Zeros that are written behind sums of pairs of rows: counters of ``lane_tokens_triton``.
+_COUNTERS = tl.constexpr(MOST_SPARE)
+
 #: Value of a coefficient's last bit in units of the token; 2**22 leaves all digits within a signed byte.
 LAST_BIT = 2.0**-22
 
@@ -78,7 +82,7 @@ def transform(
     Analysis: (tokens, F0*F1*F2_IN) of any float dtype to halves (tokens, INTERLEAVE, words), coefficient k in
     row ``k % INTERLEAVE`` at ``k // INTERLEAVE``, each token divided by the power of two in ``unit``. With PAIR_BITS
     adjacent rows are one, with two halves of each in turn, each row multiplied by ``first_factor`` over the power of
-    two of its place in a mantissa. PLANES:
+    two of its place in a mantissa, and zeros behind ``sum``, to count with. PLANES:
     to signed bytes (tokens, 4, INTERLEAVE, words), of which three planes are written, in units of ``LAST_BIT``
     times ``unit``, a bound of the coefficients; ``sum`` (tokens, programs) gets each program's sum of what it wrote,
     over ``unit``.
@@ -146,6 +150,8 @@ def transform(
             below = run % mantissa_runs(PAIR_BITS) * PAIR_BITS
             power = ((127 - below) << 23).to(tl.float32, bitcast=True) * first_factor(PAIR_BITS)
             written = (y * power).to(tl.float16)
+            if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+                tl.store(sum_ptr + tokens * tl.num_programs(1) + tl.arange(0, _COUNTERS), 0.0)
         else:
             place, written = run * words + at, halves
         tl.store(out_ptr + token * (INTERLEAVE * words) + place, written, mask=valid)

@@ -46,8 +46,12 @@ def _transform(tokens: int, sizes: list[int], arguments: tuple[Any, ...], rows: 
     tiled_transform[(tokens, rows // ROWS)](*arguments, *sizes, ROWS=ROWS, LOW=True, **options, num_warps=8)
 
 
-def _num_sums(tokens: int, sizes: list[int], rows: int) -> int:
-    return sizes[0] if tokens <= launches.VECTOR_TOKENS else rows // ROWS
+def _sum_shape(tokens: int, sizes: list[int], rows: int, pair_bits: int) -> tuple[int, int]:
+    """Of sums: tokens and parts, and with ``pair_bits`` of many tokens rows of ``launches.MOST_SPARE`` zeros behind."""
+    if tokens <= launches.VECTOR_TOKENS:
+        return tokens, sizes[0]
+    parts = rows // ROWS
+    return tokens + (-(-launches.MOST_SPARE // parts) if pair_bits else 0), parts
 
 
 @torch.library.custom_op("framequant::analysis", mutates_args=())
@@ -64,6 +68,8 @@ def analysis(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Coefficients of tokens (tokens, dim), their units (tokens,) and sums (tokens, parts).
 
+    Behind the sums of halves with ``pair_bits`` are zeros, which ``lane_ops.tokens`` counts with.
+
     Coefficients are halves (tokens, interleave, count), or with ``planes`` int8 (tokens, 4, interleave, count).
     ``pair_bits`` are for products through registers alone: halves of more than ``VECTOR_TOKENS`` tokens
     (``transform_triton``), planes of no more (``vector_triton``).
@@ -75,7 +81,7 @@ def analysis(
     shape = (tokens, 4, interleave, count) if planes else (tokens, interleave, count)
     z = make(shape, dtype=torch.int8 if planes else torch.float16, device=x.device)
     unit = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    sums = torch.empty((tokens, _num_sums(tokens, sizes, rows)), dtype=torch.float32, device=x.device)
+    sums = torch.empty(_sum_shape(tokens, sizes, rows, pair_bits), dtype=torch.float32, device=x.device)
     arguments = (x, signs, *matrices, x, z, unit, sums, tokens, x.stride(0), 0, count, norm)
     _transform(
         tokens,
@@ -99,7 +105,7 @@ def _(x, signs, matrices, sizes, norm, interleave, count, planes, pair_bits=0): 
     return (
         x.new_empty(shape, dtype=torch.int8 if planes else torch.float16),
         x.new_empty(tokens, dtype=torch.float32),
-        x.new_empty((tokens, _num_sums(tokens, sizes, matrices[0].shape[0])), dtype=torch.float32),
+        x.new_empty(_sum_shape(tokens, sizes, matrices[0].shape[0], pair_bits), dtype=torch.float32),
     )
 
 
