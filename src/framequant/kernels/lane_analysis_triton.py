@@ -265,6 +265,27 @@ def _signed(value, word, BIT: tl.constexpr):
 
 
 @triton.jit
+def signed_weights(
+    memory, loaded, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, DTYPE: tl.constexpr
+):  # fmt: skip
+    """What ``load_signs`` found, NORMED: with weights that have signs, and ``shrink``, made here, before a barrier.
+
+    Args:
+        memory: 64 bytes of shared memory for each thread.
+    """
+    found = (loaded[0], loaded[1], loaded[2])
+    for quad in tl.static_range(SIZE // THREADS // 4):
+        words = ()
+        for i in tl.static_range(4):
+            weight = loaded[3 + 4 * quad + i].to(tl.float32) * shrink(DTYPE)
+            words += (_signed(weight, loaded[0], 4 * quad + i).to(tl.int32, bitcast=True),)
+        words = kept(memory + thread * 16 + quad % 4 * (16 * THREADS), words)
+        for i in tl.static_range(4):
+            found += (words[i].to(tl.float32, bitcast=True),)
+    return found
+
+
+@triton.jit
 def copy_numbers(x_ptr, shared, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, PADDED: tl.constexpr):
     """Begin to bring SIZE numbers to shared memory: 16 bytes a thread, as all programs ask for the same lines.
 
@@ -291,12 +312,13 @@ def _first_axis(token, cube, sums, loaded, places, thread, SIZE: tl.constexpr, T
         value = load_shared_number(token + thread * BYTES, DTYPE, i * THREADS * BYTES)
         if NORMED:
             energy += value * value
-            value *= loaded[3 + i].to(tl.float32)
+            value *= loaded[3 + i]  # ``signed_weights``
+        else:
+            value = _signed(value * shrink(DTYPE), loaded[0], i)
         if tl.float16 != DTYPE:
-            value *= shrink(DTYPE)
             largest = tl.maximum(largest, tl.abs(value))
         squares += value * value
-        column += (_signed(value, loaded[0], i),)
+        column += (value,)
     column = hadamard_registers(column, SIZE // THREADS)
     if not APART:
         tl.debug_barrier()  # the cube takes the place of what was read
@@ -633,7 +655,8 @@ def analyse(
     """Write the coefficients of a token of SIZE numbers to planes; NORMED, of their root-mean-square norm.
 
     Args:
-        loaded: by ``load_signs``; and ``places_of_threads``. ``epsilon`` is what the norm adds to the mean of squares.
+        loaded: by ``load_signs`` and, NORMED, ``signed_weights``; and ``places_of_threads``.
+        epsilon: what the norm adds to the mean of squares.
         token: shared memory that ``copy_numbers`` brings the token to, PADDED if ``in_halves``; planes may lie there.
         cube: 4 SIZE bytes of shared memory, APART from all else; or beginning at ``token`` and with the planes in it,
             for two barriers more.

@@ -29,6 +29,7 @@ from framequant.kernels.lane_analysis_triton import (
     load_signs,
     places_of_threads,
     plane_bytes,
+    signed_weights,
     zero_tails,
 )
 from framequant.kernels.lanes_triton import (
@@ -399,6 +400,8 @@ def lane_product(
         places = places_of_threads(
             base, thread, turns, ANALYSED, OUTPUTS, WIDTH, COUNT, CODES, TILES, DTYPE, NORMED
         )
+        if NORMED:
+            loaded = signed_weights(base, loaded, thread, ANALYSED, 32 * WARPS, DTYPE)
     ends = row_ends(scale_ptr, places_ptr, signs_ptr, first * 32 + lane, rows, ROW_SCALES, BLOCK)
     tl.debug_barrier()  # or the compiler moves these loads behind the wait
     if ANALYSED and begins[2] > begins[1] and in_halves(x_ptr.dtype.element_ty, NORMED):

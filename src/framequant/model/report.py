@@ -225,9 +225,9 @@ def _describe_code(spec: LinearSpec) -> str:
         scope = "tensor" if code.per_tensor else f"{code.group_size} columns" if code.group_size else "row"
         return f"{code.num_levels} levels, {code.kind.value}, scale per {scope}"
     factors = ", a factor per row" if code.row_factors else ""
-    return (
-        f"trellis 2^{code.state_bits}, rates {code.rates}, tiles {code.tile_rows}x{code.tile_cols}{factors}"
-    )
+    pairs = ", two weights a state" if code.per_state == 2 else ""
+    tiles = f"tiles {code.tile_rows}x{code.tile_cols}"
+    return f"trellis 2^{code.state_bits}{pairs}, rates {code.rates}, {tiles}{factors}"
 
 
 def environment(device: str, dtype: str) -> dict[str, Any]:
