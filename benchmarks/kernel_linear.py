@@ -46,7 +46,16 @@ CODES: dict[str, tuple[GridSpec | TrellisSpec, float, int]] = {
 }
 CODES |= {f"levels{n}": (GridSpec("uniform", n, "symmetric"), 1.125, 0) for n in (5, 8)}
 CODES |= {f"trellis{rate}": (TrellisSpec(12, rate_pattern(rate)), 1.0, 0) for rate in RATES}
-LANES = ((8, 1, 3, 1), (8, 1, 3, 0.5), (8, 2, 5, 1), (8, 1, 5, 1), (8, 1, 7, 1), (8, 2, 3, 2), (8, 1, 2, 2), (8, 2, 2, 2))
+LANES = (
+    (8, 1, 3, 1),
+    (8, 1, 3, 0.5),
+    (8, 2, 5, 1),
+    (8, 1, 5, 1),
+    (8, 1, 7, 1),
+    (8, 2, 3, 2),
+    (8, 1, 2, 2),
+    (8, 2, 2, 2),
+)
 PARTS_OF_PROMPT = 2048  # tokens of the prompt whose operators are timed one by one, and with other launches
 Patch = dict[tuple[Any, str], Any]  # module, name and value for the while
 Found = tuple[str, Patch]

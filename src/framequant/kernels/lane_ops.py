@@ -38,9 +38,17 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def fits(codes: int, count: int) -> bool:
-    """Whether planes of coefficients fit into the shared memory that a kernel may have; ``codes`` 0 for a trellis."""
-    return shared_bytes(launches.LANE_WARPS, count, codes, 0) <= launches.LANE_SHARED
+def analysed(sizes: list[int], block: list[int], warps: int = launches.LANE_WARPS) -> int:
+    """Numbers of a token that every program analyses for itself, 0 where it copies coefficients."""
+    return sizes[0] * sizes[1] * sizes[2] if in_one(sizes, block, 32 * warps) else 0
+
+
+def fits(codes: int, count: int, numbers: int) -> bool:
+    """Whether planes of coefficients fit into the shared memory that a kernel may have; ``codes`` 0 for a trellis.
+
+    With what it takes to analyse so many ``numbers``.
+    """
+    return shared_bytes(launches.LANE_WARPS, count, codes, numbers) <= launches.LANE_SHARED
 
 
 def tokens_fit(tokens: int, bits: int) -> bool:
@@ -131,12 +139,12 @@ def linear(
     launch = launches.trellis_launch if trellis == 1 else launches.lane_launch
     how = launch(rows, stride, multiprocessors(x.device))
     y = _outputs(x, 1, rows, block, dtype)
-    analysed = sizes[0] * sizes[1] * sizes[2] if in_one(sizes, x_block, 32 * how.warps) else 0
-    if analysed and gate is not None:
+    numbers = analysed(sizes, x_block, how.warps)
+    if numbers and gate is not None:
         x, gate = gated(gate, x), None
-    if weight is not None and not analysed:
+    if weight is not None and not numbers:
         x, weight = functional.rms_norm(x, x.shape[-1:], weight, epsilon), None
-    if analysed:
+    if numbers:
         if x.data_ptr() % 16:  # programs copy it in pieces of 16 bytes
             x = x.clone()
         unit = torch.empty(1, dtype=torch.float32, device=x.device)
@@ -145,14 +153,14 @@ def linear(
         z, unit, sums = analysis(
             x, gate, x_signs, matrices, columns, sizes, x_norm, 0 if trellis else codes, count
         )
-    size = shared_bytes(how.warps, count, 0 if trellis else codes, analysed)
+    size = shared_bytes(how.warps, count, 0 if trellis else codes, numbers)
     memory = unit if COMPILED else torch.empty(size // 4, device=x.device)
     level, zero = (factor, CENTRE / trellis) if trellis else (1.0, (1 << bits) / 2 - 0.5)
     kernel[(how.programs,)](
         words.view(torch.uint8), x, z, sums, unit, scales, y, unit if places is None else places,
         unit if signs is None else signs, unit if bias is None else bias, x_signs,
         x if weight is None else weight, x if added is None else added, memory,
-        rows, stride, LAST_BIT * level, zero * level, max(block, 1) ** -0.5, x_norm, epsilon, ANALYSED=analysed,
+        rows, stride, LAST_BIT * level, zero * level, max(block, 1) ** -0.5, x_norm, epsilon, ANALYSED=numbers,
         NORMED=weight is not None, ADDED=added is not None, OUTPUTS=x_block[0], WIDTH=x_block[1], COUNT=count,
         PARTS=sums.numel(), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, TRELLIS=trellis,
         ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None, CHUNKS=how.chunks, ROUNDS=how.rounds,

@@ -90,7 +90,8 @@ class TritonPlan:
         """Whether codes of so many tokens can go through registers alone (``lane_ops``)."""
         layout = self.layout
         codes, count = self.lane_coefficients
-        fits = lane_ops.fits(0 if layout.trellis else codes, count)
+        numbers = lane_ops.analysed([*self.into.sizes, *self.into.padded], list(self.into.block))
+        fits = lane_ops.fits(0 if layout.trellis else codes, count, numbers)
         able = layout.in_lanes and fits and tokens <= launches.LANE_TOKENS and self.lanes_finish
         return able and launches.lanes_pay(layout.per_state == 1, self.rows, isinstance(self.out, BlockPlan))
 
