@@ -47,6 +47,9 @@ from framequant.kernels.lanes_triton import (
 )
 from framequant.kernels.vector_triton import bound
 
+#: What a coefficient as large as the token's unit is in planes: with what carries below 2**22.
+LARGEST = tl.constexpr(63.0 * 65536.0)
+
 
 @triton.constexpr_function
 def shrink(dtype):
@@ -631,10 +634,10 @@ def _store_column(column, scale, places, shared, WIDTH: tl.constexpr, EACH: tl.c
             for k in tl.static_range(16):
                 y += column[k] * MATRIX[c][k]
             y *= scales[c % 2]
-        integer = (y + 12582912.0).to(tl.int32, bitcast=True)  # of a float32 in [2**23, 2**24), which is one
-        digits = (integer - (0x4B400000 - 0x808080)) ^ 0x808080
+        # of a float32 in [2**23, 2**24), which is an integer: 0x8080 carries to the two upper digits, and is taken off
+        digits = (y + (12582912.0 + 0x8080)).to(tl.int32, bitcast=True) ^ 0x8080
         store_shared_planes(
-            shared + places[9 + c % PERIOD], digits, plane_bytes(COUNT, CODES, TILES), c // PERIOD
+            shared + places[9 + c % PERIOD], digits, plane_bytes(COUNT, CODES, TILES), c // PERIOD, 64
         )
 
 
@@ -700,9 +703,7 @@ def analyse(
         if WIDTH == 1 or is_ninths(EACH, WIDTH):  # other blocks have these butterflies in their matrix
             column = hadamard_registers(column, 16)
         begin = shared + place_of(turn * THREADS * EACH, COUNT, CODES, TILES)
-        _store_column(
-            column, norm * 4194304.0 * down, places, begin, WIDTH, EACH, COUNT, CODES, TILES, matrix
-        )
+        _store_column(column, norm * LARGEST * down, places, begin, WIDTH, EACH, COUNT, CODES, TILES, matrix)
     power = tl.where(finite, bits.to(tl.float32, bitcast=True), float("nan"))
     if NORMED:  # by the root of the mean square
         power *= tl.rsqrt(lane_sum(energy) * (1.0 / SIZE) + epsilon)

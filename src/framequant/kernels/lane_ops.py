@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from framequant.kernels import launches, triton_ops
 from framequant.kernels.column_triton import column_analysis, column_bytes
+from framequant.kernels.lane_analysis_triton import LARGEST
 from framequant.kernels.lane_product_triton import lane_product as kernel
 from framequant.kernels.lane_product_triton import shared_bytes
 from framequant.kernels.lane_tokens_triton import lane_tokens, token_bytes
@@ -155,12 +156,13 @@ def linear(
         )
     size = shared_bytes(how.warps, count, 0 if trellis else codes, numbers)
     memory = unit if COMPILED else torch.empty(size // 4, device=x.device)
+    last = 1 / LARGEST.value if numbers else LAST_BIT
     level, zero = (factor, CENTRE / trellis) if trellis else (1.0, (1 << bits) / 2 - 0.5)
     kernel[(how.programs,)](
         words.view(torch.uint8), x, z, sums, unit, scales, y, unit if places is None else places,
         unit if signs is None else signs, unit if bias is None else bias, x_signs,
         x if weight is None else weight, x if added is None else added, memory,
-        rows, stride, LAST_BIT * level, zero * level, max(block, 1) ** -0.5, x_norm, epsilon, ANALYSED=numbers,
+        rows, stride, last * level, zero * level, max(block, 1) ** -0.5, x_norm, epsilon, ANALYSED=numbers,
         NORMED=weight is not None, ADDED=added is not None, OUTPUTS=x_block[0], WIDTH=x_block[1], COUNT=count,
         PARTS=sums.numel(), BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, TRELLIS=trellis,
         ROW_SCALES=scales.numel() > 1, BLOCK=block, BIAS=bias is not None, CHUNKS=how.chunks, ROUNDS=how.rounds,

@@ -659,20 +659,23 @@ def kept(address, words):
 
 
 @triton.constexpr_function
-def _planes_text(stride, offset):
+def _planes_text(stride, offset, less):
     first, second, third = (f"[$1+{offset + i * stride}]" for i in range(3))
     return (
         f"{{ .reg .b32 t; mov.b32 $0, 0; st.shared.b8 {first}, $2; shr.u32 t, $2, 8; st.shared.b8 {second}, t; "
-        f"shr.u32 t, $2, 16; st.shared.b8 {third}, t; }}"
+        f"shr.u32 t, $2, 16; {f'sub.u32 t, t, {less}; ' if less else ''}st.shared.b8 {third}, t; }}"
     )
 
 
 @triton.jit
-def store_shared_planes(address, value, STRIDE: tl.constexpr, OFFSET: tl.constexpr = 0):
-    """Write the lowest three bytes, STRIDE apart, OFFSET bytes on."""
+def store_shared_planes(
+    address, value, STRIDE: tl.constexpr, OFFSET: tl.constexpr = 0, LESS: tl.constexpr = 0
+):
+    """Write the lowest three bytes, the third LESS a number, STRIDE apart, OFFSET bytes on."""
     if COMPILED:
-        text: tl.constexpr = _planes_text(STRIDE, OFFSET)
+        text: tl.constexpr = _planes_text(STRIDE, OFFSET, LESS)
         tl.inline_asm_elementwise(text, "=r,r,r", [address, value], dtype=tl.int32, is_pure=False, pack=1)
     else:
         for i in tl.static_range(3):
-            tl.store(address + (OFFSET + i * STRIDE), (value >> (8 * i)).to(tl.int8))
+            byte = (value >> (8 * i)) - (LESS if i == 2 else 0)
+            tl.store(address + (OFFSET + i * STRIDE), byte.to(tl.int8))
