@@ -12,8 +12,8 @@ is one of bits of a number's place, in any order, so each bit is transformed whe
    and 2 are butterflies.
 
 So a lane writes the places that it read, 16 bytes each, and intermediates are rounded once. Powers of two that keep
-halves in range are the left operands' entries. Only ``framequant.kernels.block_ops`` imports this module. Imports
-triton.
+halves in range are the left operands' entries. Only ``framequant.kernels.block_prompt_ops`` imports this module.
+Imports triton.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from framequant.kernels.prompt_transform_triton import LARGEST_NORM, LEAST_NORM
 from framequant.kernels.triton_support import let_next_start, over, wait_for_previous
 
 #: Numbers of a token.
-SIZE = tl.constexpr(4096)
+SIZE: tl.constexpr = tl.constexpr(4096)
 #: One as a half, twice.
 ONES = tl.constexpr(0x3C003C00)
 #: The signs of both halves of a word.
@@ -167,7 +167,9 @@ def walsh_tokens(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
-    token = tl.minimum(tl.program_id(0) * WARPS + thread // 32, tokens - 1).to(tl.int64)  # the last one, again
+    token = tl.minimum(tl.program_id(0) * WARPS + thread // 32, tokens - 1).to(
+        tl.int64
+    )  # the last one, again
     signs = _load_signs(words_ptr, lane)
     operand = hadamard_operand(lane, tl.float16)
     wait_for_previous(PDL)
