@@ -86,7 +86,8 @@ def analysis(
     if flips is not None and dim == SIZE and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
         warps = launches.WALSH_WARPS
         walsh_tokens[(-(-tokens // warps),)](
-            x, flips, z, unit, tokens, x.stride(0), norm, WARPS=warps, PDL=early, num_warps=warps, launch_pdl=early
+            x, flips, z, unit, tokens, x.stride(0), norm, WARPS=warps, PDL=early, SPARE=launches.WALSH_SPARE,
+            num_warps=warps, launch_pdl=early,
         )  # fmt: skip
         return z, unit
     prompt_transform[(tokens,)](

@@ -30,10 +30,11 @@ from framequant.kernels.lanes_triton import (
     load_global_words,
     mma_eight_halves,
     packed_pair,
+    shared_memory,
     store_words,
 )
 from framequant.kernels.prompt_transform_triton import LARGEST_NORM, LEAST_NORM
-from framequant.kernels.triton_support import let_next_start, over, wait_for_previous
+from framequant.kernels.triton_support import COMPILED, let_next_start, over, wait_for_previous
 
 #: Numbers of a token.
 SIZE: tl.constexpr = tl.constexpr(4096)
@@ -151,7 +152,8 @@ def _last_axes(words, plus, minus, scale, AT: tl.constexpr, DTYPE: tl.constexpr)
 
 @triton.jit
 def walsh_tokens(
-    x_ptr, words_ptr, out_ptr, unit_ptr, tokens, x_stride, norm, WARPS: tl.constexpr, PDL: tl.constexpr
+    x_ptr, words_ptr, out_ptr, unit_ptr, tokens, x_stride, norm, WARPS: tl.constexpr, PDL: tl.constexpr,
+    SPARE: tl.constexpr = 0,
 ):  # fmt: skip
     """Transform tokens of SIZE numbers, one a warp, as ``prompt_transform`` with PLAIN does; there units differ.
 
@@ -163,15 +165,17 @@ def walsh_tokens(
         out_ptr: (tokens, SIZE) of the same dtype.
         unit_ptr: float32 (tokens,).
         norm: a power of two, from 2**-7 to 1.
+        SPARE: bytes of shared memory that nothing uses (``launches.WALSH_SPARE``).
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
-    token = tl.minimum(tl.program_id(0) * WARPS + thread // 32, tokens - 1).to(
-        tl.int64
-    )  # the last one, again
+    token = tl.program_id(0) * WARPS + thread // 32
+    token = tl.minimum(token, tokens - 1).to(tl.int64)  # warps beyond the last one make it again
     signs = _load_signs(words_ptr, lane)
     operand = hadamard_operand(lane, tl.float16)
+    if COMPILED and SPARE > 0:
+        shared_memory(SPARE, None)
     wait_for_previous(PDL)
     let_next_start(PDL)
     at = x_ptr + (token * x_stride + lane * 8)
