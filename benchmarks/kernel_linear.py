@@ -29,7 +29,16 @@ from measure import commit
 
 from framequant.codes.grid import GridSpec
 from framequant.codes.trellis import TrellisSpec, rate_pattern
-from framequant.kernels import block_ops, lane_ops, launches, prompt_ops, reference, triton_linear, triton_ops
+from framequant.kernels import (
+    block_ops,
+    block_prompt_ops,
+    lane_ops,
+    launches,
+    prompt_ops,
+    reference,
+    triton_linear,
+    triton_ops,
+)
 from framequant.kernels.block_plan import BlockPlan
 from framequant.kernels.launches import FoldTile, PanelTile, Tile
 
@@ -398,18 +407,19 @@ def prompt_parts(
 
 def local_prompt_parts(table: Table, plan: triton_linear.TritonPlan, out: BlockPlan, shape: tuple[int, int], code: str,
                        x: torch.Tensor) -> None:  # fmt: skip
-    """The two operators of a prompt with a local output frame."""
+    """The two parts of a prompt's operator with a local output frame."""
     into, frame, columns = plan.prompt
+    panel = block_prompt_ops.new_panel(x, columns, list(out.ends))
 
     def first() -> tuple[torch.Tensor, torch.Tensor]:
-        return block_ops.prompt_analysis(x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
-                                         columns)  # fmt: skip
+        return block_prompt_ops.analysis(x, into.flips, into.signs, list(into.matrices), [*into.sizes, *into.padded],
+                                         into.norm, columns)  # fmt: skip
 
     z, unit = first()
 
     def middle() -> torch.Tensor:
-        return block_ops.prompt_product(plan.words, z, unit, plan.scales, plan.top, out.places, out.signs, out.matrix,
-                                        None, frame, list(out.ends), plan.code, plan.layout.factor)  # fmt: skip
+        return block_prompt_ops.product(plan.words, z, unit, plan.scales, plan.top, out.places, out.signs, out.matrix,
+                                        None, frame, list(out.ends), plan.code, plan.layout.factor, panel)  # fmt: skip
 
     a = table.add(shape, len(x), code, "analysis alone", lambda: graph_us([first] * 2))
     p = table.add(shape, len(x), code, "product alone", lambda: graph_us([middle] * 2))

@@ -106,15 +106,10 @@ for code, features, redundancy, dtype, block in cases:
     assert (fold is not None) == (features[0] % 128 == 0 and redundancy[0] > 1 and isinstance(code, GridSpec)), features
     ops, into, out = torch.ops.framequant, fold.into if fold else plan.into, plan.out
     columns = features[0] if fold else plan.spec.coefficient_shape[1]
-    z, unit = torch.zeros(2, -(-columns // 16) * 16).to(dtype), torch.ones(2)
-    for op, arguments in (
-        (ops.block_prompt_analysis,
-         (x[:2], into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, columns)),
-        (ops.block_prompt_product,
-         (plan.words, z, unit, plan.scales, plan.top, out.places, out.signs, out.matrix, plan.bias,
-          fold and fold.block, list(out.ends), plan.code, plan.layout.factor)),
-    ):
-        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    arguments = (x[:2], into.flips, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, columns,
+                 plan.words, plan.scales, plan.top, out.places, out.signs, out.matrix, plan.bias,
+                 fold and fold.block, list(out.ends), plan.code, plan.layout.factor)
+    torch.library.opcheck(ops.block_prompt.default, arguments, test_utils=("test_schema", "test_faketensor"))
     if layer.bias is None:  # weights that halves do not hold
         x, scales = x[:1].half(), layer.scales.clone()
         before = layer(x.expand(6, -1)).float()
@@ -140,7 +135,7 @@ for code, tokens in ((CODES[0], 1), (CODES[5], 6)):
     first = torch.compile(layer, fullgraph=True, backend=traced)(x)  # not run before
     assert torch.equal(first, layer(x))
     found = [name for name in graphs.pop() if "block" in name or "lane" in name]
-    assert not graphs and len(found) == 1 + (tokens > 1), found
+    assert not graphs and len(found) == 1, found
     torch._dynamo.reset()
 """
 
@@ -150,10 +145,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 import triton
 from framequant.codes.trellis_codebook import codebook
-from framequant.kernels import launches, panel_fold_triton, panel_triton, product_bytes_triton, product_triton
+from framequant.kernels import (
+    block_triton, launches, panel_fold_triton, panel_triton, product_bytes_triton, product_triton)
 POINTERS = {"unit_ptr": "*fp32", "top_ptr": "*fp32", "places_ptr": "*i32", "signs_ptr": "*i8", "matrix_ptr": "*fp16",
             "bias_ptr": "*bf16", "shift_ptr": "*i32",
-            "sum_ptr": "*fp32", "z_ptr": "*i8", "u_ptr": "*bf16", "panel_ptr": "*bf16"}
+            "sum_ptr": "*fp32", "z_ptr": "*i8", "u_ptr": "*bf16", "panel_ptr": "*bf16", "y_ptr": "*fp16"}
 def ptx(kernel, words, scales, constants, warps):
     types = POINTERS | {"words_ptr": words, "bytes_ptr": words, "scale_ptr": scales}
     types |= dict.fromkeys(("shrink", "norm", "factor", "zero", "gain"), "fp32")
@@ -183,12 +179,18 @@ text = ptx(panel_triton.decode_panel, "*i32", "*fp32", shared | {
     "STEPS": tile.rows // tile.step}, tile.warps)
 assert "st.global.v4.b32" in text and "mma" in text
 tile = launches.FOLD_TILE
-for panel in ("*fp16", "*bf16"):
+for panel, behind in (("*fp16", False), ("*bf16", True)):
     POINTERS |= {"panel_ptr": panel, "frame_ptr": "*fp32"}
     text = ptx(panel_fold_triton.fold_panel, "*i16", "*fp16", {
-        "memory_ptr": None, "ROW_SCALES": True, "UNITS": tile.units, "WARPS": tile.warps}, tile.warps)
+        "memory_ptr": None, "ROW_SCALES": True, "UNITS": tile.units, "WARPS": tile.warps, "PDL": True,
+        "BEHIND": behind}, tile.warps)
     for part in ("stmatrix", "mma.sync.aligned.m16n8k8", "mma.sync.aligned.m16n8k16", "st.global.v4.b32"):
         assert part in text, part
+    assert text.count("griddepcontrol.wait") == 1
+    assert (text.rindex("st.global.v4.b32") < text.index("griddepcontrol.wait")) == behind
+text = ptx(block_triton.finish_tokens, "*i16", "*fp16", {
+    "HALF": True, "BIAS": False, "TOKENS": 16, "STEP": 1024, "PDL": True}, 4)
+assert text.index("griddepcontrol.wait") < text.index("ld.global")
 """
 
 

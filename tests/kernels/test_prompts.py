@@ -119,12 +119,68 @@ layer.backend = "reference"
 assert all(torch.equal(y, layer(x)) for x, y in zip(inputs, found))
 """
 
+WALSH = """
+import torch
+from framequant.frames import FrameKind, FrameSpec, build_frame
+from framequant.kernels import block_prompt_ops, launches
+from framequant.kernels.transform_plan import transform_plan
+launches.WALSH_WARPS = 8  # the interpreter is as fast with many threads; the last program has five tokens
+frame = build_frame(FrameSpec(FrameKind.HADAMARD, 4096))
+plan = transform_plan(frame, True, "cpu")
+arguments = plan.signs, list(plan.matrices), [*plan.sizes, *plan.padded], plan.norm, 4096
+calls, kernel = [], block_prompt_ops.walsh_tokens
+class Counted:
+    def __getitem__(self, grid):
+        calls.append(grid)
+        return kernel[grid]
+block_prompt_ops.walsh_tokens = Counted()
+torch.manual_seed(0)
+for dtype, tiny, large in ((torch.float16, 1e-7, 6e4), (torch.bfloat16, 1e-30, 1e36)):
+    x = torch.randn(13, 4096)
+    x[1] *= tiny * 10  # halves have two digits of these, exactly
+    x[2, 5] = large  # an outlier
+    x[3] = 0
+    x[4] = large
+    x[5] = 0
+    x[5, 4095] = tiny
+    x[6] *= 200 * large / 6e4
+    x[7], x[8] = large * torch.randn(4096).sign(), torch.where(torch.rand(4096) < 0.01, 1.0, 0.0)
+    x[9, 5], x[10, 100], x[11, 7], x[11, 8] = (float(name) for name in ("nan", "inf", "inf", "-inf"))
+    apart = torch.zeros(13, 4096 + 24, dtype=dtype)[:, 8 : 8 + 4096]
+    apart.copy_(x)
+    exact = frame.analysis(apart.double())
+    results = []
+    for flips in (plan.flips, None):  # without them the kernel of all transforms
+        z, unit = block_prompt_ops.analysis(apart, flips, *arguments)
+        assert z.dtype == dtype and z.shape == (13, 4096) and unit.shape == (13,)
+        results.append((z.double() * unit[:, None].double() - exact, z, unit))
+    (mine, z, unit), (usual, _, usual_unit) = results
+    assert calls == [(2,)] and unit.isfinite().all()
+    calls.clear()
+    some = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 12])
+    size = exact[some].norm(dim=1).clamp(min=1e-300)
+    errors, allowed = (error[some].norm(dim=1) / size for error in (mine, usual))
+    assert (errors <= 1.05 * allowed + 1e-6).all(), (dtype, errors, allowed)
+    assert errors.max() < (4e-4 if dtype == torch.float16 else 5e-3)
+    assert not z[9:12].isfinite().any()
+    norms = exact[some].norm(dim=1)
+    if dtype == torch.float16:
+        assert ((unit[some] == 1) == ((norms >= 0.25) & (norms <= 32768))).all()
+        assert not (z.norm(dim=1)[some] > 32768).any()
+    else:
+        assert (unit == 1).all()
+    # another alignment takes the other kernel
+    moved = torch.zeros(13 * 4096 + 1, dtype=dtype)[1:].view(13, 4096).copy_(apart)
+    assert torch.equal(block_prompt_ops.analysis(moved, plan.flips, *arguments)[0][some], results[1][1][some])
+    assert not calls
+"""
+
 COMPILED = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from framequant.codes.trellis_codebook import codebook
-from framequant.kernels import launches, panel_triton, prompt_transform_triton
+from framequant.kernels import launches, panel_triton, prompt_transform_triton, prompt_walsh_triton
 def ptx(kernel, types, constants, **options):
     constants = constants | {p.name: p.default for p in kernel.params if p.has_default}
     names = list(types)
@@ -150,6 +206,14 @@ for sizes in ([64, 1, 64, 72, 64, 1, 64, 128], [43, 16, 16, 16, 64, 16, 16, 16])
         text = ptx(prompt_transform_triton.prompt_transform, types, constants,
                    num_warps=launches.prompt_warps(sizes), maxnreg=launches.prompt_registers(sizes))
         assert "st.global.v4.b32" in text or "st.global.v2.b32" in text
+for dtype in ("*fp16", "*bf16"):
+    types = {"x_ptr": dtype, "words_ptr": "*i32", "out_ptr": dtype, "unit_ptr": "*fp32", "tokens": "i32",
+             "x_stride": "i32", "norm": "fp32"}
+    text = ptx(prompt_walsh_triton.walsh_tokens, types, {"WARPS": launches.WALSH_WARPS, "PDL": True},
+               num_warps=launches.WALSH_WARPS)
+    assert text.count("mma.sync.aligned.m16n8k16") == 64 and "shared" not in text.replace("shared_", "")
+    assert text.count("ld.global.L1::no_allocate.v4.b32") == text.count("st.global.v4.b32") == 16
+    assert "griddepcontrol.wait" in text and "griddepcontrol.launch_dependents" in text
 """
 
 
@@ -161,6 +225,10 @@ def run(code: str, tmp_path: Path, *options: str, **environment: str) -> None:
 
 def test_prompts_through_the_interpreter(tmp_path: Path) -> None:
     run(PROMPTS, tmp_path, TRITON_INTERPRET="1")
+
+
+def test_one_warp_transforms_a_token_of_4096(tmp_path: Path) -> None:
+    run(WALSH, tmp_path, TRITON_INTERPRET="1")
 
 
 def test_more_tokens_than_a_launch_takes_are_several_of_one_kind(tmp_path: Path) -> None:

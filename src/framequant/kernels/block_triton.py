@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from framequant.kernels.transform_triton import two_halves_dot
-from framequant.kernels.triton_support import over
+from framequant.kernels.triton_support import let_next_start, over, wait_for_previous
 
 
 @triton.jit
@@ -94,9 +94,11 @@ def panel_unit(top, HALF: tl.constexpr):
 @triton.jit
 def finish_tokens(
     y_ptr, unit_ptr, top_ptr, bias_ptr, tokens, rows, HALF: tl.constexpr, BIAS: tl.constexpr, TOKENS: tl.constexpr,
-    STEP: tl.constexpr,
+    STEP: tl.constexpr, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Undo the units of some tokens' outputs and add the bias, in place; most tokens need neither."""
+    let_next_start(PDL)
+    wait_for_previous(PDL)
     first, panel = tl.program_id(0) * TOKENS, panel_unit(tl.load(top_ptr), HALF)
     mine = first + tl.arange(0, TOKENS)
     units = tl.load(unit_ptr + mine, mask=mine < tokens, other=1.0) * panel

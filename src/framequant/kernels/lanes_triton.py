@@ -38,6 +38,23 @@ def load_words(address, there):
 
 
 @triton.constexpr_function
+def _global_text(offset, once):
+    return f"ld.global{'.L1::no_allocate' if once else ''}.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
+
+
+@triton.jit
+def load_global_words(address, OFFSET: tl.constexpr, ONCE: tl.constexpr):
+    """Four int32 each, OFFSET bytes from a 16-byte aligned address; ONCE: nothing is to keep them in L1."""
+    if COMPILED:
+        text: tl.constexpr = _global_text(OFFSET, ONCE)
+        return tl.inline_asm_elementwise(
+            text, "=r,=r,=r,=r,l", [address], dtype=(tl.int32, tl.int32, tl.int32, tl.int32), is_pure=False, pack=1
+        )  # fmt: skip
+    at = address.to(tl.pointer_type(tl.int32), bitcast=True) + OFFSET // 4
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.constexpr_function
 def _mma_text(unsigned):
     kind = "u8" if unsigned else "s8"
     return (
@@ -363,6 +380,18 @@ def lane_largest(value):
 
 
 @triton.jit
+def larger_pair(pair, other):
+    """The larger of two bfloat16, none negative, and of the moduli of two others, as words; not of a NaN and one."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; and.b32 t, $2, 0x7fff7fff; max.bf16x2 $0, $1, t; }", "=r,r,r", [pair, other],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    low = tl.maximum(pair & 0x7FFF, other & 0x7FFF)
+    return low | (tl.maximum((pair >> 16) & 0x7FFF, (other >> 16) & 0x7FFF) << 16)
+
+
+@triton.jit
 def lane_hadamard(value, SIZE: tl.constexpr):
     """Sylvester's Hadamard matrix of SIZE, a power of two up to 32, times each SIZE lanes."""
     lane = tl.arange(0, value.shape[0]) % 32
@@ -482,16 +511,22 @@ def store_shared_words(address, words, there):
             tl.store(at + i, words[i], mask=there != 0)
 
 
+@triton.constexpr_function
+def _store_words_text(offset):
+    return f"st.global.v4.b32 [$1+{offset}], {{$2, $3, $4, $5}}; mov.b32 $0, 0;"
+
+
 @triton.jit
-def store_words(address, words):
-    """Write four int32 each to a 16-byte aligned address."""
+def store_words(address, words, OFFSET: tl.constexpr = 0):
+    """Write four int32 each, OFFSET bytes from a 16-byte aligned address."""
     if COMPILED:
+        text: tl.constexpr = _store_words_text(OFFSET)
         tl.inline_asm_elementwise(
-            "st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,l,r,r,r,r",
-            [address, words[0], words[1], words[2], words[3]], dtype=tl.int32, is_pure=False, pack=1,
+            text, "=r,l,r,r,r,r", [address, words[0], words[1], words[2], words[3]], dtype=tl.int32, is_pure=False,
+            pack=1,
         )  # fmt: skip
     else:
-        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
+        at = address.to(tl.pointer_type(tl.int32), bitcast=True) + OFFSET // 4
         for i in tl.static_range(4):
             tl.store(at + i, words[i])
 

@@ -469,6 +469,14 @@ def prompt_warps(sizes: list[int]) -> int:
     return min(16, max(2, first * second * max(third_in, third_out) // 2048, third_in * third_out // 4096))
 
 
+#: Warps of a program of ``prompt_walsh_triton``, a token each. Alone a warp has 128 registers, so 16 share a
+#: multiprocessor. No limit of registers: told of one, ptxas 12.8 spills them, even where it needs fewer without.
+WALSH_WARPS = 1
+#: Bytes of shared memory of each that nothing uses. A multiprocessor divides its memory anew, for programs with more of
+#: it, when it is idle: with 6144 the folds of a panel might begin beside this kernel's programs. Not measured.
+WALSH_SPARE = 0
+
+
 def prompt_registers(sizes: list[int]) -> int:
     """Registers of a thread of a prompt's transform: two programs of eight warps, or more, share a multiprocessor."""
     first, second, third_in, third_out = sizes[4:]

@@ -13,7 +13,7 @@ matrices on tensor cores whose operands stay in registers (``lanes_triton``):
 3. The result is turned to rows in shared memory and written 16 bytes a lane.
 
 A warp makes half a *unit* at a time, four of eight groups, 36 bytes of codes of each row. Only
-``framequant.kernels.block_ops`` imports this module. Imports triton.
+``framequant.kernels.block_prompt_ops`` imports this module. Imports triton.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from framequant.kernels.lanes_triton import (
     wait_for_copies,
     warp_barrier,
 )
-from framequant.kernels.triton_support import over
+from framequant.kernels.triton_support import over, wait_for_previous
 
 #: Bytes of a unit's codes of a row.
 UNIT_BYTES = tl.constexpr(36)
@@ -158,9 +158,13 @@ def _group(words, last, frame, ends, start, rotation, selector, mask, lift, gain
 @triton.jit
 def fold_panel(
     words_ptr, scale_ptr, top_ptr, panel_ptr, frame_ptr, places_ptr, signs_ptr, memory_ptr, row_bytes, units, width,
-    gain, first, ROW_SCALES: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr,
+    gain, first, ROW_SCALES: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr = False,
+    BEHIND: tl.constexpr = False,
 ):  # fmt: skip
     """Decode a block of 32 rows by UNITS units of each warp to rows of ``panel``, at ``places`` less ``first``.
+
+    The kernel before this one is waited for before the first store. Or, BEHIND an analysis that has nothing to do with
+    the panel, and that has waited for all kernels before, at the end: for the next kernel, which needs both.
 
     Args:
         words_ptr: two-bit codes, rows of ``row_bytes``, a multiple of 4.
@@ -213,6 +217,8 @@ def fold_panel(
     store_shared(turned + lane * PITCH, place.to(tl.float32, bitcast=True), PITCH - 16)
     wait_for_copies(thread)
     warp_barrier(thread)
+    if not BEHIND:
+        wait_for_previous(PDL)
     for step in tl.range(0, 2 * UNITS):
         half, later = step % 2, step // 2
         words = ()
@@ -238,3 +244,5 @@ def fold_panel(
             begin = load_shared(turned + lane // 8 * PITCH, turn * 4 * PITCH + PITCH - 16)
             store_words(to + begin.to(tl.int32, bitcast=True), found)
         warp_barrier(thread)
+    if BEHIND:
+        wait_for_previous(PDL)

@@ -5,7 +5,7 @@ after them the exchanges between threads. So the vector is read as halves, and h
 to the next (``transform_triton`` moves float32 and multiplies twice, for programs that wait for latency anyway);
 products accumulate in float32. Each intermediate is rounded to a half, as float16 rounds the coefficients.
 
-Only ``framequant.kernels.prompt_ops`` imports this module. Imports torch and triton.
+Only ``prompt_ops``, ``block_prompt_ops`` and ``prompt_walsh_triton`` import this module. Imports torch and triton.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from framequant.kernels.triton_support import over
+from framequant.kernels.triton_support import let_next_start, over, wait_for_previous
 
 #: Norms of a token between which its coefficients are halves as they are: none above 32768, most far above 2**-14.
 LEAST_NORM: tl.constexpr = tl.constexpr(0.25)
@@ -25,7 +25,7 @@ def prompt_transform(
     x_ptr, signs_ptr, m0_ptr, m1_ptr, m2_ptr, bias_ptr, top_ptr, out_ptr, unit_ptr, x_stride, out_stride, norm,
     F0: tl.constexpr, F1: tl.constexpr, F2_IN: tl.constexpr, F2_OUT: tl.constexpr,
     P0: tl.constexpr, P1: tl.constexpr, P2_IN: tl.constexpr, P2_OUT: tl.constexpr,
-    ANALYSIS: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr = False,
+    ANALYSIS: tl.constexpr, BIAS: tl.constexpr, PLAIN: tl.constexpr = False, PDL: tl.constexpr = False,
 ):  # fmt: skip
     """Transform one token; sizes and matrices as in ``TransformPlan``.
 
@@ -34,7 +34,10 @@ def prompt_transform(
     transformed is below ``2 * sqrt(dim)``. PLAIN: of any 16-bit dtype, and not divided (``unit`` is 1) unless they are
     halves and the token's norm does not suit them.
     Synthesis: halves (tokens, F0*F1*F2_IN), at most 32768, to (tokens, F0*F1*F2_OUT), times ``norm * unit * top``.
+    With PDL the next kernel may start when those before this one have finished; it must not write what this one reads.
     """
+    wait_for_previous(PDL)
+    let_next_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     i0 = tl.arange(0, P0)
     j = tl.arange(0, P1 * P2_IN)

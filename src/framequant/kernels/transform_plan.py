@@ -51,6 +51,12 @@ class TransformPlan:
     lane_signs: Tensor | None = None
 
     @property
+    def flips(self) -> Tensor | None:
+        """Signs of a transform that is Walsh and Hadamard's alone as words (``sign_words`` of 256), where there are."""
+        words = self.lane_signs
+        return words if words is not None and words.dtype == torch.int32 and self.block == (1, 1) else None
+
+    @property
     def num_rows(self) -> int:
         """Programs for one token."""
         return self.matrices[0].shape[0] // ROWS

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from framequant.codes.trellis_storage import decode_factors
 from framequant.frames import FrameOperator
-from framequant.kernels import block_ops, lane_ops, launches, prompt_ops, reference, tuning
+from framequant.kernels import block_ops, block_prompt_ops, lane_ops, launches, prompt_ops, reference, tuning
 from framequant.kernels import triton_ops as operators
 from framequant.kernels.block_plan import FOLD_BLOCK, BlockPlan, FoldPlan, block_plan, fold_plan
 from framequant.kernels.transform_plan import TransformPlan, transform_plan
@@ -246,11 +246,15 @@ def _outputs(plan: TritonPlan, out: BlockPlan, x: Float[Tensor, "t n"]) -> Float
     if x.shape[0] > launches.FEW_TOKENS:
         into, frame, columns = plan.prompt
         sizes = [*into.sizes, *into.padded]
-        z, unit = block_ops.prompt_analysis(x, into.signs, list(into.matrices), sizes, into.norm, columns)
-        return block_ops.prompt_product(
+        return block_prompt_ops.prompt(
+            x,
+            into.flips,
+            into.signs,
+            list(into.matrices),
+            sizes,
+            into.norm,
+            columns,
             plan.words,
-            z,
-            unit,
             plan.scales,
             plan.top,
             *ends,
