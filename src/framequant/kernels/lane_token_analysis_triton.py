@@ -149,13 +149,12 @@ def _store_packed(at, words, TURN: tl.constexpr, EACH: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_columns(words, COUNT: tl.constexpr):
+def _sum_of_columns(words, thread, COUNT: tl.constexpr):
     """The sum of a warp's halves in two of eight parts: those of lanes 4 column + any, columns 2 (lane % 4) and + 1."""
-    one = words[0] * 0 + 0x3C003C00
-    total = words[0] * 0.0
+    one = thread * 0 + 0x3C003C00
+    total = thread * 0.0
     for i in tl.static_range(0, COUNT, 2):
-        # numbers, not registers, are what the last of an odd number lacks
-        other = words[i + 1] if i + 1 < COUNT else words[0] * 0
+        other = words[i + 1] if i + 1 < COUNT else thread * 0
         found = first_mma_halves(one, one, one, one, words[i], other)
         total += found[0] + found[1]
     return total
@@ -238,8 +237,8 @@ def token_analysis(
     wait_for_previous(PDL)
     x_at = x_ptr + number.to(tl.int64) * x_stride
     copy_numbers(x_at, halves, thread, SIZE, THREADS, in_halves(DTYPE, False))
-    if number == 0:
-        tl.store(sum_ptr + tokens + tl.arange(0, _COUNTERS), 0.0)
+    tl.static_assert(_COUNTERS <= THREADS)
+    tl.store(sum_ptr + tokens + thread, 0.0, mask=(thread < _COUNTERS) & (number == 0))
     wait_for_copies(thread)
     tl.debug_barrier()
     columns, squares, largest, _ = two_passes(
@@ -253,7 +252,7 @@ def token_analysis(
     for turn in tl.static_range(TURNS):
         words = _packed(columns, scale, turn, WIDTH, EACH, matrix)
         _store_packed(halves + places[9], words, turn, EACH)
-        total += _sum_of_columns(words, EACH // 2)
+        total += _sum_of_columns(words, thread, EACH // 2)
     store_shared(parts + (thread // 32 * 16 + thread % 4 * 4), total)
     tl.debug_barrier()
     z_at = z_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + number.to(tl.int64) * (INTERLEAVE * COUNT * 2)
