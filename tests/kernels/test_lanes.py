@@ -183,11 +183,78 @@ for ends, block in (((None, None, None), 0), ((places, signs, None), 32)):
         test_utils=("test_schema", "test_faketensor"))
 """
 
+TOKENS = """
+import torch
+from framequant.codes.grid import GridSpec
+from framequant.kernels import lane_ops, launches, triton_linear, triton_ops
+from framequant.kernels.transform_triton import first_factor
+from tests.kernels.test_cpu import CODES, make_layer
+torch.manual_seed(0)
+launches.lane_tokens_pay = lambda *_: True
+kernel = torch.ops.framequant.lane_token_analysis
+def plain(z, bits):  # rows one by one, and not over powers of two
+    tokens, rows, words = z.shape
+    runs = 10 // bits // 2 * 2
+    factor = first_factor(bits) * 2.0 ** -(torch.arange(rows) % runs * bits)
+    z = z.double().view(tokens, rows // 2, words // 2, 2, 2).transpose(2, 3)
+    return z.reshape(tokens, rows, words) / factor[:, None]
+def relative(x, exact):
+    return (x - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1).clamp(min=1e-30)
+for code, features, r, dtype, bias, padding in (
+    (CODES[0], 4096, 1.125, torch.float16, True, 8),
+    (CODES[0], 4096, 1.0, torch.bfloat16, False, 3),
+    (GridSpec("uniform", 16, "symmetric"), 4096, 1.25, torch.bfloat16, False, 0),
+    (CODES[0], 8192, 1.125, torch.float16, False, 0),
+):
+    layer = make_layer(code, (features, 32), (r, 1.0), block=32, bias=bias)
+    x = torch.randn(6, features + padding).to(dtype)[:, :features]  # rows apart, not always by whole pieces
+    x[2] *= 1e-3
+    x[3] = 0
+    x[4, 5] = 100 * x[4].abs().max()  # an outlier
+    layer.backend = "reference"
+    exact, torchs = layer(x.double()), layer(x).double()
+    layer.backend = "triton"
+    y = layer(x)
+    plan = layer._prepared[2]
+    into, words, bits = plan.into, plan.codes(6), plan.layout.bits
+    assert plan.takes_lane_tokens(6) and list(triton_linear._verdicts.values())[-1]
+    for row in (0, 1, 2, 4, 5):
+        some, other, whole = y[row].double(), torchs[row], exact[row]
+        assert (some - whole).norm() <= 2 * (other - whole).norm(), (code, features, row)
+    expected = torch.zeros(32) + (0 if layer.bias is None else layer.bias)
+    torch.testing.assert_close(y[3].float(), expected, rtol=0.02, atol=0)
+    sizes, rows, count = [*into.sizes, *into.padded], plan.interleave(words), plan.count(words)
+    z, unit, sums = found = kernel(x, into.lane_signs, sizes, list(into.block), into.norm, rows, count)
+    assert all(map(torch.equal, found, lane_ops.token_coefficients(into, x, rows, count, bits)))
+    z = plain(z, bits)
+    coefficients = torch.zeros(6, rows * count, dtype=torch.float64)
+    whole = layer.frames[0].analysis(x.double())
+    coefficients[:, : whole.shape[1]] = whole
+    coefficients = coefficients.view(6, count, rows).mT
+    assert (relative(z * unit.double()[:, None, None], coefficients) < 2.0**-11).all()
+    assert ((z.sum((1, 2)) - sums[:6, 0]).abs() <= 1e-6 * z.flatten(1).norm(dim=1)).all()
+    assert sums.shape == (6 + launches.MOST_SPARE, 1) and not sums[6:].any()
+    old, units, totals = triton_ops.analysis(
+        x, into.signs, list(into.matrices), sizes, into.norm, rows, count, False, bits)
+    assert (relative(plain(old, bits) * units.double()[:, None, None], coefficients) < 2.0**-10).all()
+    wide = torch.zeros_like(z).repeat(1, 1, 2).view(6, rows, 2 * count)  # more words than meet coefficients
+    wide[..., :count] = z
+    more = kernel(x, into.lane_signs, sizes, list(into.block), into.norm, rows, 2 * count)
+    assert torch.equal(plain(more[0], bits), wide) and torch.equal(more[2], sums)
+    torch.library.opcheck(
+        kernel.default, (x, into.lane_signs, sizes, list(into.block), into.norm, rows, count),
+        test_utils=("test_schema", "test_faketensor"))
+    for bad in (float("nan"), float("inf")):
+        y2 = layer(torch.where(torch.arange(6 * features).view(6, -1) == features + 77, bad, x))
+        assert y2[1].isnan().all() and torch.equal(y2[[0, 2, 3, 4, 5]], y[[0, 2, 3, 4, 5]])
+"""
+
 COMPILED = """
 from framequant.codes.trellis_codebook import codebook
 from framequant.kernels import launches
 from framequant.kernels.column_triton import column_analysis
 from framequant.kernels.lane_product_triton import lane_product
+from framequant.kernels.lane_token_analysis_triton import token_analysis
 from framequant.kernels.lane_tokens_triton import lane_tokens
 from tests.kernels.compiled import ptx
 TYPES = {"codes_ptr": "*u8", "z_ptr": "*i8", "signs_ptr": "*i8", "x_signs_ptr": "*i32", "places_ptr": "*i32",
@@ -219,6 +286,13 @@ for share, once in ((2, False), (2, True), (3, True)):
     assert before.count("ld.global.L1::no_allocate") == 8 and "cp.async.cg" not in before and ".local" not in text
     assert after.count("mma.sync.aligned.m16n8k16") in ((128, 192) if once else (64,))  # two steps, and one after them
     assert after.count("atom.relaxed.gpu.global.inc") == (share == 3)
+for size, outputs, dtype in ((4096, 18, "*fp16"), (4096, 20, "*bf16"), (8192, 18, "*fp32")):
+    text = ptx(token_analysis, TYPES | {"x_ptr": dtype, "z_ptr": "*fp16"}, {
+        "SIZE": size, "OUTPUTS": outputs, "WIDTH": 16, "COUNT": size * outputs // 128, "BITS": 2, "WARPS": 8,
+        "PDL": True}, 8)
+    order = ["griddepcontrol.launch_dependents", "ld.global.b32", "griddepcontrol.wait", "cp.async.cg"]
+    places = [text.index(what) for what in order + ["st.shared", "st.global.v2"]]
+    assert ".local" not in text and text.index("cp.async.cg") > text.index("griddepcontrol.wait")
 text = ptx(column_analysis, TYPES, {"F0": 43, "GATED": True, "EACH": 18, "COUNT": 3112, "CODES": 4, "PDL": True}, 8)
 assert ".local" not in text
 """
@@ -344,6 +418,10 @@ def test_what_stands_around_a_linear_through_the_interpreter(tmp_path: Path) -> 
 
 def test_several_tokens_through_the_interpreter(tmp_path: Path) -> None:
     run(SEVERAL, tmp_path, TRITON_INTERPRET="1")
+
+
+def test_coefficients_of_several_tokens_through_the_interpreter(tmp_path: Path) -> None:
+    run(TOKENS, tmp_path, TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_for_a_gpu_that_is_not_here(tmp_path: Path) -> None:

@@ -333,7 +333,7 @@ def _first_axis(token, cube, sums, loaded, places, thread, SIZE: tl.constexpr, T
 @triton.jit
 def _store_sums(sums, squares, largest, energy, thread, THREADS: tl.constexpr, NORMED: tl.constexpr,
                 DTYPE: tl.constexpr):  # fmt: skip
-    """Write what ``_unit`` and ``_inverse_root`` read: a number each of every thread."""
+    """Write what ``unit_bits`` and ``_inverse_root`` read: a number each of every thread."""
     store_shared(sums + thread * 4, squares)
     if tl.float16 != DTYPE:
         store_shared(sums + thread * 4, largest, THREADS * 4)
@@ -402,7 +402,7 @@ def _squares_largest(values, COUNT: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def _first_pass(token, cube, sums, loaded, places, thread, SIZE: tl.constexpr, THREADS: tl.constexpr,
                 DTYPE: tl.constexpr, APART: tl.constexpr):  # fmt: skip
-    """The first pass of numbers of 16 bits, as the module's text has it, and what ``_unit`` reads."""
+    """The first pass of numbers of 16 bits, as the module's text has it, and what ``unit_bits`` reads."""
     tl.static_assert(THREADS == 256)
     COUNT: tl.constexpr = SIZE // THREADS
     values = hadamard_registers(_half_butterflies(token, loaded[0], places, SIZE, DTYPE), COUNT, 4)
@@ -539,7 +539,7 @@ def _two_sums(value, other, lane):
 
 
 @triton.jit
-def _unit(squares, largest, SIZE: tl.constexpr, DTYPE: tl.constexpr):
+def unit_bits(squares, largest, SIZE: tl.constexpr, DTYPE: tl.constexpr):
     """A power of two that bounds the norm, as bits, of its square and a warp's largest; and if all numbers are some.
 
     Not so small that its inverse times other factors is none.
@@ -615,6 +615,18 @@ def is_ninths(each, width):
 
 
 @triton.jit
+def coefficient(column, INDEX: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr, MATRIX: tl.constexpr):
+    """The INDEX-th coefficient of sixteen coordinates; without a frame, or with ``is_ninths``, it is there already."""
+    if WIDTH == 1 or is_ninths(EACH, WIDTH):
+        return column[INDEX]
+    else:
+        y = column[0] * 0.0
+        for k in tl.static_range(16):
+            y += column[k] * MATRIX[INDEX][k]
+        return y
+
+
+@triton.jit
 def _store_column(column, scale, places, shared, WIDTH: tl.constexpr, EACH: tl.constexpr, COUNT: tl.constexpr,
                   CODES: tl.constexpr, TILES: tl.constexpr, MATRIX: tl.constexpr):  # fmt: skip
     """Coefficients of sixteen coordinates, whose first ``places_of_threads`` knows, to planes.
@@ -627,13 +639,7 @@ def _store_column(column, scale, places, shared, WIDTH: tl.constexpr, EACH: tl.c
         scale *= 1.0 / 3.0
     scales = (scale, scale * pair_factor(CODES))
     for c in tl.static_range(EACH):
-        if WIDTH == 1 or is_ninths(EACH, WIDTH):
-            y = column[c] * scales[c % 2]
-        else:
-            y = column[0] * 0.0
-            for k in tl.static_range(16):
-                y += column[k] * MATRIX[c][k]
-            y *= scales[c % 2]
+        y = coefficient(column, c, WIDTH, EACH, MATRIX) * scales[c % 2]
         # of a float32 in [2**23, 2**24), which is an integer: 0x8080 carries to the two upper digits, and is taken off
         digits = (y + (12582912.0 + 0x8080)).to(tl.int32, bitcast=True) ^ 0x8080
         store_shared_planes(
@@ -647,6 +653,43 @@ def period(each, codes):
     if codes:
         return codes
     return 1 if 64 % each == 0 else each
+
+
+@triton.jit
+def two_passes(
+    loaded, places, token, cube, sums, thread, DTYPE: tl.constexpr, SIZE: tl.constexpr, THREADS: tl.constexpr,
+    NORMED: tl.constexpr, APART: tl.constexpr,
+):  # fmt: skip
+    """The first two passes of a token that is in shared memory; the arguments are those of ``analyse``.
+
+    Returns:
+        Each thread's sixteens of numbers that the third pass is to go through, and what ``_load_sums`` finds. If not
+        APART, other threads may still read theirs.
+    """
+    if in_halves(DTYPE, NORMED):
+        _first_pass(token, cube, sums, loaded, places, thread, SIZE, THREADS, DTYPE, APART)
+        tl.debug_barrier()
+        _second_pass(cube, places, thread, SIZE, THREADS)
+    else:
+        _first_axis(token, cube, sums, loaded, places, thread, SIZE, THREADS, NORMED, DTYPE, APART)
+        tl.debug_barrier()
+        _second_axis(cube, places, SIZE, THREADS)
+        tl.debug_barrier()
+    columns = _third_axis(cube, places[4], THREADS, SIZE // THREADS // 16)
+    # behind loads, which would wait for these shuffles
+    squares, largest, energy = _load_sums(sums, thread, THREADS, NORMED, DTYPE)
+    return columns, squares, largest, energy
+
+
+@triton.jit
+def last_pass(columns, TURN: tl.constexpr, WIDTH: tl.constexpr, EACH: tl.constexpr):
+    """The TURN-th sixteen numbers through the third pass; other blocks have its butterflies in their matrix."""
+    column = ()
+    for k in tl.static_range(16):
+        column += (columns[16 * TURN + k],)
+    if WIDTH == 1 or is_ninths(EACH, WIDTH):
+        column = hadamard_registers(column, 16)
+    return column
 
 
 @triton.jit
@@ -677,31 +720,18 @@ def analyse(
     wait_for_copies(thread)
     tl.debug_barrier()
     number = _first_sixteen(token, loaded, thread, NORMED, DTYPE)
-    if in_halves(DTYPE, NORMED):
-        _first_pass(token, cube, sums, loaded, places, thread, SIZE, THREADS, DTYPE, APART)
-        tl.debug_barrier()
-        _second_pass(cube, places, thread, SIZE, THREADS)
-    else:
-        _first_axis(token, cube, sums, loaded, places, thread, SIZE, THREADS, NORMED, DTYPE, APART)
-        tl.debug_barrier()
-        _second_axis(cube, places, SIZE, THREADS)
-        tl.debug_barrier()
-    columns = _third_axis(cube, places[4], THREADS, TURNS)
-    # behind loads, which would wait for these shuffles
-    squares, largest, energy = _load_sums(sums, thread, THREADS, NORMED, DTYPE)
+    columns, squares, largest, energy = two_passes(
+        loaded, places, token, cube, sums, thread, DTYPE, SIZE, THREADS, NORMED, APART
+    )
     if not APART:
         tl.debug_barrier()
     if not (APART and in_halves(DTYPE, NORMED)):
         zero_tails(shared, thread, SIZE // 16 * EACH, COUNT, CODES, TILES)
     squares, total = _two_sums(squares, number * places[0].to(tl.float32, bitcast=True), thread % 32)
-    bits, finite = _unit(squares, largest, SIZE, DTYPE)
+    bits, finite = unit_bits(squares, largest, SIZE, DTYPE)
     down = (0x7F000000 - bits).to(tl.float32, bitcast=True)
     for turn in tl.static_range(TURNS):
-        column = ()
-        for k in tl.static_range(16):
-            column += (columns[16 * turn + k],)
-        if WIDTH == 1 or is_ninths(EACH, WIDTH):  # other blocks have these butterflies in their matrix
-            column = hadamard_registers(column, 16)
+        column = last_pass(columns, turn, WIDTH, EACH)
         begin = shared + place_of(turn * THREADS * EACH, COUNT, CODES, TILES)
         _store_column(column, norm * LARGEST * down, places, begin, WIDTH, EACH, COUNT, CODES, TILES, matrix)
     power = tl.where(finite, bits.to(tl.float32, bitcast=True), float("nan"))

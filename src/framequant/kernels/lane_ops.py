@@ -1,6 +1,6 @@
-"""The linear of one token through registers alone as a ``torch.library`` operator, and how it is launched.
+"""Linears of few tokens through registers alone as ``torch.library`` operators, and how they are launched.
 
-A fake implementation gives shapes to ``torch.compile``; the operator has no derivative.
+Fake implementations give shapes to ``torch.compile``; the operators have no derivative.
 
 Must not import layers. Only ``framequant.kernels.triton_linear`` imports this module. Imports torch and triton.
 """
@@ -18,9 +18,11 @@ from framequant.kernels.column_triton import column_analysis, column_bytes
 from framequant.kernels.lane_analysis_triton import LARGEST
 from framequant.kernels.lane_product_triton import lane_product as kernel
 from framequant.kernels.lane_product_triton import shared_bytes
+from framequant.kernels.lane_token_analysis_triton import regions as token_regions
+from framequant.kernels.lane_token_analysis_triton import token_analysis as token_kernel
 from framequant.kernels.lane_tokens_triton import lane_tokens, token_bytes
 from framequant.kernels.launches import TokenLaunch
-from framequant.kernels.transform_plan import in_one
+from framequant.kernels.transform_plan import TransformPlan, in_one
 from framequant.kernels.transform_triton import LAST_BIT, first_factor
 from framequant.kernels.triton_support import COMPILED
 
@@ -198,6 +200,78 @@ def _(
     return _outputs(x, 1, rows, block, dtype), x.new_empty(1, dtype=torch.float32)
 
 
+def _token_memory(sizes: list[int], block: list[int], item: int) -> int:
+    """Bytes of shared memory of an analysis of tokens, of numbers of ``item`` bytes."""
+    size = sizes[0] * sizes[1] * sizes[2]
+    return token_regions(size, item, block[0] * 16 // block[1], 32 * launches.LANE_WARPS)[2]
+
+
+def token_coefficients(
+    into: TransformPlan, x: Tensor, interleave: int, count: int, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Halves, units and sums of a few tokens, as ``tokens`` takes them: by the passes of one token where these serve.
+
+    Args:
+        into: of the analysis.
+        interleave: coefficients that meet a word, ``16 / bits``; of which a row has ``count``.
+    """
+    sizes, block = [*into.sizes, *into.padded], list(into.block)
+    one = in_one(sizes, block, 32 * launches.LANE_WARPS) and into.lane_signs is not None
+    if one and _token_memory(sizes, block, x.element_size()) <= launches.LANE_SHARED:
+        return token_analysis(x, into.lane_signs, sizes, block, into.norm, interleave, count)
+    return triton_ops.analysis(
+        x, into.signs, list(into.matrices), sizes, into.norm, interleave, count, False, bits
+    )
+
+
+@torch.library.custom_op("framequant::lane_token_analysis", mutates_args=())
+def token_analysis(
+    x: Tensor,
+    signs: Tensor,
+    sizes: list[int],
+    block: list[int],
+    norm: float,
+    interleave: int,
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients (tokens, interleave, count) of tokens (tokens, dim), units (tokens,), sums, and zeros behind them.
+
+    What ``triton_ops.analysis`` makes with ``pair_bits``, in other units, where ``in_one`` holds. ``signs``
+    (``lane_signs``), ``sizes``, ``block`` and ``norm`` are those of the ``TransformPlan``.
+    """
+    number, size = x.shape[0], sizes[0] * sizes[1] * sizes[2]
+    if x.stride(1) != 1 or x.stride(0) * x.element_size() % 16:
+        x = x.contiguous()
+    if x.data_ptr() % 16:  # programs copy it in pieces of 16 bytes
+        x = x.clone(memory_format=torch.contiguous_format)
+    z, unit, sums = _token_tensors(x, interleave, count)
+    early = triton_ops.starts_early(x.device)
+    memory = (
+        unit if COMPILED else torch.empty(_token_memory(sizes, block, x.element_size()) // 4, device=x.device)
+    )
+    token_kernel[(number,)](
+        x, signs, z, unit, sums, memory, number, x.stride(0), norm, SIZE=size, OUTPUTS=block[0], WIDTH=block[1],
+        COUNT=count, BITS=16 // interleave, WARPS=launches.LANE_WARPS, PDL=early, num_warps=launches.LANE_WARPS,
+        launch_pdl=early,
+    )  # fmt: skip
+    return z, unit, sums
+
+
+def _token_tensors(x: Tensor, interleave: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``token_analysis`` writes."""
+    number = x.shape[0]
+    return (
+        x.new_empty((number, interleave, count), dtype=torch.float16),
+        x.new_empty(number, dtype=torch.float32),
+        x.new_empty((number + launches.MOST_SPARE, 1), dtype=torch.float32),
+    )
+
+
+@token_analysis.register_fake
+def _(x, signs, sizes, block, norm, interleave, count):  # type: ignore[no-untyped-def]
+    return _token_tensors(x, interleave, count)
+
+
 def _token_launch(
     rows: int, row_bytes: int, tiles: int, bits: int, programs: int, counters: int
 ) -> TokenLaunch:
@@ -225,7 +299,7 @@ def tokens(
 
     Args:
         words: of scalar codes of so many ``bits``.
-        z: halves (tokens, 16 / bits, count), from ``triton_ops.analysis`` with ``pair_bits``, as ``sums`` and ``unit``.
+        z: halves (tokens, 16 / bits, count), from ``token_coefficients``, as ``sums`` and ``unit``.
         sums: (tokens, parts), and rows of zeros behind them, which count spare warps and are zeros again afterwards.
             Without such rows three warps share nothing.
         places: of a ``BlockPlan``, as ``signs``.

@@ -204,6 +204,32 @@ def byte_of_two(low, high, selector, mask):
     return (byte | (byte << 16)) & mask
 
 
+@triton.constexpr_function
+def _two_text(factor):
+    if factor == 1:
+        return "prmt.b32 $0, $1, $2, $3;"
+    half = (factor.bit_length() + 14) << 10  # a power of two
+    return (
+        f"{{ .reg .b32 t, f; mov.b32 f, {half * 0x10001}; prmt.b32 t, $1, $2, $3; mul.rn.f16x2 $0, t, f; }}"
+    )
+
+
+@triton.jit
+def halves_of_two(first, second, selector, FACTOR: tl.constexpr):
+    """Two halves out of two words, times a power of two; ``selector`` has the numbers of their bytes, lowest first."""
+    if COMPILED:
+        text: tl.constexpr = _two_text(FACTOR)
+        return tl.inline_asm_elementwise(
+            text, "=r,r,r,r", [first, second, selector], dtype=tl.int32, is_pure=True, pack=1
+        )
+    found = ()
+    for i in tl.static_range(2):
+        number = (selector >> (8 * i)) & 7
+        half = (tl.where(number < 4, first, second) >> (8 * (number % 4))).to(tl.int16)
+        found += (half.to(tl.float16, bitcast=True).to(tl.float32) * FACTOR,)
+    return packed_pair(found[0], found[1], tl.float16)
+
+
 @triton.jit
 def copy_to_shared(address, source, there):
     """Begin to bring 16 bytes each from a 16-byte aligned address to shared memory; zeros where ``there`` is 0."""
@@ -546,6 +572,20 @@ def store_words_where(address, words, there):
             tl.store(at + i, words[i], mask=there != 0)
 
 
+@triton.jit
+def store_pair_where(address, first, second, there):
+    """Write two int32 each to an 8-byte aligned address, where ``there`` is not 0."""
+    if COMPILED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p st.global.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0; }",
+            "=r,l,r,r,r", [address, first, second, there], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
+        tl.store(at, first, mask=there != 0)
+        tl.store(at + 1, second, mask=there != 0)
+
+
 @triton.constexpr_function
 def _arrive_text(parties):
     """PTX of ``last_to_arrive``: what lanes wrote is in memory before one of them counts, what they read comes after.
@@ -681,6 +721,32 @@ def load_shared_words(address, OFFSET: tl.constexpr = 0, ORDERED: tl.constexpr =
     else:
         at = (address + OFFSET).to(tl.pointer_type(tl.int32), bitcast=True)
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.constexpr_function
+def _load_where_text(offset):
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
+    return (
+        f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {zeros} "
+        f"@p ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}]; }}"
+    )
+
+
+@triton.jit
+def load_shared_words_where(address, there, OFFSET: tl.constexpr = 0):
+    """The same where ``there`` is not 0; zeros elsewhere."""
+    if COMPILED:
+        text: tl.constexpr = _load_where_text(OFFSET)
+        return tl.inline_asm_elementwise(
+            text, "=&r,=&r,=&r,=&r,r,r", [address, there], dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        at = (address + OFFSET).to(tl.pointer_type(tl.int32), bitcast=True)
+        found = ()
+        for i in tl.static_range(4):
+            found += (tl.load(at + i, mask=there != 0, other=0),)
+        return found
 
 
 @triton.jit

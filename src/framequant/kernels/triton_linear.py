@@ -291,11 +291,14 @@ def _few_coefficients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
     """Words, and coefficients, units and sums of few tokens as they meet them; whether through registers alone."""
     into, words, lanes = plan.into, plan.codes(x.shape[0]), plan.takes_lane_tokens(x.shape[0])
+    interleave, count = plan.interleave(words), plan.count(words)
+    if lanes:
+        return words, *lane_ops.token_coefficients(into, x, interleave, count, plan.layout.bits), True
     z, unit, sums = operators.analysis(
-        x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, plan.interleave(words),
-        plan.count(words), words.dtype == torch.int8, plan.layout.bits if lanes else 0,
+        x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, interleave, count,
+        words.dtype == torch.int8,
     )  # fmt: skip
-    return words, z, unit, sums, lanes
+    return words, z, unit, sums, False
 
 
 def _lanes(
