@@ -37,9 +37,10 @@ def check(code: object, shape: tuple[int, int], tokens: int, dtype: torch.dtype,
     error = float((layer(x).double() - exact).norm() / exact.norm())
     used = isinstance(layer._prepared[2], triton_linear.TritonPlan) and all(triton_linear._verdicts.values())
     mark = "" if used and error <= 2 * torchs else " !!"
-    name = f"scalar {code.num_levels}"
     if isinstance(code, TrellisSpec):
         name = f"trellis {code.rate:g}" if code.per_state == 1 else f"pairs {code.rate:g}"
+    else:
+        name = f"scalar {code.num_levels}"
     print(
         f"{shape} {name} {tokens} {dtype} block {block}: {error:.2e}, torch {torchs:.2e}, used {used}{mark}"
     )
