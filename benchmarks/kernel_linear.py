@@ -429,17 +429,17 @@ def local_prompt_parts(table: Table, plan: triton_linear.TritonPlan, out: BlockP
 def local_parts(table: Table, plans: list[triton_linear.TritonPlan], out: BlockPlan, shape: tuple[int, int], code: str,
                 x: torch.Tensor) -> None:  # fmt: skip
     """The two operators of few tokens with a local output frame."""
-    into, tokens = plans[0].into, len(x)
-    words = plans[0].codes(tokens)
+    tokens = len(x)
 
     def first() -> tuple[torch.Tensor, ...]:
-        return triton_ops.analysis(x, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
-                                   plans[0].interleave(words), plans[0].count(words),
-                                   words.dtype == torch.int8)  # fmt: skip
+        return triton_linear._few_coefficients(plans[0], x)
 
-    z, unit, sums = first()
+    words, z, unit, sums, lanes = triton_linear._few_coefficients(plans[0], x)
 
     def last(p: triton_linear.TritonPlan) -> torch.Tensor:
+        if lanes:
+            return lane_ops.tokens(p.codes(tokens), z, sums, unit, p.scales, out.places, out.signs, None,
+                                   len(out.places), out.block, p.layout.bits, x.dtype)  # fmt: skip
         return block_ops.product(p.codes(tokens), z, sums, unit, p.scales, p.shifts, p.top, out.places, out.signs,
                                  out.matrix, None, p.numbers(words), p.layout.factor, x.dtype)  # fmt: skip
 
@@ -473,10 +473,9 @@ def lane_parts(table: Table, plans: list[triton_linear.TritonPlan], shape: tuple
     )
 
     def last(p: triton_linear.TritonPlan) -> tuple[torch.Tensor, torch.Tensor]:
-        layout = [*p.code[:4], *p.lane_coefficients]
         return lane_ops.linear(
             p.words, x, into.lane_signs, list(into.matrices), list(into.columns), sizes, list(into.block), into.norm,
-            p.scales, *ends, layout, p.layout.factor, x.dtype,
+            p.scales, *ends, p.lane_code, p.layout.factor, x.dtype,
         )  # fmt: skip
 
     def timed() -> float:

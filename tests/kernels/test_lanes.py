@@ -65,7 +65,7 @@ for code, features, r, dtype, block, bias, analysed in (
     torch.library.opcheck(
         linear.default,
         (plan.words, x, into.lane_signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
-         list(into.block), into.norm, plan.scales, *ends, [*plan.code[:4], *plan.lane_coefficients],
+         list(into.block), into.norm, plan.scales, *ends, plan.lane_code,
          plan.layout.factor, dtype),
         test_utils=("test_schema", "test_faketensor"),
     )
@@ -104,7 +104,7 @@ for code, features, block, bias, dtype, normed, gated in (
     ends = (plan.out.places, plan.out.signs, plan.bias, plan.rows, block) if block else (None, None, None, plan.rows, 0)
     y, unit = torch.ops.framequant.lane_linear(
         plan.words, x, into.lane_signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
-        list(into.block), into.norm, plan.scales, *ends, [*plan.code[:4], *plan.lane_coefficients], plan.layout.factor,
+        list(into.block), into.norm, plan.scales, *ends, plan.lane_code, plan.layout.factor,
         dtype, weight, 1.5, gate if gated else None, added)
     if not block:
         from framequant.kernels import triton_linear

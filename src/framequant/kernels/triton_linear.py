@@ -128,6 +128,11 @@ class TritonPlan:
         return 8 // bits, (-(-columns * bits // 128) + 1) * 16
 
     @property
+    def lane_code(self) -> list[int]:
+        """The ``layout`` of ``lane_ops.linear``."""
+        return [self.layout.per_state, *self.code[1:4], *self.lane_coefficients]
+
+    @property
     def prompt(self) -> tuple[TransformPlan, Tensor | None, int]:
         """The analysis of a prompt whose output frame is local, the block in its panels, and its coefficients."""
         if self.fold is not None:
@@ -309,8 +314,7 @@ def _lanes(
     ends = (None, None, None, rows, 0) if out is None else (out.places, out.signs, plan.bias, rows, out.block)
     return lane_ops.linear(
         plan.words, x, into.lane_signs, list(into.matrices), list(into.columns), [*into.sizes, *into.padded],
-        list(into.block), into.norm, plan.scales, *ends,
-        [plan.layout.per_state, *plan.code[1:4], *plan.lane_coefficients], plan.layout.factor, x.dtype,
+        list(into.block), into.norm, plan.scales, *ends, plan.lane_code, plan.layout.factor, x.dtype,
     )  # fmt: skip
 
 
