@@ -3,13 +3,13 @@
     python benchmarks/trellis_variants.py --csv benchmarks/trellis_variants.csv
 
 Two minutes on two cores. Two bits a weight, paths of 256 weights with free ends, constants of the codebook drawn at
-random: the median and the best of several draws, all kinds with the same draws. The search is here since the one in
-``framequant.kernels.viterbi`` knows one weight a state. A state s of L bits becomes weights through sums of the four
-bytes of ``m s + a`` (mod 2**32), as in ``codes.trellis_codebook``:
+random: the median and the best of several draws, all kinds with the same draws. A state s of L bits becomes weights
+through sums of the four bytes of ``m s + a`` (mod 2**32), as in ``codes.trellis_codebook``:
 
-- one: a weight a state, two new bits: the code there is.
+- one: a weight a state, two new bits: the default.
 - two: two weights a state, four new bits, each with constants of its own: half as many windows to cut out of the bits.
-- pairs: two weights a state, each the sum of two of the four bytes: half as many windows, products and byte sums.
+- pairs: two weights a state, each the sum of two of the four bytes: half as many windows, products and byte sums
+  (``weights_per_state=2``).
 - taps: one weight a state, the sum of its bits as +1 and -1 times taps, fitted in turns with the paths: no decoding, as
   taps can be applied to activations. Of the first L alone: thirty searches a draw.
 """
@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from measure import commit
 from torch import Tensor
+
+from framequant.kernels.viterbi import search
 
 LENGTH, BITS, GAIN = 256, 2, 1.03
 KINDS = ("one", "two", "pairs", "taps")
@@ -49,20 +51,9 @@ def codebook(kind: str, state_bits: int, constants: list[int]) -> Tensor:
 
 
 def paths(x: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Least mean squared errors of paths through (sequences, steps, weights), and their states (sequences, steps)."""
-    sequences, steps, weights = x.shape
-    count, branches = len(values), 1 << (BITS * weights)
-    cost, back = torch.zeros(sequences, count), []
-    for step in range(steps):
-        distance = (x[:, step, None, :] - values).square().sum(-1)
-        least = cost.view(sequences, branches, count // branches).min(1)
-        back.append(least.indices)
-        cost = least.values.repeat_interleave(branches, 1) + distance
-    found = [cost.argmin(1)]
-    for indices in reversed(back[1:]):
-        before = found[-1] // branches
-        found.append(indices.gather(1, before[:, None])[:, 0] * (count // branches) + before)
-    return cost.min(1).values / (steps * weights), torch.stack(found[::-1], 1)
+    """Mean squared errors of the best paths through (sequences, weights), and their states (sequences, steps)."""
+    states = search(x, values, (BITS * values.shape[1],)).long()
+    return (x - values[states].flatten(1)).square().mean(1), states
 
 
 def taps_error(x: Tensor, state_bits: int) -> float:
@@ -77,9 +68,8 @@ def taps_error(x: Tensor, state_bits: int) -> float:
 
 def error(kind: str, state_bits: int, sequences: int, constants: list[int]) -> float:
     """Mean squared error of a kind, of the same numbers for all kinds and constants."""
-    weights = 2 if kind in ("two", "pairs") else 1
     torch.manual_seed(0)
-    x = torch.randn(sequences, LENGTH // weights, weights)
+    x = torch.randn(sequences, LENGTH)
     if kind == "taps":
         torch.manual_seed(constants[0])
         return taps_error(x, state_bits)

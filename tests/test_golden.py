@@ -28,6 +28,9 @@ CONFIGS = {
         code="trellis", bits=2, redundancy=1.25, state_bits=8, output_hadamard_block=8
     ),
     "v1_row_factors": fq.FrameQuantConfig(code="trellis", bits=2, redundancy=1.25, state_bits=8),
+    "v1_pairs": fq.FrameQuantConfig(
+        code="trellis", bits=2.25, redundancy=1.25, state_bits=9, weights_per_state=2
+    ),
 }
 TUNED = {"v1_row_factors": fq.TuneConfig(steps=8, learning_rate=0.05, evaluations=2)}
 

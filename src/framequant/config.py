@@ -314,6 +314,10 @@ class FrameQuantConfig:
             )
         if self.denoise is not Denoise.NONE and (self.code is not CodeKind.SCALAR or self.per_tensor_scale):
             raise ConfigError(f"denoise = {self.denoise.value!r} needs a scalar code with scales per row.")
+        if self.weights_per_state != 1 and self.code is not CodeKind.TRELLIS:
+            raise ConfigError(
+                f"weights_per_state = {self.weights_per_state} needs code = 'trellis'; only its codes have states."
+            )
         if self.code is CodeKind.SCALAR and self.row_factors:
             raise ConfigError("row_factors = true needs code = 'trellis'; a scalar code has scales per row.")
         if self.refine_sweeps and self.code is CodeKind.TRELLIS:

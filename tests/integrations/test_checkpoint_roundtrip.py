@@ -22,6 +22,7 @@ CONFIGS = {
     "gptq-groups": fq.preset("gptq", group_size=16),
     "five levels": fq.FrameQuantConfig(levels=5, redundancy=1.0),
     "trellis": fq.FrameQuantConfig(code="trellis", bits=2.25, redundancy=1.125, state_bits=8),
+    "two weights a state": fq.FrameQuantConfig(code="trellis", bits=2.25, state_bits=9, weights_per_state=2),
     "blocks": fq.FrameQuantConfig(output_hadamard_block=16),
     "lloyd": fq.FrameQuantConfig(grid="lloyd_max", bits=3),
 }

@@ -522,19 +522,30 @@ def load_shared(address, OFFSET: tl.constexpr = 0):
         return tl.load((address + OFFSET).to(tl.pointer_type(tl.float32), bitcast=True))
 
 
+@triton.constexpr_function
+def _store_where_text(space):
+    return f"{{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.{space}.v4.b32 [$1], {{$2, $3, $4, $5}}; mov.b32 $0, 0; }}"
+
+
+@triton.jit
+def _store_words_there(address, words, there):
+    """Four int32 each, for the interpreter, which has one memory."""
+    at = address.to(tl.pointer_type(tl.int32), bitcast=True)
+    for i in tl.static_range(4):
+        tl.store(at + i, words[i], mask=there != 0)
+
+
 @triton.jit
 def store_shared_words(address, words, there):
     """Write four int32 each to a 16-byte aligned address, where ``there`` is not 0."""
     if COMPILED:
+        text: tl.constexpr = _store_where_text("shared")
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.shared.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }",
-            "=r,r,r,r,r,r,r", [address, words[0], words[1], words[2], words[3], there], dtype=tl.int32,
+            text, "=r,r,r,r,r,r,r", [address, words[0], words[1], words[2], words[3], there], dtype=tl.int32,
             is_pure=False, pack=1,
         )  # fmt: skip
     else:
-        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
-        for i in tl.static_range(4):
-            tl.store(at + i, words[i], mask=there != 0)
+        _store_words_there(address, words, there)
 
 
 @triton.constexpr_function
@@ -559,17 +570,15 @@ def store_words(address, words, OFFSET: tl.constexpr = 0):
 
 @triton.jit
 def store_words_where(address, words, there):
-    """The same where ``there`` is not 0."""
+    """Write four int32 each to a 16-byte aligned address, where ``there`` is not 0."""
     if COMPILED:
+        text: tl.constexpr = _store_where_text("global")
         tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.b32 p, $6, 0; @p st.global.v4.b32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0; }",
-            "=r,l,r,r,r,r,r", [address, words[0], words[1], words[2], words[3], there], dtype=tl.int32,
+            text, "=r,l,r,r,r,r,r", [address, words[0], words[1], words[2], words[3], there], dtype=tl.int32,
             is_pure=False, pack=1,
         )  # fmt: skip
     else:
-        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
-        for i in tl.static_range(4):
-            tl.store(at + i, words[i], mask=there != 0)
+        _store_words_there(address, words, there)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ points, the centre of the codebook) act on the sum of q alone.
 Only ``framequant.kernels.cpu`` imports this module. Imports numba and numpy, no torch.
 """
 
-# Compiled in: d143a7242b8f (tests/kernels/test_stamps.py says why)
+# Compiled in: 5a309148818e (tests/kernels/test_stamps.py says why)
 from __future__ import annotations
 
 import numpy as np

@@ -71,28 +71,25 @@ def _best_of(builder, old, table, terms, lanes):
 
 
 @intrinsic(prefer_literal=True)
-def _branch(
-    context, old, new, back, table, other, a, stride, gain, slope, gain2, slope2, offset, bits, next_bits, lanes, each
-):  # fmt: skip
+def _branch(context, old, new, back, table, other, a, stride, terms, bits, next_bits, lanes, each):
     """Advance ``lanes`` values of ``a``: ``new[(a << k) | b] = offset + min_j (...)``; see the module.
 
-    ``other`` is the table of the second of ``each`` 2 values of a state, ``gain2`` and ``slope2`` are theirs.
+    ``other`` is the table of the second of ``each`` 2 values of a state; ``terms`` are gain and slope of both values,
+    and the offset.
     """
     literals = (bits, next_bits, lanes, each)
     if not all(isinstance(value, types.IntegerLiteral) for value in literals):
         return None
     k, kn, n, count = (value.literal_value for value in literals)
-    signature = types.void(
-        old, new, back, table, other, a, stride, gain, slope, gain2, slope2, offset, bits, next_bits, lanes, each
-    )  # fmt: skip
+    signature = types.void(old, new, back, table, other, a, stride, terms, bits, next_bits, lanes, each)
 
     def generate(context, builder, signature, args):
         old_p, new_p, back_p, *tables = (
             cgutils.create_struct_proxy(signature.args[i])(context, builder, args[i]).data for i in range(5)
         )
         a, stride = args[5], args[6]
-        gain, slope, gain2, slope2, offset = (_splat(builder, value, n) for value in args[7:12])
-        terms = ((gain, slope), (gain2, slope2))[:count]
+        numbers = [_splat(builder, builder.extract_value(args[7], i), n) for i in range(5)]
+        terms, offset = (numbers[0:2], numbers[2:4])[:count], numbers[4]
         floats, ints, bytes_ = ir.VectorType(_F32, n), ir.VectorType(_I32, n), ir.VectorType(_I8, n)
 
         def load(base, row):
@@ -148,78 +145,27 @@ def _vector_search(low, high, lanes, each):
             for t in range(steps):
                 k, kn = rates[t % period], rates[(t + 1) % period]
                 stride = 1 << (state_bits - k - kn)
-                at, last = t * each, (t + 1) * each - 1
-                g, g2 = weights[i, at], weights[i, last]
-                s, s2 = np.float32(2) * g * values[i, at], np.float32(2) * g2 * values[i, last]
+                first_value, last_value = t * each, (t + 1) * each - 1  # the same of one value a state
+                gain, last_gain = weights[i, first_value], weights[i, last_value]
+                slope = np.float32(2) * gain * values[i, first_value]
+                last_slope = np.float32(2) * last_gain * values[i, last_value]
                 offset = np.float32(0)
                 if t + 1 < steps:
                     offset = _power(values, weights, i, t + 1, each)
+                terms = (gain, slope, last_gain, last_slope, offset)
                 row, codes, more = back[t], table[k - low, 0], table[k - low, each - 1]
                 if k == low and kn == low:
                     for a in range(0, stride, lanes):
-                        _branch(
-                            old, new, row, codes, more, a, stride, g, s, g2, s2, offset, low, low, lanes, each
-                        )
+                        _branch(old, new, row, codes, more, a, stride, terms, low, low, lanes, each)
                 elif k == low:
                     for a in range(0, stride, lanes):
-                        _branch(
-                            old,
-                            new,
-                            row,
-                            codes,
-                            more,
-                            a,
-                            stride,
-                            g,
-                            s,
-                            g2,
-                            s2,
-                            offset,
-                            low,
-                            high,
-                            lanes,
-                            each,
-                        )
+                        _branch(old, new, row, codes, more, a, stride, terms, low, high, lanes, each)
                 elif kn == low:
                     for a in range(0, stride, lanes):
-                        _branch(
-                            old,
-                            new,
-                            row,
-                            codes,
-                            more,
-                            a,
-                            stride,
-                            g,
-                            s,
-                            g2,
-                            s2,
-                            offset,
-                            high,
-                            low,
-                            lanes,
-                            each,
-                        )
+                        _branch(old, new, row, codes, more, a, stride, terms, high, low, lanes, each)
                 else:
                     for a in range(0, stride, lanes):
-                        _branch(
-                            old,
-                            new,
-                            row,
-                            codes,
-                            more,
-                            a,
-                            stride,
-                            g,
-                            s,
-                            g2,
-                            s2,
-                            offset,
-                            high,
-                            high,
-                            lanes,
-                            each,
-                        )
+                        _branch(old, new, row, codes, more, a, stride, terms, high, high, lanes, each)
                 old, new = new, old
             q = overlap[i]
             if q < 0:
