@@ -68,7 +68,7 @@ def make_layer(
     )
 
 
-DRAWS = 4
+DRAWS = 3
 
 
 def errors(layer, x):

@@ -37,6 +37,8 @@ for code, features, r, dtype, block, bias, analysed in (
     (uniform[1], (576, 100), 1.125, torch.float16, None, True, "elsewhere"),
     (TrellisSpec(12, (2,)), (192, 64), 1.125, torch.float16, 32, True, "elsewhere"),
 ):
+    # every program analyses the token for itself, and the interpreter is slow
+    lane_ops.multiprocessors = lambda _: 2 if features[0] < 4096 or features[1] == 96 else 1
     layer = make_layer(code, features, (r, 1.0), block=block, bias=bias)
     x = torch.randn(1, features[0]).to(dtype)
     layer.backend = "reference"
@@ -50,6 +52,8 @@ for code, features, r, dtype, block, bias, analysed in (
     assert analysed == ("in one" if one else "by rows" if into.columns else "elsewhere"), (features, analysed)
     error = float((y.double() - exact).norm() / exact.norm())
     assert error <= 2 * float((torchs - exact).norm() / exact.norm()), (code, features, error)
+    if features[0] >= 4096 and features[1] not in (96, 48):  # the rest is the same for all codes
+        continue
     if analysed == "in one" and block == 32:  # brought in pieces of 16 bytes, wherever it begins
         torch.testing.assert_close(layer(torch.cat((x[:, :1], x), 1)[:, 1:]), y)
     nothing = layer(torch.zeros_like(x)).float()
@@ -75,9 +79,10 @@ TOGETHER = """
 import torch
 from torch.nn import functional
 from framequant.codes.trellis import TrellisSpec
-from framequant.kernels import lane_ops
+from framequant.kernels import lane_ops, triton_linear
 from tests.kernels.test_cpu import CODES, make_layer
 torch.manual_seed(0)
+lane_ops.multiprocessors, triton_linear.is_right = (lambda _: 1), (lambda *_: True)  # the interpreter is slow
 for code, features, block, bias, dtype, normed, gated in (
     (CODES[0], 4096, 32, True, torch.float16, True, False),
     (TrellisSpec(12, (2,)), 4096, None, False, torch.bfloat16, True, False),
@@ -107,7 +112,6 @@ for code, features, block, bias, dtype, normed, gated in (
         list(into.block), into.norm, plan.scales, *ends, plan.lane_code, plan.layout.factor,
         dtype, weight, 1.5, gate if gated else None, added)
     if not block:
-        from framequant.kernels import triton_linear
         y = triton_linear._synthesise(plan, plan, y, unit, dtype)
     error = float((y.double() - exact).norm() / exact.norm())
     assert error <= 2 * float((torchs.double() - exact).norm() / exact.norm()), (code, features, normed, gated, error)
