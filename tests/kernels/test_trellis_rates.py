@@ -129,7 +129,6 @@ cases = (
     (16, (8,), True, (64, 40), (1.0, 1.0), 70, half),
     (16, (4,), True, (64, 40), (1.0, 1.0), 5, half, "bytepair-1"),
     (12, (4, 5), False, (64, 40), (1.0, 1.0), 70, half, "bytepair-1"),
-    (14, (3,), False, (64, 40), (1.0, 1.0), 1, short, "bytepair-1"),
 )
 for bits, rates, factors, features, redundancy, tokens, dtype, *codebook in cases:
     layer = make_layer(TrellisSpec(bits, rates, 16, 16, *codebook, row_factors=factors), features, redundancy)
