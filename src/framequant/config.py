@@ -97,8 +97,8 @@ class FrameQuantConfig:
         clip_coefficients: clamp coefficients to the grid's range before rounding. Without it they are clamped
             by the rounding itself, whose error feedback then repairs part of what the clamp took.
         state_bits: log2 of the number of trellis states, 8…16.
-        weights_per_state: of a trellis, 1 or 2. Two, with ``state_bits`` = 16 and a rate of 2 bits, decode more than
-            twice as fast on a GPU; rates end at 4 bits then.
+        weights_per_state: of a trellis, 1 or 2. With two, ``state_bits`` = 16 and a rate of 2 bits, a token takes two
+            thirds of the time on a GPU; rates end at 4 bits then.
         tile_rows: rows of a trellis tile.
         tile_cols: columns of a trellis tile, the panel of block LDLQ.
         activation_bits: round what the codes are multiplied with to so many bits, 2…8; None for float activations.

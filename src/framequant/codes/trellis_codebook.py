@@ -10,8 +10,8 @@ also prints their Gaussian errors beside those of a random table.
 
 That is ``bytesum-1``, one weight a state. ``bytepair-1`` gives two: bytes 0 and 1 of ``h`` make the first, bytes 2 and
 3 the second, each less 255. A state's error is larger at the same L, but half as many states are to be cut out of the
-bits, multiplied and summed: at L = 16 a linear decodes twice as fast as with ``bytesum-1``, at a smaller error than
-that has at L = 12.
+bits, multiplied and summed: at L = 16 and two bits a linear takes two thirds of the time that it takes with
+``bytesum-1``, at a smaller error than that has at L = 12 (``benchmarks/README.md``).
 
 For a kernel: mask, multiply-add, ``dp4a`` with 0x01010101; ``0x6400 + sum`` are the bits of the half ``1024 +
 sum``, so one packed half subtraction of 1534 turns two sums into two exact levels; ``scale`` belongs to the

@@ -134,7 +134,10 @@ def product(
     """
     (tokens, wide), rows, block = z.shape, len(places), len(matrix)
     y = torch.empty((tokens, rows), dtype=z.dtype, device=z.device)
-    gain = prompt_ops.gain(bool(layout[0]), factor) * block**-0.5
+    if frame is None:
+        gain = prompt_ops.gain(bool(layout[0]), factor) * block**-0.5
+    else:
+        gain = fold_gain(factor)[1]
     for start, end in pairwise([0, *launches.panel_ends(ends, wide, tokens)]):
         count = end - start
         row_scales = scales[start:end] if scales.numel() > 1 else scales
@@ -145,18 +148,8 @@ def product(
                 places_ptr=turned[0], signs_ptr=turned[1], matrix_ptr=matrix, gain=gain, first=start, BLOCK=block,
             )  # fmt: skip
         else:
-            first = behind and start == 0
-            _fold(
-                words[start:],
-                row_scales,
-                top,
-                panel[:count],
-                frame,
-                *turned,
-                fold_gain(factor)[1],
-                start,
-                first,
-            )
+            early = behind and start == 0
+            _fold(words[start:], row_scales, top, panel[:count], frame, *turned, gain, start, early)
         torch.mm(z, panel[:count].t(), out=y[:, start:end])
     _finish(y, unit, top, bias)
     return y

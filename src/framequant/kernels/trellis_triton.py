@@ -19,19 +19,21 @@ import triton
 import triton.language as tl
 
 from framequant.kernels.triton_support import COMPILED
+from framequant.kernels.words import SAME_STATE
 
 
 @triton.constexpr_function
 def run_rates(pattern, steps):
-    """The rates of the steps of a run; the digit 9 stands for none."""
-    digits = [int(digit, 16) % 9 for digit in reversed(f"{pattern:x}")]
-    return digits * (steps // len(digits))
+    """The rates of the steps of a run; the digit SAME_STATE stands for none."""
+    digits = [int(digit, 16) for digit in reversed(f"{pattern:x}")]
+    rates = [0 if digit == SAME_STATE else digit for digit in digits]
+    return rates * (steps // len(rates))
 
 
 @triton.constexpr_function
 def per_state(pattern):
     """Weights of a state."""
-    return 2 if "9" in f"{pattern:x}" else 1
+    return 2 if f"{SAME_STATE:x}" in f"{pattern:x}" else 1
 
 
 @triton.constexpr_function

@@ -41,6 +41,7 @@ class WordLayout:
         levels: of a scalar code.
         planes: words of a unit of scalar codes (``packed_words``).
         factor: value of one level, before the stored scale.
+        per_state: weights of a trellis' state; 0 for scalar codes.
     """
 
     trellis: bool
@@ -55,11 +56,7 @@ class WordLayout:
     levels: int = 0
     planes: int = 1
     factor: float = 1.0
-
-    @property
-    def per_state(self) -> int:
-        """Weights of a trellis' state; 0 for scalar codes."""
-        return 0 if not self.trellis else 2 if f"{SAME_STATE:x}" in f"{self.pattern:x}" else 1
+    per_state: int = 0
 
     @property
     def in_lanes(self) -> bool:
@@ -99,15 +96,13 @@ def word_layout(spec: LinearSpec) -> WordLayout | None:
         return _scalar_layout(code.num_levels, cols) if uniform else None
     if not isinstance(code, TrellisSpec) or (code.tile_rows, code.tile_cols) != (16, 16):
         return None
-    if (
-        len(code.rates) * code.per_state > 8
-    ):  # a pattern would be longer than half a row, or a tile no whole words
+    if len(code.rates) * code.per_state > 8:  # longer than half a row, or a tile is no whole words
         return None
     words, book = -(-cols // 16), code.book
     return WordLayout(
         True, code.state_bits, 16, words, _padded(words, 4), book.multiplier, book.addend,
         pattern=digits(code),
-        tile_words=code.bytes_per_tile // 4, factor=book.scale,
+        tile_words=code.bytes_per_tile // 4, factor=book.scale, per_state=code.per_state,
     )  # fmt: skip
 
 

@@ -189,8 +189,8 @@ def _options(
 
 def _option(weight: Tensor, sensitivity: float, settings: FrameQuantConfig, name: str, rate: float) -> Option:
     size = stored_bytes(weight.shape, settings, name)
-    per_state = settings.weights_per_state if settings.code is CodeKind.TRELLIS else 1
-    return Option(rate, settings.redundancy, size, sensitivity * gaussian_error(rate, per_state))
+    error = gaussian_error(rate, settings.weights_per_state)
+    return Option(rate, settings.redundancy, size, sensitivity * error)
 
 
 def at_rate(settings: FrameQuantConfig, rate: float, redundancy: float | None = None) -> FrameQuantConfig:
