@@ -249,10 +249,10 @@ def token_analysis(
     memory = (
         unit if COMPILED else torch.empty(_token_memory(sizes, block, x.element_size()) // 4, device=x.device)
     )
-    token_kernel[(number,)](
+    token_kernel[(number * launches.TOKEN_PLACES,)](
         x, signs, z, unit, sums, memory, number, x.stride(0), norm, SIZE=size, OUTPUTS=block[0], WIDTH=block[1],
-        COUNT=count, BITS=16 // interleave, WARPS=launches.LANE_WARPS, PDL=early, num_warps=launches.LANE_WARPS,
-        launch_pdl=early,
+        COUNT=count, BITS=16 // interleave, WARPS=launches.LANE_WARPS, PLACES=launches.TOKEN_PLACES,
+        PDL=early, num_warps=launches.LANE_WARPS, launch_pdl=early,
     )  # fmt: skip
     return z, unit, sums
 

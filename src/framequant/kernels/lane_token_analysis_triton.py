@@ -201,9 +201,11 @@ def _write_units(z_at, halves, places, thread, LENGTH: tl.constexpr, COUNT: tl.c
 def token_analysis(
     x_ptr, x_signs_ptr, z_ptr, unit_ptr, sum_ptr, memory_ptr, tokens, x_stride, norm,
     SIZE: tl.constexpr, OUTPUTS: tl.constexpr, WIDTH: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr,
-    WARPS: tl.constexpr, PDL: tl.constexpr,
+    WARPS: tl.constexpr, PLACES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Coefficients of the program's token of SIZE numbers, what ``transform_triton`` writes with PAIR_BITS.
+
+    Of PLACES programs one has a token; the others keep a multiprocessor from more than its share of tokens.
 
     Args:
         x_ptr: (tokens, SIZE) of any float dtype; rows on 16 bytes, ``x_stride`` numbers apart.
@@ -219,6 +221,9 @@ def token_analysis(
         COUNT: words of a row of codes, a multiple of 4.
     """
     let_next_start(PDL)
+    if tl.program_id(0) % PLACES > 0:
+        wait_for_previous(PDL)
+        return
     THREADS: tl.constexpr = 32 * WARPS
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     TURNS: tl.constexpr = SIZE // THREADS // 16
@@ -227,7 +232,7 @@ def token_analysis(
     matrix: tl.constexpr = last_matrix(OUTPUTS, WIDTH) if WIDTH > 1 else ()
     begins: tl.constexpr = regions(SIZE, DTYPE.primitive_bitwidth // 8, EACH, THREADS)
     APART: tl.constexpr = begins[1] > begins[0]
-    thread, number = tl.arange(0, THREADS), tl.program_id(0)
+    thread, number = tl.arange(0, THREADS), tl.program_id(0) // PLACES
     base = shared_memory(begins[2], memory_ptr)
     halves = base + begins[0]
     parts = base + 8 * THREADS  # where a norm would have its squares

@@ -241,8 +241,8 @@ def _rotated(values, lane, BLOCK: tl.constexpr):
 def _token_values(sum_ptr, unit_ptr, token, tokens, PARTS: tl.constexpr):
     """A token's sum of coefficients and its unit."""
     there = token < tokens
-    total = token * 0.0
-    for part in tl.static_range(PARTS):
+    total = tl.load(sum_ptr + token * PARTS, mask=there, other=0.0)
+    for part in tl.static_range(1, PARTS):
         total += tl.load(sum_ptr + token * PARTS + part, mask=there, other=0.0)
     return total, tl.load(unit_ptr + token, mask=there, other=0.0)
 
@@ -531,12 +531,6 @@ def _finish_three(acc, shared, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, 
     """
     lane, warp = thread % 32, thread // 32
     group, share = warp // 3, warp % 3
-    unit = tl.program_id(0)  # as many spare warps have parts as there are units
-    has_unit = unit < (tl.cdiv(rows, 32) - GROUPS * tl.num_programs(0)) * 3
-    if has_unit:
-        for c in tl.static_range(2 * TILES):
-            at = parts_ptr + ((unit * (2 * TILES) + c) * 128 + lane * 4)
-            store_words_where(at, _bits(_column(acc, c, TILES)), (group == GROUPS).to(tl.int32))
     ends = _block_ends(scale_ptr, places_ptr, signs_ptr, block, lane // 4, rows, ROW_SCALES, BLOCK)
     token_values = ()
     for i in tl.static_range(TILES):
@@ -544,6 +538,15 @@ def _finish_three(acc, shared, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, 
         token_values += _token_values(sum_ptr, unit_ptr, token, tokens, PARTS)
     mine = group < GROUPS
     arrived_or_all(mine.to(tl.int32))  # what slices were in is free
+    unit, last = tl.program_id(0), thread * 0  # as many spare warps have parts as there are units
+    has_unit = unit < (tl.cdiv(rows, 32) - GROUPS * tl.num_programs(0)) * 3
+    if has_unit:
+        spare = (group == GROUPS).to(tl.int32)
+        for c in tl.static_range(2 * TILES):
+            at = parts_ptr + ((unit * (2 * TILES) + c) * 128 + lane * 4)
+            store_words_where(at, _bits(_column(acc, c, TILES)), spare)
+        counter = sum_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (tokens * PARTS + unit // 3)
+        last = last_to_arrive(counter, lane, spare, 3)
     for c in tl.static_range(2 * TILES):
         at = shared + (warp * (2 * TILES) + c) * 512 + lane * 16
         store_shared_words(at, _bits(_column(acc, c, TILES)), mine.to(tl.int32))
@@ -561,7 +564,7 @@ def _finish_three(acc, shared, sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, 
     if has_unit:
         end_of_warps(mine.to(tl.int32))
         _finish_parts(sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, parts_ptr, ends, block,
-                      lane, group == GROUPS, rows, tokens, factor, zero, norm, TILES, PARTS, BLOCK, BIAS)  # fmt: skip
+                      lane, last, rows, tokens, factor, zero, norm, TILES, PARTS, BLOCK, BIAS)  # fmt: skip
 
 
 @triton.jit
@@ -572,15 +575,13 @@ def _token(column, lane):
 
 @triton.jit
 def _finish_parts(sum_ptr, unit_ptr, scale_ptr, y_ptr, places_ptr, signs_ptr, bias_ptr, parts_ptr, ends, block, lane,
-                  spare, rows, tokens, factor, zero, norm, TILES: tl.constexpr, PARTS: tl.constexpr,
+                  last, rows, tokens, factor, zero, norm, TILES: tl.constexpr, PARTS: tl.constexpr,
                   BLOCK: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
-    """Finish rows of spare warps: the last of three whose part is in memory adds up all three and writes outputs."""
+    """Finish rows of spare warps: the ``last`` of three whose part is in memory adds up all three, writes outputs."""
     triple = tl.program_id(0) // 3
-    counter = sum_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + (tokens * PARTS + triple)
     words, token_values = (), ()
     for c in tl.static_range(2 * TILES):
         token_values += _token_values(sum_ptr, unit_ptr, _token(lane * 0 + c, lane), tokens, PARTS)
-    last = last_to_arrive(counter, lane, spare.to(tl.int32), 3)
     for c in tl.static_range(2 * TILES):
         for part in tl.static_range(3):
             at = parts_ptr + (((triple * 3 + part) * (2 * TILES) + c) * 128 + lane * 4)

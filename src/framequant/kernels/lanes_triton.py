@@ -602,11 +602,11 @@ def _arrive_text(parties):
     A counter that has seen all begins at 0 again.
     """
     return (
-        "{ .reg .pred none, one; .reg .b32 before; mov.b32 $0, 0; setp.eq.b32 none, $3, 0; @none bra.uni end; "
-        "fence.acq_rel.gpu; bar.warp.sync 0xffffffff; setp.eq.b32 one, $2, 0; mov.b32 before, 0; "
-        f"@one atom.relaxed.gpu.global.inc.u32 before, [$1], {parties - 1}; "
-        "shfl.sync.idx.b32 before, before, 0, 31, 0xffffffff; fence.acq_rel.gpu; "
-        f"setp.eq.u32 one, before, {parties - 1}; selp.b32 $0, 1, 0, one; end: }}"
+        "{ .reg .pred none, one; mov.b32 $0, 0; setp.eq.b32 none, $3, 0; @none bra.uni end; "
+        "bar.warp.sync 0xffffffff; setp.eq.b32 one, $2, 0; "
+        f"@one atom.acq_rel.gpu.global.inc.u32 $0, [$1], {parties - 1}; "
+        "shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff; bar.warp.sync 0xffffffff; "
+        f"setp.eq.u32 one, $0, {parties - 1}; selp.b32 $0, 1, 0, one; end: }}"
     )
 
 
