@@ -281,7 +281,7 @@ for trellis in (0, 1, 2):
                  "BLOCK": 32, "BIAS": False, "CHUNKS": how.chunks, "ROUNDS": how.rounds, "WARPS": how.warps,
                  "WARPS_K": how.warps_k, "AHEAD": 0 if trellis == 1 else how.ahead, "PDL": True}
     text = ptx(lane_product, TYPES, constants, how.warps)
-    order = ["ld.global.L1::no_allocate", "griddepcontrol.wait", "cp.async.cg", "mma.sync.aligned.m16n8k32"]
+    order = ["ld.global.L1::no_allocate", "griddepcontrol.wait", "st.shared.v4.b32", "mma.sync.aligned.m16n8k32"]
     if trellis:  # the other one has a norm
         order[3:3] = ["ldmatrix.sync.aligned.m8n8.x4.trans", "mma.sync.aligned.m16n8k16"]
     if trellis != 1:

@@ -27,12 +27,13 @@ import triton
 import triton.language as tl
 
 from framequant.kernels.lanes_triton import (
-    copy_to_shared,
     first_mma_halves,
+    four,
     from_lane,
     kept,
     lane_largest,
     lane_sum,
+    load_global_words,
     load_shared,
     load_shared_number,
     load_shared_transposed,
@@ -42,7 +43,6 @@ from framequant.kernels.lanes_triton import (
     store_shared_pair,
     store_shared_planes,
     store_shared_words,
-    wait_for_copies,
     warp_barrier,
 )
 from framequant.kernels.vector_triton import bound
@@ -290,15 +290,21 @@ def signed_weights(
 
 @triton.jit
 def copy_numbers(x_ptr, shared, thread, SIZE: tl.constexpr, THREADS: tl.constexpr, PADDED: tl.constexpr):
-    """Begin to bring SIZE numbers to shared memory: 16 bytes a thread, as all programs ask for the same lines.
+    """Bring SIZE numbers to shared memory, 16 bytes a thread: up to four loads before the first store.
 
     PADDED, each 128 bytes have 16 behind them: numbers 32 bytes apart are in different banks then.
     """
-    at = x_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
-    for turn in tl.static_range(SIZE * x_ptr.dtype.element_ty.primitive_bitwidth // 128 // THREADS):
-        piece = thread + turn * THREADS
-        place = piece * 16 + (piece // 8 * 16 if PADDED else 0)
-        copy_to_shared(shared + place, at + piece * 16, thread * 0 + 1)
+    PIECE: tl.constexpr = THREADS * 16
+    TURNS: tl.constexpr = SIZE * x_ptr.dtype.element_ty.primitive_bitwidth // 8 // PIECE
+    at = x_ptr.to(tl.pointer_type(tl.int8), bitcast=True) + thread * 16
+    for begin in tl.static_range(0, TURNS, 4):
+        found = ()
+        for turn in tl.static_range(begin, min(begin + 4, TURNS)):
+            found += load_global_words(at, turn * PIECE, False)
+        for turn in tl.static_range(begin, min(begin + 4, TURNS)):
+            piece = thread + turn * THREADS
+            place = piece * 16 + (piece // 8 * 16 if PADDED else 0)
+            store_shared_words(shared + place, four(found, turn - begin), thread * 0 + 1)
 
 
 @triton.jit
@@ -717,7 +723,6 @@ def analyse(
     TURNS: tl.constexpr = SIZE // THREADS // 16
     EACH: tl.constexpr = OUTPUTS * 16 // WIDTH
     matrix: tl.constexpr = last_matrix(OUTPUTS, WIDTH) if WIDTH > 1 else ()
-    wait_for_copies(thread)
     tl.debug_barrier()
     number = _first_sixteen(token, loaded, thread, NORMED, DTYPE)
     columns, squares, largest, energy = two_passes(

@@ -35,6 +35,7 @@ from framequant.kernels.lane_analysis_triton import (
 from framequant.kernels.lanes_triton import (
     byte_repeated,
     bytes_doubled,
+    four,
     from_lane,
     half_word,
     lane_hadamard,
@@ -167,12 +168,6 @@ def _scalar_chunk(even, odd, words, z_at, COUNT: tl.constexpr, BITS: tl.constexp
             even = replaced(even, mma_bytes(four(even, r), a[0], a[4], a[1], a[5], b[0], b[1], True), 4 * r)
             odd = replaced(odd, mma_bytes(four(odd, r), a[2], a[6], a[3], a[7], b[2], b[3], True), 4 * r)
     return even, odd
-
-
-@triton.jit
-def four(values, INDEX: tl.constexpr):
-    """The INDEX-th four elements of a tuple."""
-    return values[4 * INDEX], values[4 * INDEX + 1], values[4 * INDEX + 2], values[4 * INDEX + 3]
 
 
 @triton.jit

@@ -47,7 +47,6 @@ from framequant.kernels.lanes_triton import (
     store_shared,
     store_shared_pair,
     store_shared_words,
-    wait_for_copies,
 )
 from framequant.kernels.launches import LANE_SHARED, MOST_SPARE
 from framequant.kernels.transform_triton import first_factor, mantissa_place
@@ -244,7 +243,6 @@ def token_analysis(
     copy_numbers(x_at, halves, thread, SIZE, THREADS, in_halves(DTYPE, False))
     tl.static_assert(_COUNTERS <= THREADS)
     tl.store(sum_ptr + tokens + thread, 0.0, mask=(thread < _COUNTERS) & (number == 0))
-    wait_for_copies(thread)
     tl.debug_barrier()
     columns, squares, largest, _ = two_passes(
         loaded, places, halves, base + begins[1], base, thread, DTYPE, SIZE, THREADS, False, APART

@@ -21,7 +21,6 @@ import triton.language as tl
 from framequant.kernels.lane_product_triton import (
     chunk_words,
     first_words,
-    four,
     replaced,
     row_addresses,
     row_ends,
@@ -31,6 +30,7 @@ from framequant.kernels.lanes_triton import (
     copy_some_to_shared,
     end_of_copies,
     end_of_warps,
+    four,
     from_lane,
     last_to_arrive,
     load_shared_words,

@@ -37,6 +37,12 @@ def load_words(address, there):
     )
 
 
+@triton.jit
+def four(values, INDEX: tl.constexpr):
+    """The INDEX-th four elements of a tuple."""
+    return values[4 * INDEX], values[4 * INDEX + 1], values[4 * INDEX + 2], values[4 * INDEX + 3]
+
+
 @triton.constexpr_function
 def _global_text(offset, once):
     return f"ld.global{'.L1::no_allocate' if once else ''}.v4.b32 {{$0, $1, $2, $3}}, [$4+{offset}];"
@@ -231,23 +237,11 @@ def halves_of_two(first, second, selector, FACTOR: tl.constexpr):
 
 
 @triton.jit
-def copy_to_shared(address, source, there):
-    """Begin to bring 16 bytes each from a 16-byte aligned address to shared memory; zeros where ``there`` is 0."""
-    if COMPILED:
-        tl.inline_asm_elementwise(
-            "cp.async.cg.shared.global [$1], [$2], 16, $3; mov.b32 $0, 0;", "=r,r,l,r", [address, source, there * 16],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
-        found = source.to(tl.pointer_type(tl.int32), bitcast=True)
-        for i in tl.static_range(4):
-            tl.store(at + i, tl.load(found + i, mask=there != 0, other=0))
-
-
-@triton.jit
 def copy_some_to_shared(address, source, there, wanted):
-    """The same where it is ``wanted``; elsewhere shared memory stays as it is."""
+    """Begin to bring 16 bytes each from a 16-byte aligned address to shared memory; zeros where ``there`` is 0.
+
+    Where it is not ``wanted`` shared memory stays as it is.
+    """
     if COMPILED:
         tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ne.b32 p, $4, 0; @p cp.async.cg.shared.global [$1], [$2], 16, $3; mov.b32 $0, 0; }",

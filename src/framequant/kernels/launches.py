@@ -22,8 +22,8 @@ LANE_TOKENS, LANE_WARPS, LANE_SHARED = 1, 8, 48 << 10
 MOST_LANE_TOKENS, LEAST_LANE_SHARES, TOKEN_WARPS = 16, 4, 16
 #: Most times 32 rows that spare warps have there (``lane_tokens_triton``): as many counters there are.
 MOST_SPARE = 64
-#: Programs of an analysis of several tokens for each of them, all but one of which hold a place until what is before has
-#: ended: a multiprocessor, the first to be free, has place for five, which are slower than one (4 µs, 1.5).
+#: Programs of an analysis of several tokens for each of them, all but one of which hold a place until what was before
+#: has ended: the first multiprocessors to be free have place for five, and five tokens take one 4 µs, one takes 1.5.
 TOKEN_PLACES = 5
 #: Rows of a trellis up to which that is faster where a synthesis follows.
 LANE_TRELLIS_ROWS = 8192

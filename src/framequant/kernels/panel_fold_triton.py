@@ -22,12 +22,12 @@ import triton
 import triton.language as tl
 
 from framequant.kernels.block_triton import panel_unit
-from framequant.kernels.lane_product_triton import four
 from framequant.kernels.lanes_triton import (
     byte_of_two,
     copy_word_to_shared,
     end_of_copies,
     first_mma_halves,
+    four,
     load_shared,
     load_shared_words,
     mma_eight_halves,
