@@ -73,15 +73,17 @@ launches.PANEL_BYTES = 2 * 64 * 224
 launches.FEW_TOKENS = 4
 cases = (
     (GridSpec("sigma_clip", 4, "symmetric"), (192, 192), (1.125, 1.0), torch.bfloat16, 32),
-    (GridSpec("sigma_clip", 4, "symmetric"), (256, 192), (1.125, 1.0), torch.float16, 32),  # the frame in the panels
-    (GridSpec("sigma_clip", 4, "symmetric", per_tensor=True), (1408, 96), (1.125, 1.0), torch.bfloat16, 32),
+    (GridSpec("sigma_clip", 4, "symmetric"), (256, 128), (1.125, 1.0), torch.float16, 32),  # the frame in the panels
+    (GridSpec("sigma_clip", 4, "symmetric", per_tensor=True), (640, 96), (1.125, 1.0), torch.bfloat16, 32),
     (GridSpec("uniform", 16, "symmetric", per_tensor=True), (100, 64), (1.0, 1.0), torch.float16, 16),
     (GridSpec("sigma_clip", 4, "symmetric"), (1001, 64), (1.0, 1.0), torch.float16, 32),  # three factors
     (TrellisSpec(12, (2,)), (192, 96), (1.125, 1.0), torch.float16, 32),
     (TrellisSpec(16, (2,)), (64, 128), (1.0, 1.0), torch.bfloat16, 64),
     (TrellisSpec(16, (4,), codebook="bytepair-1"), (64, 64), (1.0, 1.0), torch.float16, 32),
 )
+tile = launches.FOLD_TILE
 for code, features, redundancy, dtype, block in cases:
+    launches.FOLD_TILE = tile._replace(units=1) if features[0] == 640 else tile  # two programs a row, and one
     layer = make_layer(code, features, redundancy, block=block, bias=features[1] != 96)
     x = torch.randn(6, features[0]).to(dtype)
     x[1] *= 1e-3
@@ -100,16 +102,17 @@ for code, features, redundancy, dtype, block in cases:
         error, allowed = ((y[rows].double() - exact[rows]).norm() / size for y in (mine, torchs))
         times = 4 if dtype == torch.bfloat16 else 2  # the interpreter cuts bfloat16 off, which doubles its error
         assert error <= times * allowed, (code, features, rows, float(error), float(allowed))
-    assert torch.equal(layer(x.view(2, -1, features[0])), mine.view(2, -1, features[1]))
-    assert torch.equal(layer(torch.stack([x, x], 1)[:, 1]), mine)  # rows apart
     fold = plan.fold
     assert (fold is not None) == (features[0] % 128 == 0 and redundancy[0] > 1 and isinstance(code, GridSpec)), features
-    ops, into, out = torch.ops.framequant, fold.into if fold else plan.into, plan.out
-    columns = features[0] if fold else plan.spec.coefficient_shape[1]
-    arguments = (x[:2], into.flips, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm, columns,
-                 plan.words, plan.scales, plan.top, out.places, out.signs, out.matrix, plan.bias,
-                 fold and fold.block, list(out.ends), plan.code, plan.layout.factor)
-    torch.library.opcheck(ops.block_prompt.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    if layer.bias is not None or not fold:  # else asked before; the interpreter is slow
+        assert torch.equal(layer(x.view(2, -1, features[0])), mine.view(2, -1, features[1]))
+        assert torch.equal(layer(torch.stack([x, x], 1)[:, 1]), mine)  # rows apart
+        ops, into, out = torch.ops.framequant, fold.into if fold else plan.into, plan.out
+        columns = features[0] if fold else plan.spec.coefficient_shape[1]
+        arguments = (x[:2], into.flips, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
+                     columns, plan.words, plan.scales, plan.top, out.places, out.signs, out.matrix, plan.bias,
+                     fold and fold.block, list(out.ends), plan.code, plan.layout.factor)
+        torch.library.opcheck(ops.block_prompt.default, arguments, test_utils=("test_schema", "test_faketensor"))
     if layer.bias is None:  # weights that halves do not hold
         x, scales = x[:1].half(), layer.scales.clone()
         before = layer(x.expand(6, -1)).float()

@@ -84,10 +84,13 @@ def store_outputs(value, unit, places, signs, bias, r, token, rows, tokens, y_pt
 
 @triton.jit
 def panel_unit(top, HALF: tl.constexpr):
-    """The power of two by which a rotated panel is divided: 1 where weights suit its dtype, else their own size."""
+    """The power of two by which a rotated panel is divided: 1 where weights suit its dtype.
+
+    Else it makes them as large as the nearest that do: larger ones, times a token's norm, may be no halves.
+    """
     unit = top * 0.0 + 1.0
     if HALF:
-        unit = tl.where((top >= 0.0009765625) & (top <= 256.0), unit, top)
+        unit = tl.where(top < 0.0009765625, top * 1024.0, tl.where(top > 256.0, top * 0.00390625, unit))
     return unit
 
 
