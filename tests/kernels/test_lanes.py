@@ -281,13 +281,15 @@ for trellis in (0, 1, 2):
                  "BLOCK": 32, "BIAS": False, "CHUNKS": how.chunks, "ROUNDS": how.rounds, "WARPS": how.warps,
                  "WARPS_K": how.warps_k, "AHEAD": 0 if trellis == 1 else how.ahead, "PDL": True}
     text = ptx(lane_product, TYPES, constants, how.warps)
-    order = ["ld.global.L1::no_allocate", "griddepcontrol.wait", "st.shared.v4.b32", "mma.sync.aligned.m16n8k32"]
+    order = ["ld.global.L1::no_allocate", "griddepcontrol.wait", "mma.sync.aligned.m16n8k32"]
     if trellis:  # the other one has a norm
-        order[3:3] = ["ldmatrix.sync.aligned.m8n8.x4.trans", "mma.sync.aligned.m16n8k16"]
+        order[2:2] = ["ldmatrix.sync.aligned.m8n8.x4.trans", "mma.sync.aligned.m16n8k16"]
     if trellis != 1:
         order.insert(1, "prefetch.global.L2")
     places = [text.index(what) for what in order]
     assert places == sorted(places) and ".local" not in text
+    after = text[text.index("griddepcontrol.wait") :]
+    assert after.index("ld.global.v4.b32") < after.index("st.shared.v4.b32") < after.index("mma.sync")
 for share, once in ((2, False), (2, True), (3, True)):
     text = ptx(lane_tokens, TYPES | {"z_ptr": "*fp16"}, {
         "TILES": 2, "BITS": 2, "PARTS": 4, "ROW_SCALES": True, "BLOCK": 32, "BIAS": False, "SLICES": 18 // share,
@@ -300,7 +302,7 @@ for size, outputs, dtype in ((4096, 18, "*fp16"), (4096, 20, "*bf16"), (8192, 18
     text = ptx(token_analysis, TYPES | {"x_ptr": dtype, "z_ptr": "*fp16"}, {
         "SIZE": size, "OUTPUTS": outputs, "WIDTH": 16, "COUNT": size * outputs // 128, "BITS": 2, "WARPS": 8,
         "PLACES": launches.TOKEN_PLACES, "PDL": True}, 8)
-    for what in ("griddepcontrol.launch_dependents", "ld.global.b32", "cp.async.cg", "st.shared", "st.global.v2"):
+    for what in ("griddepcontrol.launch_dependents", "ld.global.v4.b32", "st.shared.v4", "st.global.v2"):
         assert what in text, what
     assert ".local" not in text and text.count("griddepcontrol.wait") == 2  # of programs with a token and without
 text = ptx(column_analysis, TYPES, {"F0": 43, "GATED": True, "EACH": 18, "COUNT": 3112, "CODES": 4, "PDL": True}, 8)

@@ -256,19 +256,6 @@ def copy_some_to_shared(address, source, there, wanted):
 
 
 @triton.jit
-def copy_word_to_shared(address, source):
-    """Begin to bring an aligned word each to shared memory."""
-    if COMPILED:
-        tl.inline_asm_elementwise(
-            "cp.async.ca.shared.global [$1], [$2], 4; mov.b32 $0, 0;", "=r,r,l", [address, source], dtype=tl.int32,
-            is_pure=False, pack=1,
-        )  # fmt: skip
-    else:
-        at = address.to(tl.pointer_type(tl.int32), bitcast=True)
-        tl.store(at, tl.load(source.to(tl.pointer_type(tl.int32), bitcast=True)))
-
-
-@triton.jit
 def warp_barrier(thread):
     """Wait for the other lanes of the warp; what they wrote to shared memory is there then."""
     if COMPILED:

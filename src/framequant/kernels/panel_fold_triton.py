@@ -24,8 +24,6 @@ import triton.language as tl
 from framequant.kernels.block_triton import panel_unit
 from framequant.kernels.lanes_triton import (
     byte_of_two,
-    copy_word_to_shared,
-    end_of_copies,
     first_mma_halves,
     four,
     load_shared,
@@ -37,7 +35,6 @@ from framequant.kernels.lanes_triton import (
     store_shared,
     store_shared_transposed,
     store_words,
-    wait_for_copies,
     warp_barrier,
 )
 from framequant.kernels.triton_support import over, wait_for_previous
@@ -185,13 +182,13 @@ def fold_panel(
     base = tl.program_id(1) * 32
     unit = (tl.program_id(0) * WARPS + warp) * UNITS
     bytes_ptr = words_ptr.to(tl.pointer_type(tl.int8), bitcast=True)
+    held = ()  # until shared memory takes them; by ``cp.async`` they would come later (1 % of a prompt of 4096²)
     for u in tl.static_range(UNITS):
         at = tl.minimum(unit + u, units - 1) * UNIT_BYTES  # warps beyond the last unit make it again
         for turn in tl.static_range(9):
             piece = turn * 32 + lane
-            source = (base + piece // 9).to(tl.int64) * row_bytes + at + piece % 9 * 4
-            copy_word_to_shared(codes + u * (32 * UNIT_BYTES) + piece * 4, bytes_ptr + source)
-    end_of_copies(thread)
+            source = bytes_ptr + ((base + piece // 9).to(tl.int64) * row_bytes + at + piece % 9 * 4)
+            held += (tl.load(source.to(tl.pointer_type(tl.float32), bitcast=True)),)
     top = tl.load(top_ptr)
     rotation = _rotation_operands(scale_ptr, signs_ptr, over(top), base, row, quarter, ROW_SCALES)
     gain *= top * over(panel_unit(top, panel_ptr.dtype.element_ty == tl.float16))
@@ -215,7 +212,9 @@ def fold_panel(
     column = turned + (lane // 16 * 8 + lane % 8) * PITCH + lane // 8 % 2 * 16
     place = (tl.load(places_ptr + base + lane) - first) * (2 * width)
     store_shared(turned + lane * PITCH, place.to(tl.float32, bitcast=True), PITCH - 16)
-    wait_for_copies(thread)
+    for u in tl.static_range(UNITS):
+        for turn in tl.static_range(9):
+            store_shared(codes + (turn * 32 + lane) * 4, held[9 * u + turn], u * (32 * UNIT_BYTES))
     warp_barrier(thread)
     if not BEHIND:
         wait_for_previous(PDL)
