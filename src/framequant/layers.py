@@ -28,6 +28,15 @@ from framequant.kernels import cpu, launches, reference
 from framequant.spec import LinearSpec
 
 
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to, as far as torch counts it."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _wants_gradient(held: list[tuple[Tensor, int]]) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor, _ in held)
+
+
 @cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
@@ -220,24 +229,26 @@ class FrameLinear(nn.Module):
 
     def _prepare(self, kind: str, make: Callable[..., Any]) -> Any:
         """What ``make`` returns for this layer's tensors, made again when one was replaced or written to."""
-        held = [t for t in (*self._buffers.values(), *self._parameters.values()) if t is not None]
-        versions = [0 if tensor.is_inference() else tensor._version for tensor in held]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in held):
+        if self._prepared is not None and self._prepared[1] == kind and self._is_as_before(self._prepared[0]):
+            return None if _wants_gradient(self._prepared[0]) else self._prepared[2]
+        stores = self._buffers, self._parameters
+        held = [(t, _version(t)) for store in stores for t in store.values() if t is not None]
+        if _wants_gradient(held):
             return None  # no kernel has a derivative for what it holds
-        if self._prepared is not None:
-            before, known, plan = self._prepared
-            if (
-                known == kind
-                and len(before) == len(held)
-                and all(
-                    old is new and count == version
-                    for (old, count), new, version in zip(before, held, versions, strict=True)
-                )
-            ):
-                return plan
         plan = make(self.spec, self.tensors, self.frames, self.bias)
-        self._prepared = list(zip(held, versions, strict=True)), kind, plan
+        self._prepared = held, kind, plan
         return plan
+
+    def _is_as_before(self, before: list[tuple[Tensor, int]]) -> bool:
+        """Whether the layer has the same tensors, not written to since; asked before every token's linears."""
+        known = iter(before)
+        for store in (self._buffers, self._parameters):
+            for tensor in store.values():
+                if tensor is not None:
+                    old, version = next(known, (None, 0))
+                    if old is not tensor or version != _version(tensor):
+                        return False
+        return next(known, None) is None
 
     def forget_prepared(self) -> None:
         """Drop constants, frames and decoded matrices; they are made again when needed."""

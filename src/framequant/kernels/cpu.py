@@ -42,6 +42,7 @@ SHARED, POOLED = 1 << 16, 1 << 22
 TILE = 512
 SIZES = 5  # place of the product's sizes among a plan's arrays
 _KINDS = {torch.bfloat16: 1, torch.float32: 0}
+_DTYPES, _PLAIN = (torch.bfloat16, torch.float32, torch.float16), (Tensor, torch.nn.Parameter)
 
 
 @cache
@@ -210,9 +211,10 @@ def takes(inputs: Tensor, in_features: int) -> bool:
     """Whether the compiled kernels know these inputs: plain tensors on the CPU, of a dtype of theirs, no tracing."""
     return (
         inputs.is_cpu
-        and type(inputs) in (Tensor, torch.nn.Parameter)
-        and inputs.shape[-1:] == (in_features,)
-        and inputs.dtype in (torch.bfloat16, torch.float32, torch.float16)
+        and type(inputs) in _PLAIN
+        and inputs.dim() > 0
+        and inputs.size(-1) == in_features
+        and inputs.dtype in _DTYPES
         and inputs.numel() > 0
         and not torch.compiler.is_compiling()
     )
@@ -220,7 +222,7 @@ def takes(inputs: Tensor, in_features: int) -> bool:
 
 def is_few(inputs: Tensor) -> bool:
     """Whether ``linear`` takes them: few tokens, and no gradient asked for."""
-    return inputs.numel() <= FEW * inputs.shape[-1] and not (inputs.requires_grad and torch.is_grad_enabled())
+    return inputs.numel() <= FEW * inputs.size(-1) and not (inputs.requires_grad and torch.is_grad_enabled())
 
 
 def linear(plan: CpuPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"]:
@@ -232,8 +234,9 @@ def linear(plan: CpuPlan, inputs: Float[Tensor, "*b n"]) -> Float[Tensor, "*b o"
     kernels: Any = compiled()
     kind = _KINDS.get(inputs.dtype)
     x = inputs.contiguous() if kind is not None else inputs.float().contiguous()
-    tokens = x.numel() // x.shape[-1]
-    out = x.new_empty((*x.shape[:-1], plan.out_features))
+    *outer, width = x.shape
+    tokens = x.numel() // width
+    out = torch.empty_like(x) if width == plan.out_features else x.new_empty((*outer, plan.out_features))
     kind = kind or 0
     parts = 2 if inputs.dtype == torch.float32 else plan.parts
     arguments = (x.data_ptr(), out.data_ptr(), tokens, kind, parts, plan.header)

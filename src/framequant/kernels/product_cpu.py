@@ -8,7 +8,7 @@ points, the centre of the codebook) act on the sum of q alone.
 Only ``framequant.kernels.cpu`` imports this module. Imports numba and numpy, no torch.
 """
 
-# Compiled in: 5a309148818e (tests/kernels/test_stamps.py says why)
+# Compiled in: 95836524b849 (tests/kernels/test_stamps.py says why)
 from __future__ import annotations
 
 import numpy as np
@@ -84,15 +84,18 @@ def _write(values, bias, address, token, kind):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _unit(z, parts):
-    """What one step of the token's integers is worth; NaN where a coefficient is not finite."""
-    largest = np.float32(0)
-    total = np.float32(0)
-    for value in z:
-        largest = max(largest, abs(value))
-        total += value * np.float32(0)
-    if largest == 0 and total == 0:
+    """What one step of the token's integers is worth; NaN where a coefficient is not finite.
+
+    The largest by their bits, which are in the order of what they stand for, infinity and NaN behind all numbers.
+    """
+    largest = np.zeros(1, np.uint32)
+    for bits in z.view(np.uint32):
+        largest[0] = max(largest[0], bits & np.uint32(0x7FFFFFFF))
+    if largest[0] == 0:
         return np.float64(1)
-    return (np.float64(largest) + np.float64(total)) / (LARGEST if parts == 1 else LARGEST_PAIR)
+    if largest[0] >= 0x7F800000:
+        return np.float64(np.nan)
+    return np.float64(largest.view(np.float32)[0]) / (LARGEST if parts == 1 else LARGEST_PAIR)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -113,22 +116,25 @@ def _round(z, unit, parts, low, high):
 @njit(nogil=True, cache=True)
 def _arrange_scalar(q, place, codes):
     """Integers in the order of the words: code p of the groups of a chunk side by side."""
-    for k in range(q.size):
-        group, p = k // codes, k % codes
-        place[(group // LANES * codes + p) * LANES + group % LANES] = q[k]
+    for group in range(-(-q.size // codes)):
+        first = group // LANES * codes * LANES + group % LANES
+        for p in range(min(codes, q.size - group * codes)):
+            place[first + p * LANES] = q[group * codes + p]
 
 
 @njit(nogil=True, cache=True)
 def _arrange_trellis(q, place, each):
     """Integers of a chunk of tiles state by state: each in both halves of a 32-bit lane, or the two of a state."""
-    for k in range(q.size):
-        tile = k // 16
-        at = 2 * ((tile // TILES * (16 // each) + k % 16 // each) * TILES + tile % TILES)
-        if each == 2:
-            place[at + k % 2] = q[k]
-        else:
-            place[at] = q[k]
-            place[at + 1] = q[k]
+    states = 16 // each
+    for tile in range(-(-q.size // 16)):
+        first = 2 * (tile // TILES * states * TILES + tile % TILES)
+        for k in range(min(16, q.size - tile * 16)):
+            value = q[tile * 16 + k]
+            if each == 2:
+                place[first + k // 2 * (2 * TILES) + k % 2] = value
+            else:
+                place[first + k * (2 * TILES)] = value
+                place[first + k * (2 * TILES) + 1] = value
 
 
 @njit(nogil=True, cache=True)

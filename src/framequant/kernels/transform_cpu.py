@@ -5,10 +5,13 @@ one direction lie in one float32 array, sizes in one of int64; ``cpu_plan`` make
 other CPU modules import this one. Imports numba and numpy, no torch.
 """
 
+# Compiled in: 66edef366cf2 (tests/kernels/test_stamps.py says why)
 from __future__ import annotations
 
 import numpy as np
 from numba import njit
+
+from framequant.kernels.cpu_rows import LANES, rows_1_1, rows_1_2, rows_1_4, rows_2_4, rows_4_2, rows_8_1
 
 #: Places in the array of sizes: the three factors, columns and rows of the block as it is stored, number of blocks
 #: (0 for none), coordinates, coefficients; where coordinates are put in order, the one that each place takes follows.
@@ -18,26 +21,54 @@ FAST = {"contract", "reassoc", "nsz", "arcp"}
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+def _few_columns(source, matrix, result, rows, inner, outer):
+    """``_last_axis`` where a row of results is less than a vector."""
+    for r in range(rows):
+        for c in range(outer):
+            total = np.float32(0)
+            for k in range(inner):
+                total += source[r * inner + k] * matrix[k * outer + c]
+            result[r * outer + c] = total
+
+
+@njit(nogil=True, cache=True)
+def _columns(source, matrix, result, rows, inner, outer, first, vectors):
+    """``_last_axis`` for so many vectors of columns, addresses as integers."""
+    matrix += 4 * first
+    result += 4 * first
+    each = 8 // vectors
+    count = rows // each
+    done = count * each
+    if vectors == 4:
+        rows_2_4(source, matrix, result, count, inner, outer)
+    elif vectors == 2:
+        rows_4_2(source, matrix, result, count, inner, outer)
+    else:
+        rows_8_1(source, matrix, result, count, inner, outer)
+    source += 4 * done * inner
+    result += 4 * done * outer
+    if vectors == 4:
+        rows_1_4(source, matrix, result, rows - done, inner, outer)
+    elif vectors == 2:
+        rows_1_2(source, matrix, result, rows - done, inner, outer)
+    else:
+        rows_1_1(source, matrix, result, rows - done, inner, outer)
+
+
+@njit(nogil=True, cache=True)
 def _last_axis(source, matrix, result, rows, inner, outer):
     """``result[r, c] = sum_k source[r, k] * matrix[k, c]``, all flat."""
-    for r in range(rows):
-        to = result[r * outer : (r + 1) * outer]
-        row = source[r * inner : (r + 1) * inner]
-        for c in range(outer):
-            to[c] = np.float32(0)
-        whole = inner - inner % 4
-        for k in range(0, whole, 4):
-            a, b, c2, d = row[k], row[k + 1], row[k + 2], row[k + 3]
-            m0 = matrix[k * outer : (k + 1) * outer]
-            m1 = matrix[(k + 1) * outer : (k + 2) * outer]
-            m2 = matrix[(k + 2) * outer : (k + 3) * outer]
-            m3 = matrix[(k + 3) * outer : (k + 4) * outer]
-            for c in range(outer):
-                to[c] += a * m0[c] + b * m1[c] + c2 * m2[c] + d * m3[c]
-        for k in range(whole, inner):
-            m0 = matrix[k * outer : (k + 1) * outer]
-            for c in range(outer):
-                to[c] += row[k] * m0[c]
+    if outer < LANES:
+        _few_columns(source, matrix, result, rows, inner, outer)
+        return
+    x, m, y = source.ctypes.data, matrix.ctypes.data, result.ctypes.data
+    first = 0
+    for vectors in (4, 2, 1):
+        while outer - first >= vectors * LANES:
+            _columns(x, m, y, rows, inner, outer, first, vectors)
+            first += vectors * LANES
+    if first < outer:  # the last vector again, with columns that are there already
+        _columns(x, m, y, rows, inner, outer, outer - LANES, 1)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
