@@ -1,6 +1,7 @@
 """Decoding and prompts on the CPU: SmolLM2 with quantized linears against bfloat16 transformers, in one run.
 
-The codes are random: they cost what real codes cost, and nothing here asks what the model says. The models take turns
+The codes are random: they cost what real codes cost, and nothing here asks what the model says: scalar of two bits at
+r = 1.125, a trellis of 2.25 bits, and one of two bits with two weights a state. The models take turns
 of a few tokens in one process, since a machine that others use changes its speed by half within seconds. Printed are
 tokens/s for decoding (median of single steps) and for a prompt, and the bytes of a model's tensors with what kernels
 keep beside them. ``cpu`` columns are processor time, which includes that of threads that wait for work.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from measure import commit
 
-KINDS = ("bfloat16", "scalar", "trellis", "reference")
+KINDS = ("bfloat16", "scalar", "trellis", "pairs", "reference")
 TOKENS_A_TURN = 4
 
 
@@ -28,6 +29,7 @@ def quantize_at_random(model: torch.nn.Module, kind: str) -> None:
     from framequant import storage
     from framequant.codes.grid import GridKind, GridSpec, ZeroPoint
     from framequant.codes.trellis import TrellisSpec, rate_pattern
+    from framequant.codes.trellis_codebook import PAIR_ID
     from framequant.frames import choose_frame
     from framequant.layers import FrameLinear
     from framequant.spec import LinearSpec
@@ -36,6 +38,8 @@ def quantize_at_random(model: torch.nn.Module, kind: str) -> None:
     redundancy = 1.125
     if kind == "trellis":
         code, redundancy = TrellisSpec(12, rate_pattern(2.25)), 1.0
+    elif kind == "pairs":
+        code, redundancy = TrellisSpec(16, (4,), codebook=PAIR_ID), 1.0
     for name, module in list(model.named_modules()):
         if not isinstance(module, torch.nn.Linear) or "layers" not in name:
             continue
@@ -142,7 +146,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=30, help=f"turns of {TOKENS_A_TURN} tokens")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS[:3]))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS[:4]))
     parser.add_argument("--csv")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
