@@ -57,6 +57,12 @@ layer.scales.mul_(2.0**-60)  # far below what halves hold
 assert torch.equal(layer(x).float() * 2.0**60, expected)
 layer.scales.zero_()
 assert not layer(x).any()
+triton_linear._verdicts.clear()
+layer = make_layer(CODES[0], (64, 96), block=32, bias=False)
+layer.backend = "triton"
+layer.scales.mul_(2.0**-20)  # outputs would be subnormal halves, of any kernel
+layer(x.half())
+assert list(triton_linear._verdicts.values()) == [True]
 """
 
 PROMPTS = """
