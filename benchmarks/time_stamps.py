@@ -15,7 +15,6 @@ import argparse
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -102,12 +101,12 @@ def indexed(kernel: str) -> dict[str, int]:
     return {mark.name: i for i, mark in enumerate(m for m in MARKS if m.kernel == kernel)}
 
 
-def replaced(path: Path, before: str, change: Callable[[str], str]) -> None:
+def replace(path: Path, before: str, after: str) -> None:
     """Change text that a file must have."""
     text = path.read_text()
     if before not in text:
         raise ValueError(f"{path.name} has no longer {before!r}: mend MARKS in {Path(__file__).name}")
-    path.write_text(text.replace(before, change(before), 1))
+    path.write_text(text.replace(before, after, 1))
 
 
 def stamped(folder: Path) -> None:
@@ -115,14 +114,14 @@ def stamped(folder: Path) -> None:
     shutil.copytree(SOURCE / "framequant", folder / "framequant")
     kernels = folder / "framequant" / "kernels"
     for file, before, after in OTHERS:
-        replaced(kernels / f"{file}.py", before, lambda _, text=after: text)
+        replace(kernels / f"{file}.py", before, after)
     for mark in MARKS:
         indent = " " * (mark.indent or len(mark.line) - len(mark.line.lstrip()))
         call = f"{indent}stamp(memory_ptr, thread, {indexed(mark.kernel)[mark.name]}, {mark.thread})\n"
-        replaced(kernels / f"{mark.file}.py", mark.line, lambda line, text=call: text + line)
+        replace(kernels / f"{mark.file}.py", mark.line, call + mark.line)
     for file in (SEVERAL, ANALYSIS, ONE, PASSES):
         imports = "from framequant.kernels.lanes_triton import (\n"
-        replaced(kernels / f"{file}.py", imports, lambda line: f"{line}    stamp,\n")
+        replace(kernels / f"{file}.py", imports, f"{imports}    stamp,\n")
     for file, more in (("lanes_triton", STAMP), ("lane_ops", KEPT)):
         (kernels / f"{file}.py").write_text((kernels / f"{file}.py").read_text() + more)
 

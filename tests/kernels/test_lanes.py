@@ -288,7 +288,8 @@ for trellis in (0, 1, 2):
         order.insert(1, "prefetch.global.L2")
     places = [text.index(what) for what in order]
     assert places == sorted(places) and ".local" not in text
-    after = text[text.index("griddepcontrol.wait") :]
+    before, after = text.split("griddepcontrol.wait")  # the token is loaded after it
+    assert "ld.global.v4.b32" not in before
     assert after.index("ld.global.v4.b32") < after.index("st.shared.v4.b32") < after.index("mma.sync")
 for share, once in ((2, False), (2, True), (3, True)):
     text = ptx(lane_tokens, TYPES | {"z_ptr": "*fp16"}, {
@@ -302,9 +303,10 @@ for size, outputs, dtype in ((4096, 18, "*fp16"), (4096, 20, "*bf16"), (8192, 18
     text = ptx(token_analysis, TYPES | {"x_ptr": dtype, "z_ptr": "*fp16"}, {
         "SIZE": size, "OUTPUTS": outputs, "WIDTH": 16, "COUNT": size * outputs // 128, "BITS": 2, "WARPS": 8,
         "PLACES": launches.TOKEN_PLACES, "PDL": True}, 8)
-    for what in ("griddepcontrol.launch_dependents", "ld.global.v4.b32", "st.shared.v4", "st.global.v2"):
-        assert what in text, what
-    assert ".local" not in text and text.count("griddepcontrol.wait") == 2  # of programs with a token and without
+    early, without, after = text.split("griddepcontrol.wait")  # programs without a token have a wait of their own
+    assert "griddepcontrol.launch_dependents" in early and "ld.global" not in early
+    assert "ld.global.b32" in without and "ld.global.v4.b32" not in without and ".local" not in text
+    assert after.index("ld.global.v4.b32") < after.index("st.shared.v4.b32") < after.index("st.global.v2")
 text = ptx(column_analysis, TYPES, {"F0": 43, "GATED": True, "EACH": 18, "COUNT": 3112, "CODES": 4, "PDL": True}, 8)
 assert ".local" not in text
 """

@@ -6,7 +6,7 @@ rising. ``framequant.kernels.cpu`` orders the activations to match. Values are t
 the last bit. Imports numba and numpy, no torch.
 """
 
-# Compiled in: d919ab6f6f37 (tests/kernels/test_stamps.py says why)
+# Compiled in: e133b989524d (tests/kernels/test_stamps.py says why)
 from __future__ import annotations
 
 import numpy as np

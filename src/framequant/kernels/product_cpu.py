@@ -8,7 +8,7 @@ points, the centre of the codebook) act on the sum of q alone.
 Only ``framequant.kernels.cpu`` imports this module. Imports numba and numpy, no torch.
 """
 
-# Compiled in: 95836524b849 (tests/kernels/test_stamps.py says why)
+# Compiled in: 5174727fa846 (tests/kernels/test_stamps.py says why)
 from __future__ import annotations
 
 import numpy as np

@@ -7,7 +7,7 @@ took what.
 Only ``framequant.kernels.cpu`` imports this module. Imports numba, llvmlite and numpy, no torch.
 """
 
-# Compiled in: d919ab6f6f37 (tests/kernels/test_stamps.py says why)
+# Compiled in: e133b989524d (tests/kernels/test_stamps.py says why)
 from __future__ import annotations
 
 import numpy as np

@@ -36,23 +36,18 @@ def _columns(source, matrix, result, rows, inner, outer, first, vectors):
     """``_last_axis`` for so many vectors of columns, addresses as integers."""
     matrix += 4 * first
     result += 4 * first
-    each = 8 // vectors
-    count = rows // each
-    done = count * each
+    count = rows // (8 // vectors)
+    done = count * (8 // vectors)
+    rest, x, y = rows - done, source + 4 * done * inner, result + 4 * done * outer
     if vectors == 4:
         rows_2_4(source, matrix, result, count, inner, outer)
+        rows_1_4(x, matrix, y, rest, inner, outer)
     elif vectors == 2:
         rows_4_2(source, matrix, result, count, inner, outer)
+        rows_1_2(x, matrix, y, rest, inner, outer)
     else:
         rows_8_1(source, matrix, result, count, inner, outer)
-    source += 4 * done * inner
-    result += 4 * done * outer
-    if vectors == 4:
-        rows_1_4(source, matrix, result, rows - done, inner, outer)
-    elif vectors == 2:
-        rows_1_2(source, matrix, result, rows - done, inner, outer)
-    else:
-        rows_1_1(source, matrix, result, rows - done, inner, outer)
+        rows_1_1(x, matrix, y, rest, inner, outer)
 
 
 @njit(nogil=True, cache=True)
