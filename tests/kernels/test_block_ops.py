@@ -110,15 +110,14 @@ for code, features, redundancy, dtype, block in cases:
         assert error <= times * allowed, (code, features, rows, float(error), float(allowed))
     fold = plan.fold
     assert (fold is not None) == (features[0] % 128 == 0 and redundancy[0] > 1 and isinstance(code, GridSpec)), features
-    if layer.bias is not None or not fold:  # else asked before; the interpreter is slow
-        assert torch.equal(layer(x.view(2, -1, features[0])), mine.view(2, -1, features[1]))
-        assert torch.equal(layer(torch.stack([x, x], 1)[:, 1]), mine)  # rows apart
-        ops, into, out = torch.ops.framequant, fold.into if fold else plan.into, plan.out
-        columns = features[0] if fold else plan.spec.coefficient_shape[1]
-        arguments = (x[:2], into.flips, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
-                     columns, plan.words, plan.scales, plan.top, out.places, out.signs, out.matrix, plan.bias,
-                     fold and fold.block, list(out.ends), plan.code, plan.layout.factor)
-        torch.library.opcheck(ops.block_prompt.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(layer(x.view(2, -1, features[0])), mine.view(2, -1, features[1]))
+    assert torch.equal(layer(torch.stack([x, x], 1)[:, 1]), mine)  # rows apart
+    ops, into, out = torch.ops.framequant, fold.into if fold else plan.into, plan.out
+    columns = features[0] if fold else plan.spec.coefficient_shape[1]
+    arguments = (x[:2], into.flips, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
+                 columns, plan.words, plan.scales, plan.top, out.places, out.signs, out.matrix, plan.bias,
+                 fold and fold.block, list(out.ends), plan.code, plan.layout.factor)
+    torch.library.opcheck(ops.block_prompt.default, arguments, test_utils=("test_schema", "test_faketensor"))
     if layer.bias is None:  # weights that halves do not hold
         x, scales = x[:1].half(), layer.scales.clone()
         before = layer(x.expand(6, -1)).float()
