@@ -116,7 +116,7 @@ for code, features, redundancy, dtype, block in cases:
     columns = features[0] if fold else plan.spec.coefficient_shape[1]
     arguments = (x[:2], into.flips, into.signs, list(into.matrices), [*into.sizes, *into.padded], into.norm,
                  columns, plan.words, plan.scales, plan.top, out.places, out.signs, out.matrix, plan.bias,
-                 fold and fold.block, list(out.ends), plan.code, plan.layout.factor)
+                 fold and fold.lanes, list(out.ends), plan.code, plan.layout.factor)
     torch.library.opcheck(ops.block_prompt.default, arguments, test_utils=("test_schema", "test_faketensor"))
     if layer.bias is None:  # weights that halves do not hold
         x, scales = x[:1].half(), layer.scales.clone()
@@ -188,7 +188,7 @@ text = ptx(panel_triton.decode_panel, "*i32", "*fp32", shared | {
 assert "st.global.v4.b32" in text and "mma" in text
 tile = launches.FOLD_TILE
 for panel, behind in (("*fp16", False), ("*bf16", True)):
-    POINTERS |= {"panel_ptr": panel, "frame_ptr": "*fp32"}
+    POINTERS |= {"panel_ptr": panel, "lanes_ptr": "*i32"}
     text = ptx(panel_fold_triton.fold_panel, "*i16", "*fp16", {
         "memory_ptr": None, "ROW_SCALES": True, "UNITS": tile.units, "WARPS": tile.warps, "PDL": True,
         "BEHIND": behind}, tile.warps)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from jaxtyping import Float16, Float32, Int8, Int32
+from jaxtyping import Float16, Float64, Int8, Int32
 from torch import Tensor
 
 from framequant.frames import BlockHadamard, ComposedFrame, FrameOperator
@@ -22,6 +22,9 @@ from framequant.kernels.transform_plan import TransformPlan, shared_block, trans
 #: Sizes of a block that the kernels take: sides of a tensor-core tile, rows of a program.
 BLOCKS = (16, 32, 64, 128)
 FOLD_BLOCK, FOLD_WIDTH = 32, 128  # of panels with the frame in them: rows of a block, coordinates of a unit
+FOLD_LIFT = (
+    2.0**15
+)  # what the entries of the frame's block are multiplied by there: still halves, as they are below 1
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,21 @@ class FoldPlan:
 
     Attributes:
         into: analysis without the frame.
-        block: (20, 16): the frame's block times the first of ``fold_gain``, halves, and twice what codes of -1.5 make.
+        lanes: (32, 16): what each lane of a warp has of the frame's block, from ``fold_lanes``.
     """
 
     into: TransformPlan
-    block: Float32[Tensor, "20 16"]
+    lanes: Int32[Tensor, "32 16"]
 
 
 def fold_gain(factor: float) -> tuple[float, float]:
     """What levels of two-bit codes are multiplied by in a fold: a number from 1/2 to 1, and a power of two."""
-    fraction, exponent = math.frexp(factor / 4 / math.sqrt(FOLD_BLOCK))
+    return fraction_and_power(factor / 4 / math.sqrt(FOLD_BLOCK))
+
+
+def fraction_and_power(number: float) -> tuple[float, float]:
+    """A number from 1/2 to 1, and a power of two, whose product is a positive ``number``."""
+    fraction, exponent = math.frexp(number)
     return fraction, math.ldexp(1.0, exponent)
 
 
@@ -112,6 +120,31 @@ def fold_plan(frame: FrameOperator, factor: float, device: torch.device | str) -
     into = transform_plan(ComposedFrame(frame.spec, stages[:1]), True, device)
     if into is None:
         return None
-    rounded = (block * fold_gain(factor)[0]).half().double()
-    constants = torch.cat([rounded, -1.5 * rounded.sum(0).expand(2, -1)])
-    return FoldPlan(into, constants.to(device, torch.float32))
+    return FoldPlan(into, fold_lanes(block * fold_gain(factor)[0]).to(device))
+
+
+def fold_lanes(block: Float64[Tensor, "18 16"]) -> Int32[Tensor, "32 16"]:
+    """Registers of each lane of a warp: left operands of the transposed block, as it meets codes masked where they lie.
+
+    Four codes of a byte are 1, 4, 16 and 64 times as large as in the lowest place, and a lane's two begin with the
+    first or the third. So of 16 coefficients: four words each of those that begin there in even lanes, and in odd
+    ones; two of the last coefficients; two for each coordinate of what codes of -1.5 make, float32; two of no use.
+    """
+    lane = torch.arange(32)
+    row, quarter = lane // 4, lane % 4
+    rounded = block.half().double() * FOLD_LIFT
+
+    def pair(coefficient: Tensor, coordinate: Tensor, third: Tensor) -> Tensor:
+        first, second = rounded[coefficient, coordinate], rounded[coefficient + 1, coordinate]
+        return (torch.stack([first, second / 4], 1) / 16.0 ** third[:, None]).half().view(torch.int32)[:, 0]
+
+    words = [
+        pair(8 * k + 2 * quarter, row + 8 * m, third)
+        for third in (quarter % 2, 1 - quarter % 2)
+        for k in range(2)
+        for m in range(2)
+    ]
+    words += [pair(torch.full_like(lane, 16), row + 8 * m, quarter % 2) for m in range(2)]
+    level = (-1.5 * 2.0**-24 * rounded.sum(0)).float().view(torch.int32)
+    words += [level[row], level[row], level[row + 8], level[row + 8], lane * 0, lane * 0]
+    return torch.stack([word.to(torch.int32) for word in words], 1)

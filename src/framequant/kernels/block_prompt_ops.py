@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from framequant.kernels import launches, prompt_ops
-from framequant.kernels.block_plan import FOLD_BLOCK, FOLD_WIDTH, fold_gain
+from framequant.kernels.block_plan import FOLD_BLOCK, FOLD_WIDTH, fold_gain, fraction_and_power
 from framequant.kernels.block_triton import finish_tokens
 from framequant.kernels.panel_fold_triton import fold_bytes, fold_panel
+from framequant.kernels.panel_turn_triton import turn_bytes, turn_panel
 from framequant.kernels.prompt_transform_triton import prompt_transform
 from framequant.kernels.prompt_walsh_triton import SIZE, walsh_tokens
+from framequant.kernels.trellis_triton import tile_words
 from framequant.kernels.triton_ops import starts_early
 from framequant.kernels.triton_support import COMPILED
 
@@ -125,7 +127,7 @@ def product(
 
     Args:
         z: made by ``analysis``, of a ``FoldPlan`` if there is a ``frame``; so is ``unit``.
-        frame: the block of that plan.
+        frame: the lanes of that plan.
         ends: of the chunks of a ``BlockPlan``, as are ``places``, ``signs`` and ``matrix``.
         layout: trellis or not, bits, multiplier, addend, pattern, levels.
         panel: ``new_panel``.
@@ -142,14 +144,16 @@ def product(
         count = end - start
         row_scales = scales[start:end] if scales.numel() > 1 else scales
         turned = places[start:], signs[start:]
-        if frame is None:
+        early = behind and start == 0
+        if frame is not None:
+            _fold(words[start:], row_scales, top, panel[:count], frame, *turned, gain, start, early)
+        elif layout[0] and block == FOLD_BLOCK and turns(z.device):
+            _turn(words, row_scales, top, panel[:count], *turned, gain, start, layout, early)
+        else:
             prompt_ops.decode(
                 words, start, row_scales, top, panel[:count], layout, launches.block_panel_tile(block),
                 places_ptr=turned[0], signs_ptr=turned[1], matrix_ptr=matrix, gain=gain, first=start, BLOCK=block,
             )  # fmt: skip
-        else:
-            early = behind and start == 0
-            _fold(words[start:], row_scales, top, panel[:count], frame, *turned, gain, start, early)
         torch.mm(z, panel[:count].t(), out=y[:, start:end])
     _finish(y, unit, top, bias)
     return y
@@ -177,6 +181,42 @@ def _fold(
     fold_panel[(-(-units // (tile.units * tile.warps)), count // FOLD_BLOCK)](
         words, scales, top, panel, frame, places, signs, memory, 2 * words.stride(0), units, wide, gain, first,
         ROW_SCALES=scales.numel() > 1, UNITS=tile.units, WARPS=tile.warps, PDL=early, BEHIND=behind,
+        num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=early,
+    )  # fmt: skip
+
+
+def turns(device: torch.device) -> bool:
+    """Whether a kernel can turn small matrices: ``stmatrix``, or the interpreter."""
+    return not COMPILED or starts_early(device)
+
+
+def _turn(
+    words: Tensor,
+    scales: Tensor,
+    top: Tensor,
+    panel: Tensor,
+    places: Tensor,
+    signs: Tensor,
+    gain: float,
+    first: int,
+    layout: list[int],
+    behind: bool,
+) -> None:
+    """Decode as many rows as ``panel`` has of a trellis, from ``first`` on, rotated; ``behind`` as in ``_fold``."""
+    (count, wide), early, (_, bits, multiplier, addend, pattern, _) = (
+        panel.shape,
+        starts_early(panel.device),
+        layout,
+    )
+    height = tile_words(pattern)
+    tile, units = launches.turn_tile(height), -(-wide // FOLD_WIDTH)
+    size = turn_bytes(tile.units, tile.warps, pattern)
+    memory = None if COMPILED else torch.empty(size // 4, device=words.device)
+    turn_panel[(-(-units // (tile.units * tile.warps)), count // FOLD_BLOCK)](
+        words[first // 16 * height :], scales, top, panel, places, signs, memory, words.stride(0), units, wide,
+        *fraction_and_power(gain), first,
+        BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, PATTERN=pattern, ROW_SCALES=scales.numel() > 1,
+        UNITS=tile.units, WARPS=tile.warps, PDL=early, BEHIND=behind,
         num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=early,
     )  # fmt: skip
 

@@ -411,7 +411,7 @@ def block_panel_tile(block: int) -> PanelTile:
 
 
 class FoldTile(NamedTuple):
-    """Units of a block of rows that a warp of ``panel_fold_triton`` makes; warps of a program; a thread's registers."""
+    """What makes a rotated panel: units of a warp, warps of a program, registers of a thread."""
 
     units: int
     warps: int
@@ -420,6 +420,11 @@ class FoldTile(NamedTuple):
 
 #: A program each for four places of a multiprocessor: 4096 rows of 4096 coordinates are one round of them.
 FOLD_TILE = FoldTile(2, 4, 128)
+
+
+def turn_tile(words: int) -> FoldTile:
+    """The same of trellises with so many words a tile: one unit where two are too much for shared memory."""
+    return FOLD_TILE._replace(units=2 if words <= 48 else 1)
 
 
 def panel_ends(ends: Sequence[int], width: int, tokens: int) -> list[int]:

@@ -117,7 +117,7 @@ def word_around(word, NUMBER: tl.constexpr, PATTERN: tl.constexpr):
 
 
 @triton.jit
-def _funnel(low, high, shift):
+def funnel(low, high, shift):
     """The low word of ``high:low`` moved down, int32."""
     if COMPILED:
         return tl.inline_asm_elementwise(
@@ -135,9 +135,9 @@ def moved(words, shift, COUNT: tl.constexpr, ALIGNED: tl.constexpr):
         if ALIGNED:
             found += (words[i],)
         elif i + 1 < len(words):
-            found += (_funnel(words[i], words[i + 1], shift),)
+            found += (funnel(words[i], words[i + 1], shift),)
         else:  # what is above is not looked at
-            found += (_funnel(words[i], words[i], shift),)
+            found += (funnel(words[i], words[i], shift),)
     return found
 
 
@@ -165,19 +165,58 @@ def window(words, OFFSET: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.constexpr_function
-def _level_text(take, multiplier, addend, places):
-    """PTX from two windows to two packed halves: states, congruence, sum of bytes onto the half 1024."""
-    one = [
-        f"{take[0]} {t}, ${number}, {take[1]}; mad.lo.u32 {t}, {t}, {multiplier}, {addend}; "
-        f"dp4a.u32.u32 {t}, {t}, {places}, 0x6400;"
-        for number, t in ((1, "a"), (2, "b"))
-    ]
-    return f"{{ .reg .b32 a, b; {one[0]} {one[1]} prmt.b32 $0, a, b, 0x5410; }}"
+def _take(bits, top):
+    return ("shr.u32", 32 - bits) if top else ("and.b32", (1 << bits) - 1)
 
 
 @triton.constexpr_function
-def _take(bits, top):
-    return ("shr.u32", 32 - bits) if top else ("and.b32", (1 << bits) - 1)
+def _two_sums(take, multiplier, addend, places, one):
+    """PTX from two windows to ``a`` and ``b``: states, congruence, sum of bytes onto a half."""
+    return " ".join(
+        f"{take[0]} {t}, ${number}, {take[1]}; mad.lo.u32 {t}, {t}, {multiplier}, {addend}; "
+        f"dp4a.u32.u32 {t}, {t}, {places}, {one};"
+        for number, t in ((1, "a"), (2, "b"))
+    )
+
+
+@triton.constexpr_function
+def _level_text(take, multiplier, addend, places):
+    """PTX from two windows to two packed halves, sums onto 1024."""
+    sums = _two_sums(take, multiplier, addend, places, "0x6400")
+    return f"{{ .reg .b32 a, b; {sums} prmt.b32 $0, a, b, 0x5410; }}"
+
+
+@triton.constexpr_function
+def _pair_text(bits, multiplier, addend):
+    """PTX from two windows, places of bytes and a half to two packed halves."""
+    sums = _two_sums(_take(bits, False), multiplier, addend, "$3", "$4")
+    return f"{{ .reg .b32 a, b; {sums} prmt.b32 $0, a, b, 0x5410; }}"
+
+
+@triton.jit
+def level_pair(
+    first, second, places, one, BITS: tl.constexpr, MULTIPLIER: tl.constexpr, ADDEND: tl.constexpr
+):
+    """A power of two and, in units of 2**-10 of it, the sums of bytes of the states at the low end of two windows.
+
+    Exact halves, as a word. ``places``, of ``byte_places``, says which bytes; ``one`` is the half of that power.
+    """
+    if COMPILED:
+        text: tl.constexpr = _pair_text(BITS, MULTIPLIER, ADDEND)
+        return tl.inline_asm_elementwise(
+            text, "=r,r,r,r,r", [first, second, places, one], dtype=tl.int32, is_pure=True, pack=1
+        )
+    found = ()
+    for number in tl.static_range(2):
+        state = (first if number == 0 else second).to(tl.uint32, bitcast=True).to(tl.uint64) & (
+            (1 << BITS) - 1
+        )
+        h = (state * MULTIPLIER + ADDEND) & 0xFFFFFFFF
+        total = h * 0
+        for i in tl.static_range(4):
+            total += ((h >> (8 * i)) & 255) * ((places.to(tl.uint64) >> (8 * i)) & 1)
+        found += (total.to(tl.int32) + one,)
+    return found[0] | (found[1] << 16)
 
 
 @triton.jit

@@ -137,7 +137,7 @@ class TritonPlan:
     def prompt(self) -> tuple[TransformPlan, Tensor | None, int]:
         """The analysis of a prompt whose output frame is local, the block in its panels, and its coefficients."""
         if self.fold is not None:
-            return self.fold.into, self.fold.block, self.spec.in_features
+            return self.fold.into, self.fold.lanes, self.spec.in_features
         return self.into, None, self.spec.coefficient_shape[1]
 
     @property
