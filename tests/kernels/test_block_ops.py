@@ -87,7 +87,7 @@ cases = (
     (TrellisSpec(16, (2,)), (64, 128), (1.0, 1.0), torch.bfloat16, 64),
     (TrellisSpec(16, (4,), codebook="bytepair-1"), (64, 64), (1.0, 1.0), torch.float16, 32),
 )
-tile = launches.FOLD_TILE
+tile = launches.FOLD_TILE._replace(warps=4)  # the interpreter takes as long for a program of one
 for code, features, redundancy, dtype, block in cases:
     launches.FOLD_TILE = tile._replace(units=1) if features[0] == 640 else tile  # two programs a row, and one
     layer = make_layer(code, features, redundancy, block=block, bias=features[1] != 96)
@@ -127,6 +127,36 @@ for code, features, redundancy, dtype, block in cases:
             assert (after - before).norm() <= 2e-3 * before.norm(), by
 """
 
+PANELS = """
+import torch
+from framequant.codes.trellis import TrellisSpec
+from framequant.kernels import block_prompt_ops, launches, prompt_ops, triton_linear
+from tests.kernels.test_cpu import make_layer
+for code, columns, dtype, units, by in (
+    (TrellisSpec(12, (2,)), 144, torch.float16, 1, 2.0**-20),  # of 128 columns and 16
+    (TrellisSpec(12, (2, 2, 2, 3)), 32, torch.bfloat16, 1, 2.0**11),  # rows that are no whole words
+    (TrellisSpec(12, (4,)), 32, torch.float16, 1, 1.0),  # rows of two words
+    (TrellisSpec(12, (1,)), 32, torch.float16, 1, 2.0**11),
+    (TrellisSpec(16, (4,), codebook="bytepair-1"), 272, torch.float16, 2, 1.0),
+    (TrellisSpec(12, (3, 2, 5, 1), codebook="bytepair-1"), 32, torch.float16, 1, 1.0),
+):
+    layer = make_layer(code, (columns, 32), (1.0, 1.0), block=32)
+    layer.scales.mul_(by)
+    launches.TURN_TILE = launches.TURN_TILE._replace(units=units)
+    tensors = {name: getattr(layer, name) for name in ("packed_codes", "scales")}
+    plan = triton_linear.triton_plan(layer.spec, tensors, tuple(layer.frames), None)
+    out, panels = plan.out, [torch.full((32, columns), float("nan"), dtype=dtype) for _ in range(2)]
+    gain = prompt_ops.gain(True, plan.layout.factor) * 32**-0.5
+    common = plan.words, plan.scales, plan.top
+    block_prompt_ops._turn(*common, panels[0], out.places, out.signs, gain, 0, plan.code, False)
+    prompt_ops.decode(
+        plan.words, 0, plan.scales, plan.top, panels[1], plan.code, launches.block_panel_tile(32),
+        places_ptr=out.places, signs_ptr=out.signs, matrix_ptr=out.matrix, gain=gain, BLOCK=32)
+    mine, other = (panel.double() for panel in panels)
+    assert other.std() > 1e-4 and mine.isfinite().all()
+    assert (mine - other).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-3) * other.norm(), code
+"""
+
 TRACED = """
 import torch
 from framequant.kernels import launches
@@ -154,13 +184,13 @@ from triton.compiler import ASTSource
 import triton
 from framequant.codes.trellis_codebook import codebook
 from framequant.kernels import (
-    block_triton, launches, panel_fold_triton, panel_triton, product_bytes_triton, product_triton)
+    block_triton, launches, panel_fold_triton, panel_triton, panel_turn_triton, product_bytes_triton, product_triton)
 POINTERS = {"unit_ptr": "*fp32", "top_ptr": "*fp32", "places_ptr": "*i32", "signs_ptr": "*i8", "matrix_ptr": "*fp16",
             "bias_ptr": "*bf16", "shift_ptr": "*i32",
             "sum_ptr": "*fp32", "z_ptr": "*i8", "u_ptr": "*bf16", "panel_ptr": "*bf16", "y_ptr": "*fp16"}
 def ptx(kernel, words, scales, constants, warps):
     types = POINTERS | {"words_ptr": words, "bytes_ptr": words, "scale_ptr": scales}
-    types |= dict.fromkeys(("shrink", "norm", "factor", "zero", "gain"), "fp32")
+    types |= dict.fromkeys(("shrink", "norm", "factor", "zero", "gain", "fraction", "power"), "fp32")
     if words != "*i8":
         types["z_ptr"] = "*fp16"
     types = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
@@ -196,6 +226,16 @@ for panel, behind in (("*fp16", False), ("*bf16", True)):
         assert part in text, part
     assert text.count("griddepcontrol.wait") == 1
     assert (text.rindex("st.global.v4.b32") < text.index("griddepcontrol.wait")) == behind
+tile = launches.TURN_TILE
+for panel, pattern, behind in (("*fp16", 2, True), ("*bf16", 0x3222, False)):
+    POINTERS["panel_ptr"] = panel
+    text = ptx(panel_turn_triton.turn_panel, "*i32", "*fp32", shared | {
+        "memory_ptr": None, "BITS": 12, "PATTERN": pattern, "ROW_SCALES": True, "UNITS": tile.units,
+        "WARPS": tile.warps, "BEHIND": behind}, tile.warps)
+    counts = {part: text.count(part) for part in ("dp4a.u32.u32", "shf.r.wrap", "mma.sync.aligned.m16n8k16")}
+    assert counts == {"dp4a.u32.u32": 64, "shf.r.wrap": 64, "mma.sync.aligned.m16n8k16": 40}, counts  # of 64 weights
+    assert text.count("griddepcontrol.wait") == 1 and "stmatrix" in text
+    assert (text.rindex("st.global.v4.b32") < text.index("griddepcontrol.wait")) == behind
 text = ptx(block_triton.finish_tokens, "*i16", "*fp16", {
     "HALF": True, "BIAS": False, "TOKENS": 16, "STEP": 1024, "PDL": True}, 4)
 assert text.index("griddepcontrol.wait") < text.index("ld.global")
@@ -208,6 +248,10 @@ def test_few_tokens_through_the_interpreter(tmp_path: Path) -> None:
 
 def test_prompts_through_the_interpreter(tmp_path: Path) -> None:
     run(PROMPTS, tmp_path, TRITON_INTERPRET="1")
+
+
+def test_panels_of_trellises_are_those_that_plain_triton_makes(tmp_path: Path) -> None:
+    run(PANELS, tmp_path, TRITON_INTERPRET="1")
 
 
 def test_compiled_layers_take_the_operators(tmp_path: Path) -> None:

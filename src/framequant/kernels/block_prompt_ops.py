@@ -203,13 +203,9 @@ def _turn(
     behind: bool,
 ) -> None:
     """Decode as many rows as ``panel`` has of a trellis, from ``first`` on, rotated; ``behind`` as in ``_fold``."""
-    (count, wide), early, (_, bits, multiplier, addend, pattern, _) = (
-        panel.shape,
-        starts_early(panel.device),
-        layout,
-    )
-    height = tile_words(pattern)
-    tile, units = launches.turn_tile(height), -(-wide // FOLD_WIDTH)
+    (count, wide), early = panel.shape, starts_early(panel.device)
+    _, bits, multiplier, addend, pattern, _ = layout
+    tile, units, height = launches.TURN_TILE, -(-wide // FOLD_WIDTH), tile_words(pattern)
     size = turn_bytes(tile.units, tile.warps, pattern)
     memory = None if COMPILED else torch.empty(size // 4, device=words.device)
     turn_panel[(-(-units // (tile.units * tile.warps)), count // FOLD_BLOCK)](

@@ -418,13 +418,12 @@ class FoldTile(NamedTuple):
     registers: int
 
 
-#: A program each for four places of a multiprocessor: 4096 rows of 4096 coordinates are one round of them.
-FOLD_TILE = FoldTile(2, 4, 128)
+#: A program each for 16 places of a multiprocessor: 4096 rows of 4096 coordinates are one round of them, and a warp of
+#: the analysis makes room for one when it ends.
+FOLD_TILE = FoldTile(2, 1, 128)
 
-
-def turn_tile(words: int) -> FoldTile:
-    """The same of trellises with so many words a tile: one unit where two are too much for shared memory."""
-    return FOLD_TILE._replace(units=2 if words <= 48 else 1)
+#: Trellises take longer than to write a panel: in two rounds some decode while others write.
+TURN_TILE = FoldTile(1, 2, 112)
 
 
 def panel_ends(ends: Sequence[int], width: int, tokens: int) -> list[int]:

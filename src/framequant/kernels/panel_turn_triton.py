@@ -69,15 +69,28 @@ def turn_bytes(units, warps, pattern):
     return warps * (units * TILES * column_words(pattern) * 4 + 32 * PITCH)
 
 
+@triton.constexpr_function
+def _turns(pattern):
+    """Loads of 16 bytes by which the lanes of a warp bring a unit's words: two lanes bring a row of them."""
+    return (4 * tile_words(pattern) + 31) // 32
+
+
+@triton.jit
+def _piece(lane, TURN: tl.constexpr, PATTERN: tl.constexpr):
+    """Row of words, of both tiles that are one below the other, and half of it that a lane brings."""
+    piece = tl.minimum(TURN * 32 + lane, 4 * tile_words(PATTERN) - 1)
+    return piece // 2, piece % 2
+
+
 @triton.jit
 def _held_words(words_ptr, down, tile, stride, lane, PATTERN: tl.constexpr):
-    """Words of a unit whose first row of words is ``down``: two lanes bring 16 bytes each of a row."""
-    pieces: tl.constexpr = 4 * tile_words(PATTERN)
+    """Words of a unit whose first row of words is ``down``."""
     found = ()
-    for i in tl.static_range((pieces + 31) // 32):
-        piece = tl.minimum(i * 32 + lane, pieces - 1)
-        at = words_ptr + ((down + piece // 2).to(tl.int64) * stride + (tile + piece % 2 * 4))
-        found += load_global_words(at, 0, True)
+    for i in tl.static_range(_turns(PATTERN)):
+        line, half = _piece(lane, i, PATTERN)
+        found += load_global_words(
+            words_ptr + ((down + line).to(tl.int64) * stride + (tile + half * 4)), 0, True
+        )
     return found
 
 
@@ -85,18 +98,13 @@ def _held_words(words_ptr, down, tile, stride, lane, PATTERN: tl.constexpr):
 def _keep_words(codes, held, lane, PATTERN: tl.constexpr):
     """Write them to shared memory, tile by tile, its words one after the other; a barrier must follow."""
     height: tl.constexpr = tile_words(PATTERN)
-    pieces: tl.constexpr = 4 * height
     beside: tl.constexpr = column_words(PATTERN) * 4
-    for i in tl.static_range((pieces + 31) // 32):
-        piece = tl.minimum(i * 32 + lane, pieces - 1)
-        line, half = piece // 2, piece % 2
-        lower = (line >= height).to(tl.int32)  # the tile below, behind the ring of the one above
-        at = codes + half * (4 * beside) + (line + lower) * 4
-        again = (
-            codes
-            + half * (4 * beside)
-            + tl.where(line % height == 0, line + lower + height, line + lower) * 4
-        )
+    for i in tl.static_range(_turns(PATTERN)):
+        line, half = _piece(lane, i, PATTERN)
+        at = (
+            codes + half * (4 * beside) + (line + line // height) * 4
+        )  # the tile below is behind the other's ring
+        again = at + tl.where(line % height == 0, height * 4, 0)
         for k in tl.static_range(4):
             value = held[4 * i + k].to(tl.float32, bitcast=True)
             store_shared(at, value, k * beside)
@@ -202,7 +210,7 @@ def turn_panel(
     each: tl.constexpr = per_state(PATTERN)
     places = tl.where(row % each == 0, byte_places(each, 0), byte_places(each, each - 1))
     keep_place(turned, lane, (tl.load(places_ptr + block * 32 + lane) - first) * (2 * width))
-    count: tl.constexpr = (4 * height + 31) // 32 * 4
+    count: tl.constexpr = 4 * _turns(PATTERN)
     for u in tl.static_range(UNITS):
         _keep_words(codes + u * (TILES * beside), held[u * count : (u + 1) * count], lane, PATTERN)
     warp_barrier(thread)
