@@ -357,8 +357,9 @@ def measure(table: Table, code: str, shape: tuple[int, int], tokens: int, base: 
         return
     default, best = found[0][0], sorted(found)[:4]
     if tokens > launches.FEW_TOKENS and DEVICE == "cuda":  # so long that a GPU changes its clocks meanwhile
-        usual = [lambda: triton_linear.linear(plans[0], x)] * 2
-        base, default = graphs_us([cublas_runs(shape, tokens), usual], budget=0.3)
+        peers = cublas_runs(shape, tokens)
+        usual = [lambda: triton_linear.linear(plans[0], x)] * len(peers)  # a graph's start is shared by as many
+        base, default = graphs_us([peers, usual], budget=0.3)
         table.add(shape, tokens, "fp16", f"cuBLAS, in turns with {code}", lambda: base)
         table.add(shape, tokens, code, "default, in turns with cuBLAS", lambda: default)
     mine, torchs = error(case, plans[0], x)
