@@ -22,9 +22,8 @@ from framequant.kernels.transform_plan import TransformPlan, shared_block, trans
 #: Sizes of a block that the kernels take: sides of a tensor-core tile, rows of a program.
 BLOCKS = (16, 32, 64, 128)
 FOLD_BLOCK, FOLD_WIDTH = 32, 128  # of panels with the frame in them: rows of a block, coordinates of a unit
-FOLD_LIFT = (
-    2.0**15
-)  # what the entries of the frame's block are multiplied by there: still halves, as they are below 1
+#: What the entries of the frame's block are multiplied by there: they are at most 1, so these are halves.
+FOLD_LIFT = 2.0**15
 
 
 @dataclass(frozen=True)

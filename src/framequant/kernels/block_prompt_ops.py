@@ -23,7 +23,7 @@ from framequant.kernels.panel_turn_triton import turn_bytes, turn_panel
 from framequant.kernels.prompt_transform_triton import prompt_transform
 from framequant.kernels.prompt_walsh_triton import SIZE, walsh_tokens
 from framequant.kernels.trellis_triton import tile_words
-from framequant.kernels.triton_ops import starts_early
+from framequant.kernels.triton_ops import starts_early, turns_matrices
 from framequant.kernels.triton_support import COMPILED
 
 #: Tokens that a program of ``finish_tokens`` looks at where there is no bias: it rarely has anything to do.
@@ -147,7 +147,7 @@ def product(
         early = behind and start == 0
         if frame is not None:
             _fold(words[start:], row_scales, top, panel[:count], frame, *turned, gain, start, early)
-        elif layout[0] and block == FOLD_BLOCK and turns(z.device):
+        elif layout[0] and block == FOLD_BLOCK and turns_matrices(z.device):
             _turn(words, row_scales, top, panel[:count], *turned, gain, start, layout, early)
         else:
             prompt_ops.decode(
@@ -183,11 +183,6 @@ def _fold(
         ROW_SCALES=scales.numel() > 1, UNITS=tile.units, WARPS=tile.warps, PDL=early, BEHIND=behind,
         num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=early,
     )  # fmt: skip
-
-
-def turns(device: torch.device) -> bool:
-    """Whether a kernel can turn small matrices: ``stmatrix``, or the interpreter."""
-    return not COMPILED or starts_early(device)
 
 
 def _turn(

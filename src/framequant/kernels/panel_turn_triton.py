@@ -26,6 +26,7 @@ from framequant.kernels.lanes_triton import (
     warp_barrier,
 )
 from framequant.kernels.panel_rotation_triton import (
+    BOTH_SIGNS,
     PITCH,
     keep_place,
     rotated,
@@ -47,8 +48,6 @@ from framequant.kernels.triton_support import over, wait_for_previous
 
 #: Tiles of a unit side by side.
 TILES = tl.constexpr(8)
-#: The signs of both halves of a word.
-BOTH_SIGNS = tl.constexpr(0x80008000 - (1 << 32))
 
 
 @triton.constexpr_function

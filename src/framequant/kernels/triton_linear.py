@@ -33,7 +33,6 @@ TOLERANCE = 0.02
 
 #: Compute capability below which the tensor cores lack a dtype that the kernels use.
 OLDEST_GPU = (8, 0)
-FOLDING_GPU = (9, 0)  # the first with ``stmatrix``
 _verdicts: dict[tuple[object, ...], bool] = {}
 
 
@@ -194,8 +193,7 @@ def folded(
 ) -> FoldPlan | None:
     """How prompts have the frame in their panels: two-bit codes, blocks of 32, a GPU that turns small matrices."""
     known = isinstance(out, BlockPlan) and out.block == FOLD_BLOCK and layout.is_two_bits
-    able = device.type != "cuda" or torch.cuda.get_device_capability(device) >= FOLDING_GPU
-    return fold_plan(frame, layout.factor, device) if known and able else None
+    return fold_plan(frame, layout.factor, device) if known and operators.turns_matrices(device) else None
 
 
 def power_above(scales: Tensor) -> Tensor:

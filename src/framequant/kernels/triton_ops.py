@@ -34,6 +34,11 @@ def starts_early(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def turns_matrices(device: torch.device) -> bool:
+    """Whether a kernel can write small matrices transposed: with ``stmatrix``, compute capability 9; interpreted."""
+    return not COMPILED or starts_early(device)
+
+
 def _transform(tokens: int, sizes: list[int], arguments: tuple[Any, ...], rows: int, **options: Any) -> None:
     """Launch the kernel for so many tokens."""
     early = starts_early(arguments[0].device)
