@@ -358,7 +358,7 @@ def measure(table: Table, code: str, shape: tuple[int, int], tokens: int, base: 
     default, best = found[0][0], sorted(found)[:4]
     if tokens > launches.FEW_TOKENS and DEVICE == "cuda":  # so long that a GPU changes its clocks meanwhile
         peers = cublas_runs(shape, tokens)
-        usual = [lambda: triton_linear.linear(plans[0], x)] * len(peers)  # a graph's start is shared by as many
+        usual = [lambda: triton_linear.linear(plans[0], x)] * len(peers)  # as many share a graph's start
         base, default = graphs_us([peers, usual], budget=0.3)
         table.add(shape, tokens, "fp16", f"cuBLAS, in turns with {code}", lambda: base)
         table.add(shape, tokens, code, "default, in turns with cuBLAS", lambda: default)
