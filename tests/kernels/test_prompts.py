@@ -219,6 +219,8 @@ for dtype in ("*fp16", "*bf16"):
 
 def run(code: str, tmp_path: Path, *options: str, **environment: str) -> None:
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", **environment}
+    if environment.get("TRITON_INTERPRET") == "1":
+        code = f"import tests.kernels.interpreter\n{code}"
     done = subprocess.run([sys.executable, *options, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
