@@ -11,6 +11,7 @@ Must not import layers. Only ``framequant.kernels.triton_linear`` imports this m
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,7 +149,8 @@ def product(
         if frame is not None:
             _fold(words[start:], row_scales, top, panel[:count], frame, *turned, gain, start, early)
         elif layout[0] and block == FOLD_BLOCK and turns_matrices(z.device):
-            _turn(words, row_scales, top, panel[:count], *turned, gain, start, layout, early)
+            down = start // 16 * tile_words(layout[4])
+            _turn(words[down:], row_scales, top, panel[:count], *turned, gain, start, layout, early)
         else:
             prompt_ops.decode(
                 words, start, row_scales, top, panel[:count], layout, launches.block_panel_tile(block),
@@ -175,13 +177,12 @@ def _fold(
 
     ``behind``: an analysis, to write while it runs.
     """
-    (count, wide), early = panel.shape, starts_early(panel.device)
-    tile, units = launches.FOLD_TILE, wide // FOLD_WIDTH
+    tile, units = launches.FOLD_TILE, panel.shape[1] // FOLD_WIDTH
+    grid, how = _rotating(tile, units, panel, behind)
     memory = None if COMPILED else torch.empty(fold_bytes(tile.units, tile.warps) // 4, device=words.device)
-    fold_panel[(-(-units // (tile.units * tile.warps)), count // FOLD_BLOCK)](
-        words, scales, top, panel, frame, places, signs, memory, 2 * words.stride(0), units, wide, gain, first,
-        ROW_SCALES=scales.numel() > 1, UNITS=tile.units, WARPS=tile.warps, PDL=early, BEHIND=behind,
-        num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=early,
+    fold_panel[grid](
+        words, scales, top, panel, frame, places, signs, memory, 2 * words.stride(0), units, panel.shape[1], gain,
+        first, ROW_SCALES=scales.numel() > 1, **how,
     )  # fmt: skip
 
 
@@ -197,19 +198,31 @@ def _turn(
     layout: list[int],
     behind: bool,
 ) -> None:
-    """Decode as many rows as ``panel`` has of a trellis, from ``first`` on, rotated; ``behind`` as in ``_fold``."""
-    (count, wide), early = panel.shape, starts_early(panel.device)
+    """Decode as many rows as ``panel`` has of ``words`` of a trellis, rotated; ``behind`` as in ``_fold``."""
     _, bits, multiplier, addend, pattern, _ = layout
-    tile, units, height = launches.TURN_TILE, -(-wide // FOLD_WIDTH), tile_words(pattern)
-    size = turn_bytes(tile.units, tile.warps, pattern)
-    memory = None if COMPILED else torch.empty(size // 4, device=words.device)
-    turn_panel[(-(-units // (tile.units * tile.warps)), count // FOLD_BLOCK)](
-        words[first // 16 * height :], scales, top, panel, places, signs, memory, words.stride(0), units, wide,
+    tile, units = launches.TURN_TILE, -(-panel.shape[1] // FOLD_WIDTH)
+    grid, how = _rotating(tile, units, panel, behind)
+    memory = (
+        None
+        if COMPILED
+        else torch.empty(turn_bytes(tile.units, tile.warps, pattern) // 4, device=words.device)
+    )
+    turn_panel[grid](
+        words, scales, top, panel, places, signs, memory, words.stride(0), units, panel.shape[1],
         *fraction_and_power(gain), first,
-        BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, PATTERN=pattern, ROW_SCALES=scales.numel() > 1,
-        UNITS=tile.units, WARPS=tile.warps, PDL=early, BEHIND=behind,
-        num_warps=tile.warps, maxnreg=tile.registers, launch_pdl=early,
+        BITS=bits, MULTIPLIER=multiplier, ADDEND=addend, PATTERN=pattern, ROW_SCALES=scales.numel() > 1, **how,
     )  # fmt: skip
+
+
+def _rotating(
+    tile: launches.FoldTile, units: int, panel: Tensor, behind: bool
+) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Programs for so many units a row, and how they are launched."""
+    early = starts_early(panel.device)
+    return (-(-units // (tile.units * tile.warps)), len(panel) // FOLD_BLOCK), {
+        "UNITS": tile.units, "WARPS": tile.warps, "PDL": early, "BEHIND": behind,
+        "num_warps": tile.warps, "maxnreg": tile.registers, "launch_pdl": early,
+    }  # fmt: skip
 
 
 def _finish(y: Tensor, unit: Tensor, top: Tensor, bias: Tensor | None) -> None:

@@ -14,6 +14,9 @@ import triton.language as tl
 
 from framequant.kernels.triton_support import COMPILED
 
+#: The signs of both halves of a word.
+BOTH_SIGNS = tl.constexpr(0x80008000 - (1 << 32))
+
 
 @triton.jit
 def load_words(address, there):

@@ -37,6 +37,7 @@ from framequant.kernels.lanes_triton import (
 )
 from framequant.kernels.panel_rotation_triton import (
     PITCH,
+    TURNED,
     keep_place,
     rotated,
     rotation_operands,
@@ -165,7 +166,7 @@ def fold_panel(
             )  # fmt: skip
             turn_group(turned, lane, found, group)
         warp_barrier(thread)
-        column = tl.minimum(unit + later, units - 1) * 128 + half * 64
+        column = (tl.minimum(unit + later, units - 1) * 2 + half) * TURNED
         store_turned(panel_ptr, turned, lane, column, width, True)
         warp_barrier(thread)
     if BEHIND:

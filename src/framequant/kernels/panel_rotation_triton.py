@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from framequant.kernels.lanes_triton import (
+    BOTH_SIGNS,
     first_mma_halves,
     four,
     load_shared,
@@ -25,12 +26,10 @@ from framequant.kernels.lanes_triton import (
     store_words_where,
 )
 
-#: Columns that are turned to rows at a time.
+#: Columns that are turned to rows at a time: half a unit.
 TURNED = tl.constexpr(64)
 #: Bytes of a row of them in shared memory, and 16 for its place: so rows begin in other banks.
-PITCH = tl.constexpr(2 * 64 + 16)
-#: The signs of both halves of a word.
-BOTH_SIGNS = tl.constexpr(0x80008000 - (1 << 32))
+PITCH = tl.constexpr(2 * TURNED.value + 16)
 
 
 @triton.jit
@@ -42,7 +41,7 @@ def _parity(number):
 @triton.constexpr_function
 def _fixed_sign(n, k):
     """The signs that Sylvester's matrix has where the eight columns n and the eight rows k meet, beside its own."""
-    return 0x80008000 - (1 << 32) if bin(n & k).count("1") % 2 else 0
+    return BOTH_SIGNS.value if bin(n & k).count("1") % 2 else 0
 
 
 @triton.jit

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from framequant.kernels.block_triton import panel_unit
 from framequant.kernels.lanes_triton import (
+    BOTH_SIGNS,
     load_global_words,
     load_shared,
     shared_memory,
@@ -26,8 +27,8 @@ from framequant.kernels.lanes_triton import (
     warp_barrier,
 )
 from framequant.kernels.panel_rotation_triton import (
-    BOTH_SIGNS,
     PITCH,
+    TURNED,
     keep_place,
     rotated,
     rotation_operands,
@@ -229,7 +230,7 @@ def turn_panel(
             found = rotated(operands, rotation, start, power, not HALF, panel_ptr.dtype.element_ty)
             turn_group(turned, lane, found, group)
         warp_barrier(thread)
-        column = tl.minimum(unit + step // 2, units - 1) * (16 * TILES) + step % 2 * (8 * TILES)
+        column = (tl.minimum(unit + step // 2, units - 1) * 2 + step % 2) * TURNED
         store_turned(panel_ptr, turned, lane, column, width, False)
         warp_barrier(thread)
     if BEHIND:

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from framequant.kernels.lane_analysis_triton import hadamard_operand, hadamard_registers
 from framequant.kernels.lanes_triton import (
+    BOTH_SIGNS,
     first_mma_halves,
     lane_largest,
     lane_sum,
@@ -40,8 +41,6 @@ from framequant.kernels.triton_support import COMPILED, let_next_start, over, wa
 SIZE: tl.constexpr = tl.constexpr(4096)
 #: One as a half, twice.
 ONES = tl.constexpr(0x3C003C00)
-#: The signs of both halves of a word.
-BOTH_SIGNS = tl.constexpr(0x80008000 - (1 << 32))
 
 
 @triton.jit

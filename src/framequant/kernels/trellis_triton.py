@@ -211,21 +211,17 @@ def level_pair(
         state = (first if number == 0 else second).to(tl.uint32, bitcast=True).to(tl.uint64) & (
             (1 << BITS) - 1
         )
-        h = (state * MULTIPLIER + ADDEND) & 0xFFFFFFFF
-        total = h * 0
-        for i in tl.static_range(4):
-            total += ((h >> (8 * i)) & 255) * ((places.to(tl.uint64) >> (8 * i)) & 1)
+        total = byte_sum((state * MULTIPLIER + ADDEND) & 0xFFFFFFFF, places.to(tl.uint64))
         found += (total.to(tl.int32) + one,)
     return found[0] | (found[1] << 16)
 
 
 @triton.jit
-def byte_sum(h, PLACES: tl.constexpr):
-    """The sum of those bytes of uint64, below 2**32, that PLACES has a 1 for; for the interpreter."""
+def byte_sum(h, places):
+    """The sum of those bytes of uint64, below 2**32, that ``places`` has a 1 for; for the interpreter."""
     total = h * 0
     for i in tl.static_range(4):
-        if (PLACES >> (8 * i)) & 1 == 1:
-            total += (h >> (8 * i)) & 255
+        total += ((h >> (8 * i)) & 255) * ((places >> (8 * i)) & 1)
     return total
 
 
